@@ -1,0 +1,99 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# Outside the clone: a second clone, or the next CI run, finds what this one built.
+CACHE := $(or $(COFFER_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/coffer)
+
+# One place for everything that make writes into the clone.
+BIN    := build/bin
+TOOLS  := build/tools
+IMAGES := build/images
+HOST   := build/host
+
+CGO_COMMANDS := coffer-gpu-nvidia
+COMMANDS     := $(filter-out $(CGO_COMMANDS),$(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go)))))
+
+# The integration tests find what they run through these; Go's test cache sees their values.
+export COFFER_BIN    := $(CURDIR)/$(BIN)
+export COFFER_TOOLS  := $(CURDIR)/$(TOOLS)
+export COFFER_IMAGES := $(CURDIR)/$(IMAGES)
+
+SETUP := mkdir -p $(HOST) && go build -o $(HOST)/setup ./tools/setup && $(HOST)/setup -cache '$(CACHE)' -link $(TOOLS)
+
+.PHONY: help
+help: ## show what make can do
+	@echo 'coffer runs training jobs whose weights, data and checkpoints stay sealed to everyone but an attested job.'
+	@echo
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | column -t -s $$'\t'
+	@echo
+	@echo '  cache: $(CACHE)'
+
+.PHONY: deps
+deps: ## install Debian packages if any are missing (as root), build containerd and gVisor
+	@$(SETUP) packages containerd runsc
+
+.PHONY: build
+build: ## build coffer's programs into build/bin
+	@mkdir -p $(BIN)
+	@start=$$SECONDS; \
+	for command in $(COMMANDS); do packages+=(./cmd/$$command); done; \
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags='-s -w' -o $(BIN)/ "$${packages[@]}"; \
+	for command in $(CGO_COMMANDS); do \
+	  CGO_ENABLED=1 go build -trimpath -buildvcs=false -ldflags='-s -w -extldflags=-Wl,-z,lazy' -o $(BIN)/ ./cmd/$$command; \
+	done; \
+	echo "built $$(ls $(BIN) | wc -l) programs in $(BIN), $$((SECONDS - start)) s"
+
+# A job's program is a layer over the cached system layer, so changing one costs a second.
+IMAGE := mkdir -p $(HOST) && go build -o $(HOST)/images ./images/build && $(HOST)/images -cache
+
+.PHONY: images image-numpy image-torch
+images: image-numpy image-torch ## build the training images (numpy, torch) from Debian packages
+image-numpy: deps
+	@$(IMAGE) '$(CACHE)' -out $(IMAGES) -add examples/fashion-mnist-numpy/train.py:/app/train.py numpy
+image-torch: deps
+	@$(IMAGE) '$(CACHE)' -out $(IMAGES) -add examples/fashion-mnist/train.py:/app/train.py torch
+
+.PHONY: images-verify
+images-verify: deps ## build the numpy image twice from nothing and compare the digests
+	@rm -rf build/verify
+	@$(IMAGE) '$(CACHE)/verify-1' -out build/verify/1 numpy
+	@$(IMAGE) '$(CACHE)/verify-2' -out build/verify/2 numpy
+	@cmp build/verify/1/numpy.tar build/verify/2/numpy.tar && echo 'two builds, one image'
+	@rm -rf build/verify '$(CACHE)/verify-1' '$(CACHE)/verify-2'
+
+.PHONY: demo
+demo: deps build image-torch ## run a sealed training job and three attacks on this machine, from nothing (as root)
+	@examples/demo.sh
+
+.PHONY: lint
+lint: ## run go vet and golangci-lint
+	@$(SETUP) golangci-lint
+	@go vet ./...
+	@$(TOOLS)/golangci-lint run ./...
+
+.PHONY: check
+check: lint ## vet, linters and unit tests, without what needs root
+	@go test -race -short ./...
+
+.PHONY: test
+test: deps build image-numpy lint ## everything: vet, linters, unit tests, and integration tests on real parts (as root)
+	@go test -race -timeout 20m ./...
+
+.PHONY: bench
+bench: ## run the benchmarks
+	@go test -run '^$$' -bench . -benchmem ./...
+
+.PHONY: generate
+generate: ## regenerate the code of the .proto files (it is committed)
+	@mkdir -p $(HOST)
+	@go -C tools/generate build -trimpath -ldflags='-s -w' -o ../../$(HOST)/ tool
+	@export PATH="$$PWD/$(HOST):$$PATH"; \
+	for dir in attest/api runner/api; do \
+	  buf generate --config tools/generate/buf.yaml --template tools/generate/buf.gen.connect.yaml --path $$dir .; \
+	done; \
+	buf generate --config tools/generate/buf.yaml --template tools/generate/buf.gen.grpc.yaml --path plugins/contract .
+
+.PHONY: clean
+clean: ## remove build/; the cache stays
+	@rm -rf build

@@ -1,0 +1,111 @@
+package anchor
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// MaxPath bounds the certificates of one chain.
+const MaxPath = 8
+
+// maxRemembered bounds what a set remembers: some tens of bytes a chain.
+const maxRemembered = 4096
+
+// paths remembers by content the chains whose signatures were found good. A
+// signature stays good, so nothing that depends on time is in here.
+type paths struct {
+	mu   sync.Mutex
+	good map[[sha256.Size]byte]struct{} // guarded by mu
+}
+
+// Path checks that each certificate of chain, leaf first, was issued by the
+// next: names, CA constraints, key usage, path lengths, signatures (RFC 5280,
+// section 6.1). That the last one is an anchor is for the caller to check, by
+// ARK, NVIDIADeviceRoot, NVIDIARIMRoot or EKRoot; a root's signature over
+// itself proves nothing and is not looked at. Times are for CheckTimes.
+//
+// The set remembers good chains, so that each is verified once.
+func (s Set) Path(chain []*x509.Certificate) error {
+	if s.kind == none {
+		return errors.New("no trust anchors")
+	}
+	if len(chain) < 2 || len(chain) > MaxPath {
+		return fmt.Errorf("%d certificates: want 2 to %d", len(chain), MaxPath)
+	}
+	key := pathKey(chain)
+	if s.paths.has(key) {
+		return nil
+	}
+	// From the root down, so that no key is used before it is vouched for.
+	for i := len(chain) - 1; i >= 0; i-- {
+		c := chain[i]
+		if len(c.UnhandledCriticalExtensions) > 0 {
+			return fmt.Errorf("certificate %d (%s): critical extension %s is not understood", i, c.Subject.CommonName, c.UnhandledCriticalExtensions[0])
+		}
+		if i == len(chain)-1 {
+			continue
+		}
+		issuer := chain[i+1]
+		if !bytes.Equal(c.RawIssuer, issuer.RawSubject) {
+			return fmt.Errorf("certificate %d (%s): issued by %s, the next is %s", i, c.Subject.CommonName, c.Issuer.CommonName, issuer.Subject.CommonName)
+		}
+		if !issuer.BasicConstraintsValid || !issuer.IsCA || issuer.KeyUsage&x509.KeyUsageCertSign == 0 {
+			return fmt.Errorf("certificate %d (%s): its issuer may not issue certificates", i, c.Subject.CommonName)
+		}
+		// i counts the intermediates below issuer: all certificates but the leaf.
+		if (issuer.MaxPathLen > 0 || issuer.MaxPathLenZero) && i > issuer.MaxPathLen {
+			return fmt.Errorf("certificate %d (%s): path length over its issuer's %d", i, c.Subject.CommonName, issuer.MaxPathLen)
+		}
+		if err := c.CheckSignatureFrom(issuer); err != nil {
+			return fmt.Errorf("certificate %d (%s): %w", i, c.Subject.CommonName, err)
+		}
+	}
+	s.paths.add(key)
+	return nil
+}
+
+// CheckTimes checks that every certificate of chain is valid at now.
+func CheckTimes(chain []*x509.Certificate, now time.Time) error {
+	for _, c := range chain {
+		if now.Before(c.NotBefore) {
+			return fmt.Errorf("%s is valid from %s", c.Subject.CommonName, c.NotBefore.UTC().Format(time.RFC3339))
+		}
+		if now.After(c.NotAfter) {
+			return fmt.Errorf("%s expired at %s", c.Subject.CommonName, c.NotAfter.UTC().Format(time.RFC3339))
+		}
+	}
+	return nil
+}
+
+func pathKey(chain []*x509.Certificate) [sha256.Size]byte {
+	h := sha256.New()
+	for _, c := range chain {
+		var n [8]byte
+		binary.BigEndian.PutUint64(n[:], uint64(len(c.Raw)))
+		h.Write(n[:])
+		h.Write(c.Raw)
+	}
+	return [sha256.Size]byte(h.Sum(nil))
+}
+
+func (p *paths) has(key [sha256.Size]byte) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, ok := p.good[key]
+	return ok
+}
+
+func (p *paths) add(key [sha256.Size]byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.good == nil || len(p.good) >= maxRemembered {
+		p.good = map[[sha256.Size]byte]struct{}{}
+	}
+	p.good[key] = struct{}{}
+}

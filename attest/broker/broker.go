@@ -1,0 +1,496 @@
+// Package broker holds the rules by which data keys are released to attested
+// jobs under grants.
+//
+// Trusted: the pinned keys of verifiers, the KeyStore, the Store and the clock.
+// Checked: the result's signature, issuer, audience, lifetime and verdict; the
+// session key's signature over the request; that the grant is of that plan and
+// asset, active, unrevoked and unspent; that a nonce, a result and an asset come
+// together once. Not checked: evidence; the verifier appraised it.
+package broker
+
+import (
+	"context"
+	"crypto/hpke"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/translog"
+)
+
+const (
+	// MaxGrantAssets bounds the assets of one grant.
+	MaxGrantAssets = 64
+	// MaxGrantReleases bounds the attempts that one grant allows.
+	MaxGrantReleases = 1000
+	// MaxGrantDuration bounds how long a grant may last.
+	MaxGrantDuration = 366 * 24 * time.Hour
+	// MaxReason bounds the reason of a revocation, in bytes.
+	MaxReason = 512
+	// MaxEntries bounds how many log entries one call returns.
+	MaxEntries = 10_000
+)
+
+// Suite is the HPKE suite of every wrapped data key: ML-KEM-768+X25519,
+// HKDF-SHA256, AES-256-GCM.
+func Suite() (hpke.KEM, hpke.KDF, hpke.AEAD) {
+	return hpke.MLKEM768X25519(), hpke.HKDFSHA256(), hpke.AES256GCM()
+}
+
+// Config is what a Broker is made of. Every field but Simulation is required.
+type Config struct {
+	// ID is the broker's name: audience of results, issuer of receipts.
+	ID     string
+	Signer *receipt.Signer
+	// OwnerKey opens the data keys that owners hand over.
+	OwnerKey hpke.PrivateKey
+	Keys     KeyStore
+	Store    Store
+	// Verifiers are the pinned keys of those whose results count.
+	Verifiers []receipt.Keys
+	// Simulation lets grants accept results rooted in simulation anchors.
+	Simulation bool
+	Now        func() time.Time
+}
+
+// Broker applies the rules. It is safe for concurrent use.
+type Broker struct {
+	id         string
+	signer     *receipt.Signer
+	ownerKey   hpke.PrivateKey
+	keys       KeyStore
+	store      Store
+	verifiers  map[string]receipt.Keys
+	simulation bool
+	now        func() time.Time
+}
+
+// New returns a broker. An incomplete configuration is an error.
+func New(c Config) (*Broker, error) {
+	switch {
+	case c.ID == "" || c.Signer == nil || c.Signer.Issuer() != c.ID:
+		return nil, errors.New("broker needs an id and a signer under that id")
+	case c.OwnerKey == nil || c.OwnerKey.KEM().ID() != hpke.MLKEM768X25519().ID():
+		return nil, errors.New("broker needs an ML-KEM-768+X25519 key for owners to wrap to")
+	case c.Keys == nil || c.Store == nil || c.Now == nil:
+		return nil, errors.New("broker needs a key store, a store and a clock")
+	case len(c.Verifiers) == 0:
+		return nil, errors.New("broker needs the keys of at least one verifier")
+	}
+	vs := map[string]receipt.Keys{}
+	for _, k := range c.Verifiers {
+		if _, twice := vs[k.Issuer()]; k.Issuer() == "" || twice {
+			return nil, fmt.Errorf("verifier %q has no name or is named twice", k.Issuer())
+		}
+		vs[k.Issuer()] = k
+	}
+	return &Broker{id: c.ID, signer: c.Signer, ownerKey: c.OwnerKey, keys: c.Keys, store: c.Store, verifiers: vs, simulation: c.Simulation, now: c.Now}, nil
+}
+
+// Info is what clients need to know of a broker.
+type Info struct {
+	ID           string
+	OwnerWrapKey []byte
+	JWKS         []byte
+	Simulation   bool
+}
+
+// Info returns the broker's name and public keys.
+func (b *Broker) Info() (Info, error) {
+	jwks, err := b.signer.JWKS()
+	if err != nil {
+		return Info{}, fmt.Errorf("%w: encode keys: %w", ErrUnavailable, err)
+	}
+	return Info{ID: b.id, OwnerWrapKey: b.ownerKey.PublicKey().Bytes(), JWKS: jwks, Simulation: b.simulation}, nil
+}
+
+// Actor is who asks: an authenticated role and name.
+type Actor struct {
+	Role string
+	Name string
+}
+
+func (a Actor) String() string { return a.Role + "/" + a.Name }
+
+var (
+	assetForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
+	jobForm   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+)
+
+// NewAsset is an owner's request to register a sealed object.
+type NewAsset struct {
+	Name   string
+	Kind   Kind
+	Digest plan.Digest
+	// Enc and Ciphertext are the data key, sealed to the broker's owner key with
+	// info receipt.OwnerWrapInfo and the name as associated data. Both are empty
+	// for checkpoints, whose key the broker makes.
+	Enc        []byte
+	Ciphertext []byte
+}
+
+// CreateAsset registers a sealed object of owner.
+func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asset, error) {
+	if !assetForm.MatchString(n.Name) {
+		return Asset{}, fmt.Errorf("%w: asset name %.80q: want lower-case letters, digits, '-' and '.', at most 63", ErrInvalid, n.Name)
+	}
+	var key *DataKey
+	switch n.Kind {
+	case KindCheckpoints:
+		if n.Digest != "" || len(n.Enc) != 0 || len(n.Ciphertext) != 0 {
+			return Asset{}, fmt.Errorf("%w: checkpoints have no digest yet, and the broker makes their key", ErrInvalid)
+		}
+		key = GenerateDataKey()
+	case KindDataset, KindWeights:
+		if _, err := plan.ParseDigest(string(n.Digest)); err != nil {
+			return Asset{}, fmt.Errorf("%w: asset %s: %w", ErrInvalid, n.Name, err)
+		}
+		var err error
+		if key, err = b.openOwnerKey(n); err != nil {
+			return Asset{}, err
+		}
+	default:
+		return Asset{}, fmt.Errorf("%w: asset kind %.40q: want dataset, weights or checkpoints", ErrInvalid, n.Kind)
+	}
+	defer key.Destroy()
+
+	a := Asset{Name: n.Name, Kind: n.Kind, Digest: n.Digest, Owner: owner.Name, Created: b.now().UTC().Truncate(time.Second)}
+	ad, err := a.associated()
+	if err != nil {
+		return Asset{}, err
+	}
+	if a.Wrapped, err = b.keys.Wrap(ctx, key, ad); err != nil {
+		return Asset{}, fmt.Errorf("%w: wrap key of asset %s: %w", ErrUnavailable, a.Name, err)
+	}
+	err = b.update(ctx, func(ctx context.Context, tx Tx) error {
+		if err := tx.InsertAsset(ctx, a); err != nil {
+			return fmt.Errorf("asset %s: %w", a.Name, err)
+		}
+		_, err := b.log(ctx, tx, translog.Body{Kind: translog.KindAsset, Actor: owner.String(), Asset: &translog.Asset{Name: a.Name, Kind: string(a.Kind), Digest: a.Digest}})
+		return err
+	})
+	if err != nil {
+		return Asset{}, err
+	}
+	return a, nil
+}
+
+func (b *Broker) openOwnerKey(n NewAsset) (*DataKey, error) {
+	_, kdf, aead := Suite()
+	r, err := hpke.NewRecipient(n.Enc, b.ownerKey, kdf, aead, []byte(receipt.OwnerWrapInfo))
+	if err != nil {
+		return nil, fmt.Errorf("%w: asset %s: the encapsulated key is not one for this broker", ErrInvalid, n.Name)
+	}
+	pt, err := r.Open([]byte(n.Name), n.Ciphertext)
+	if err != nil {
+		return nil, fmt.Errorf("%w: asset %s: the wrapped key does not open: wrap it to this broker's key, for this name", ErrInvalid, n.Name)
+	}
+	k, err := NewDataKey(pt)
+	if err != nil {
+		clear(pt)
+		return nil, fmt.Errorf("%w: asset %s: %w", ErrInvalid, n.Name, err)
+	}
+	return k, nil
+}
+
+// associated ties a wrapped key to what it is the key of, so that someone who
+// can write to the store cannot move it to another asset or owner.
+func (a Asset) associated() ([]byte, error) {
+	return plan.Canonical(map[string]string{"label": "coffer/v1 asset", "name": a.Name, "kind": string(a.Kind), "digest": string(a.Digest), "owner": a.Owner})
+}
+
+// Asset returns one asset.
+func (b *Broker) Asset(ctx context.Context, name string) (Asset, error) {
+	var a Asset
+	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
+		if a, err = r.Asset(ctx, name); err != nil {
+			return fmt.Errorf("asset %.80q: %w", name, err)
+		}
+		return nil
+	})
+	return a, err
+}
+
+// Assets returns every asset.
+func (b *Broker) Assets(ctx context.Context) ([]Asset, error) {
+	var l []Asset
+	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
+		l, err = r.Assets(ctx)
+		return err
+	})
+	return l, err
+}
+
+// NewGrant is an owner's request to let one plan use assets.
+type NewGrant struct {
+	Assets []string
+	Plan   plan.Digest
+	// NotBefore may be zero, which is now.
+	NotBefore      time.Time
+	NotAfter       time.Time
+	MaxReleases    int
+	AllowSimulated bool
+}
+
+// CreateGrant makes a grant over assets that owner owns.
+func (b *Broker) CreateGrant(ctx context.Context, owner Actor, n NewGrant) (Grant, error) {
+	now := b.now().UTC().Truncate(time.Second)
+	if n.NotBefore.IsZero() {
+		n.NotBefore = now
+	}
+	assets := slices.Sorted(maps.Keys(set(n.Assets)))
+	switch {
+	case len(n.Assets) == 0 || len(n.Assets) > MaxGrantAssets:
+		return Grant{}, fmt.Errorf("%w: a grant names 1 to %d assets", ErrInvalid, MaxGrantAssets)
+	case len(assets) != len(n.Assets):
+		return Grant{}, fmt.Errorf("%w: a grant names each asset once", ErrInvalid)
+	case n.MaxReleases < 1 || n.MaxReleases > MaxGrantReleases:
+		return Grant{}, fmt.Errorf("%w: a grant allows 1 to %d releases", ErrInvalid, MaxGrantReleases)
+	case !n.NotAfter.After(now) || !n.NotAfter.After(n.NotBefore):
+		return Grant{}, fmt.Errorf("%w: a grant ends after now and after it begins", ErrInvalid)
+	case n.NotAfter.Sub(n.NotBefore) > MaxGrantDuration || n.NotAfter.Sub(now) > MaxGrantDuration:
+		return Grant{}, fmt.Errorf("%w: a grant lasts at most %d days", ErrInvalid, MaxGrantDuration/(24*time.Hour))
+	case n.AllowSimulated && !b.simulation:
+		return Grant{}, fmt.Errorf("%w: this broker accepts no simulated evidence", ErrInvalid)
+	}
+	if _, err := plan.ParseDigest(string(n.Plan)); err != nil {
+		return Grant{}, fmt.Errorf("%w: plan: %w", ErrInvalid, err)
+	}
+	g := Grant{
+		ID: newID("grant"), Assets: assets, Plan: n.Plan, NotBefore: n.NotBefore.UTC().Truncate(time.Second), NotAfter: n.NotAfter.UTC().Truncate(time.Second),
+		MaxReleases: n.MaxReleases, Owner: owner.Name, AllowSimulated: n.AllowSimulated,
+	}
+	err := b.update(ctx, func(ctx context.Context, tx Tx) error {
+		var l check.List
+		for _, name := range assets {
+			a, err := tx.Asset(ctx, name)
+			if err != nil {
+				return fmt.Errorf("asset %.80q: %w", name, err)
+			}
+			if a.Owner != owner.Name {
+				l.Fail("grant.owner", "assets of "+owner.Name, name+" of "+a.Owner, "ask the owner of "+name+" for a grant")
+			}
+		}
+		if len(l) > 0 {
+			return check.Refuse("grant", l)
+		}
+		if err := tx.InsertGrant(ctx, g); err != nil {
+			return fmt.Errorf("grant %s: %w", g.ID, err)
+		}
+		_, err := b.log(ctx, tx, translog.Body{Kind: translog.KindGrant, Actor: owner.String(), Grant: &translog.Grant{
+			ID: g.ID, Assets: g.Assets, Plan: g.Plan, NotBefore: g.NotBefore.Unix(), NotAfter: g.NotAfter.Unix(), MaxReleases: g.MaxReleases, AllowSimulated: g.AllowSimulated,
+		}})
+		return err
+	})
+	if err != nil {
+		return Grant{}, err
+	}
+	return g, nil
+}
+
+// Grants returns the grants of a plan, or all if p is empty.
+func (b *Broker) Grants(ctx context.Context, p plan.Digest) ([]Grant, error) {
+	var l []Grant
+	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
+		l, err = r.Grants(ctx, p)
+		return err
+	})
+	return l, err
+}
+
+// Revoke takes a grant back: no release happens under it after Revoke returns.
+// Revoking twice changes nothing.
+func (b *Broker) Revoke(ctx context.Context, owner Actor, id, reason string) (Grant, error) {
+	if reason == "" || len(reason) > MaxReason {
+		return Grant{}, fmt.Errorf("%w: a revocation has a reason of at most %d bytes", ErrInvalid, MaxReason)
+	}
+	var g Grant
+	err := b.update(ctx, func(ctx context.Context, tx Tx) (err error) {
+		if g, err = tx.Grant(ctx, id); err != nil {
+			return fmt.Errorf("grant %.80q: %w", id, err)
+		}
+		if g.Owner != owner.Name {
+			var l check.List
+			l.Fail("grant.owner", "a grant of "+owner.Name, "a grant of "+g.Owner, "ask "+g.Owner+" to revoke it")
+			return check.Refuse("revoke", l)
+		}
+		if !g.Revoked.IsZero() {
+			return nil
+		}
+		g.Revoked, g.Reason = b.now().UTC().Truncate(time.Second), reason
+		if err := tx.SetGrant(ctx, g); err != nil {
+			return err
+		}
+		_, err = b.log(ctx, tx, translog.Body{Kind: translog.KindRevoke, Actor: owner.String(), Revoke: &translog.Revoke{Grant: g.ID, Reason: reason}})
+		return err
+	})
+	return g, err
+}
+
+// Now is the broker's clock, by which it judges grants.
+func (b *Broker) Now() time.Time { return b.now() }
+
+// LogBundle records the digest of a job's bundle statement and returns a
+// signed translog.Receipt. The same digest of the same job is recorded once.
+func (b *Broker) LogBundle(ctx context.Context, agent Actor, job string, digest plan.Digest) (string, error) {
+	if !jobForm.MatchString(job) {
+		return "", fmt.Errorf("%w: job id %.80q", ErrInvalid, job)
+	}
+	if _, err := plan.ParseDigest(string(digest)); err != nil {
+		return "", fmt.Errorf("%w: bundle: %w", ErrInvalid, err)
+	}
+	var entry translog.Entry
+	err := b.update(ctx, func(ctx context.Context, tx Tx) error {
+		entries, err := tx.Entries(ctx, job, 0, MaxEntries)
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			body, err := e.Open()
+			if err != nil {
+				return err
+			}
+			if body.Kind == translog.KindBundle && body.Bundle.Digest == digest {
+				entry = e
+				return nil
+			}
+		}
+		if len(entries) == MaxEntries {
+			return fmt.Errorf("%w: job %s has too many log entries", ErrInvalid, job)
+		}
+		entry, err = b.log(ctx, tx, translog.Body{Kind: translog.KindBundle, Actor: agent.String(), Job: job, Bundle: &translog.Bundle{Digest: digest}})
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	token, err := b.signer.Sign(translog.TypeReceipt, translog.Receipt{
+		Issuer: b.id, IssuedAt: b.now().Unix(), Job: job, Digest: digest, Index: entry.Index, Hash: entry.Hash,
+		Head: translog.Head{Size: entry.Index + 1, Hash: entry.Hash},
+	})
+	if err != nil {
+		return "", fmt.Errorf("%w: sign log receipt: %w", ErrUnavailable, err)
+	}
+	return token, nil
+}
+
+// Entries returns the log entries of one job in order.
+func (b *Broker) Entries(ctx context.Context, job string) ([]translog.Entry, error) {
+	if !jobForm.MatchString(job) {
+		return nil, fmt.Errorf("%w: job id %.80q", ErrInvalid, job)
+	}
+	var l []translog.Entry
+	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
+		l, err = r.Entries(ctx, job, 0, MaxEntries)
+		return err
+	})
+	return l, err
+}
+
+// CheckLog verifies the whole log as the store holds it.
+func (b *Broker) CheckLog(ctx context.Context) (translog.Head, error) {
+	c := translog.NewChecker(b.id)
+	err := b.view(ctx, func(ctx context.Context, r Reader) error {
+		for {
+			l, err := r.Entries(ctx, "", c.Head().Size, MaxEntries)
+			if err != nil {
+				return err
+			}
+			for _, e := range l {
+				if err := c.Add(e); err != nil {
+					return err
+				}
+			}
+			if len(l) < MaxEntries {
+				return nil
+			}
+		}
+	})
+	return c.Head(), err
+}
+
+// log appends an entry to the log in tx, numbering it within its job.
+func (b *Broker) log(ctx context.Context, tx Tx, body translog.Body) (translog.Entry, error) {
+	head, err := tx.Head(ctx)
+	if err != nil {
+		return translog.Entry{}, err
+	}
+	if head.Size == 0 {
+		head = translog.Genesis(b.id)
+	}
+	if body.Job != "" {
+		n, err := tx.JobEntries(ctx, body.Job)
+		if err != nil {
+			return translog.Entry{}, err
+		}
+		body.JobSequence = n + 1
+	}
+	body.TimeMillis = b.now().UnixMilli()
+	e, _, err := translog.Append(head, body)
+	if err != nil {
+		return translog.Entry{}, err
+	}
+	return e, tx.InsertEntry(ctx, e, body.Job)
+}
+
+func (b *Broker) update(ctx context.Context, f func(context.Context, Tx) error) error {
+	return settle(b.store.Update(ctx, f))
+}
+
+func (b *Broker) view(ctx context.Context, f func(context.Context, Reader) error) error {
+	return settle(b.store.View(ctx, f))
+}
+
+// settle takes every error that is not an answer for a store that did not do
+// its part: full, closed, slow, or cancelled half-way.
+func settle(err error) error {
+	var refusal *check.Refusal
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &refusal), errors.Is(err, ErrNotFound), errors.Is(err, ErrExists), errors.Is(err, ErrInvalid), errors.Is(err, ErrUnavailable):
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrUnavailable, err)
+}
+
+func set(l []string) map[string]struct{} {
+	m := make(map[string]struct{}, len(l))
+	for _, s := range l {
+		m[s] = struct{}{}
+	}
+	return m
+}
+
+// newID returns a name nobody can guess or repeat.
+func newID(kind string) string { return kind + "-" + strings.ToLower(rand.Text()) }
+
+// issuerOf reads who a token says it is from, only to choose whose keys must
+// verify it.
+func issuerOf(token string) string {
+	parts := strings.Split(token, ".")
+	if len(token) > receipt.MaxToken || len(parts) != 3 {
+		return ""
+	}
+	body, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil {
+		return ""
+	}
+	var c struct {
+		Issuer string `json:"iss"`
+	}
+	if json.Unmarshal(body, &c) != nil {
+		return ""
+	}
+	return c.Issuer
+}

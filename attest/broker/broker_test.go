@@ -1,0 +1,279 @@
+package broker_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/broker"
+	"github.com/coffer-run/coffer/attest/broker/brokertest"
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/translog"
+)
+
+func TestNewRefusesIncomplete(t *testing.T) {
+	w := newWorld(t, false)
+	for name, change := range map[string]func(*broker.Config){
+		"no id":         func(c *broker.Config) { c.ID = "" },
+		"id of another": func(c *broker.Config) { c.ID = "other" },
+		"no signer":     func(c *broker.Config) { c.Signer = nil },
+		"no owner key":  func(c *broker.Config) { c.OwnerKey = nil },
+		"no key store":  func(c *broker.Config) { c.Keys = nil },
+		"no store":      func(c *broker.Config) { c.Store = nil },
+		"no clock":      func(c *broker.Config) { c.Now = nil },
+		"no verifier":   func(c *broker.Config) { c.Verifiers = nil },
+		"zero verifier": func(c *broker.Config) {
+			c.Verifiers = append(c.Verifiers[:0:0], c.Verifiers[0])
+			c.Verifiers[0] = receipt.Keys{}
+		},
+		"verifier named twice":  func(c *broker.Config) { c.Verifiers = append(c.Verifiers, c.Verifiers[0]) },
+		"everything is missing": func(c *broker.Config) { *c = broker.Config{} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := w.cfg
+			change(&c)
+			if _, err := broker.New(c); err == nil {
+				t.Error("made")
+			}
+		})
+	}
+}
+
+func TestCreateAssetRefuses(t *testing.T) {
+	w := newWorld(t, false)
+	key := make([]byte, broker.DataKeySize)
+	good := func() broker.NewAsset {
+		n := broker.NewAsset{Name: "new", Kind: broker.KindDataset, Digest: plan.Sum([]byte("x"))}
+		n.Enc, n.Ciphertext = w.wrap(t, "new", key)
+		return n
+	}
+	for name, tc := range map[string]struct {
+		change func(*broker.NewAsset)
+		want   error
+	}{
+		"name taken":                   {func(n *broker.NewAsset) { n.Name = "data"; n.Enc, n.Ciphertext = w.wrap(t, "data", key) }, broker.ErrExists},
+		"no name":                      {func(n *broker.NewAsset) { n.Name = "" }, broker.ErrInvalid},
+		"name with a path":             {func(n *broker.NewAsset) { n.Name = "../x" }, broker.ErrInvalid},
+		"name too long":                {func(n *broker.NewAsset) { n.Name = strings.Repeat("a", 64) }, broker.ErrInvalid},
+		"no kind":                      {func(n *broker.NewAsset) { n.Kind = "" }, broker.ErrInvalid},
+		"no digest":                    {func(n *broker.NewAsset) { n.Digest = "" }, broker.ErrInvalid},
+		"digest of another kind":       {func(n *broker.NewAsset) { n.Digest = "sha256:00" }, broker.ErrInvalid},
+		"key wrapped for another name": {func(n *broker.NewAsset) { n.Enc, n.Ciphertext = w.wrap(t, "other", key) }, broker.ErrInvalid},
+		"key of another size":          {func(n *broker.NewAsset) { n.Enc, n.Ciphertext = w.wrap(t, "new", key[:16]) }, broker.ErrInvalid},
+		"key changed":                  {func(n *broker.NewAsset) { n.Ciphertext[0] ^= 1 }, broker.ErrInvalid},
+		"no key":                       {func(n *broker.NewAsset) { n.Enc, n.Ciphertext = nil, nil }, broker.ErrInvalid},
+		"checkpoints with a key":       {func(n *broker.NewAsset) { n.Kind, n.Digest = broker.KindCheckpoints, "" }, broker.ErrInvalid},
+		"checkpoints with a digest":    {func(n *broker.NewAsset) { n.Kind, n.Enc, n.Ciphertext = broker.KindCheckpoints, nil, nil }, broker.ErrInvalid},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := good()
+			tc.change(&n)
+			if _, err := w.CreateAsset(t.Context(), bob, n); !errors.Is(err, tc.want) {
+				t.Errorf("got %v, want %v", err, tc.want)
+			}
+		})
+	}
+	if l := must[[]broker.Asset](t)(w.Assets(t.Context())); len(l) != 2 {
+		t.Errorf("%d assets", len(l))
+	}
+	if a := must[broker.Asset](t)(w.Asset(t.Context(), "data")); a.Owner != "alice" {
+		t.Errorf("owner %s", a.Owner)
+	}
+	if _, err := w.CreateAsset(t.Context(), bob, good()); err != nil {
+		t.Error(err)
+	}
+	if _, err := w.Asset(t.Context(), "none"); !errors.Is(err, broker.ErrNotFound) {
+		t.Error(err)
+	}
+}
+
+func TestCreateGrantRefuses(t *testing.T) {
+	w := newWorld(t, false)
+	w.asset(t, bob, "bobs", broker.KindDataset)
+	for name, tc := range map[string]struct {
+		change func(*broker.NewGrant)
+		want   string // check id, or "" for ErrInvalid
+	}{
+		"asset of another owner":               {func(n *broker.NewGrant) { n.Assets = []string{"bobs"} }, "grant.owner"},
+		"one asset of another":                 {func(n *broker.NewGrant) { n.Assets = append(n.Assets, "bobs") }, "grant.owner"},
+		"no assets":                            {func(n *broker.NewGrant) { n.Assets = nil }, ""},
+		"asset twice":                          {func(n *broker.NewGrant) { n.Assets = []string{"data", "data"} }, ""},
+		"too many assets":                      {func(n *broker.NewGrant) { n.Assets = make([]string, broker.MaxGrantAssets+1) }, ""},
+		"no plan":                              {func(n *broker.NewGrant) { n.Plan = "" }, ""},
+		"no end":                               {func(n *broker.NewGrant) { n.NotAfter = time.Time{} }, ""},
+		"end in the past":                      {func(n *broker.NewGrant) { n.NotAfter = w.clock() }, ""},
+		"end before its beginning":             {func(n *broker.NewGrant) { n.NotBefore = n.NotAfter }, ""},
+		"too long":                             {func(n *broker.NewGrant) { n.NotAfter = w.clock().Add(broker.MaxGrantDuration + time.Hour) }, ""},
+		"too long from far back":               {func(n *broker.NewGrant) { n.NotBefore = w.clock().Add(-broker.MaxGrantDuration) }, ""},
+		"no releases":                          {func(n *broker.NewGrant) { n.MaxReleases = 0 }, ""},
+		"negative releases":                    {func(n *broker.NewGrant) { n.MaxReleases = -1 }, ""},
+		"too many releases":                    {func(n *broker.NewGrant) { n.MaxReleases = broker.MaxGrantReleases + 1 }, ""},
+		"simulation where the broker has none": {func(n *broker.NewGrant) { n.AllowSimulated = true }, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := broker.NewGrant{Assets: []string{"data"}, Plan: w.plan, NotAfter: w.clock().Add(time.Hour), MaxReleases: 1}
+			tc.change(&n)
+			_, err := w.CreateGrant(t.Context(), alice, n)
+			var r *check.Refusal
+			switch {
+			case tc.want == "" && !errors.Is(err, broker.ErrInvalid):
+				t.Errorf("got %v, want invalid", err)
+			case tc.want != "" && (!errors.As(err, &r) || len(r.Checks) != 1 || r.Checks[0].ID != tc.want):
+				t.Errorf("got %v, want %s", err, tc.want)
+			}
+		})
+	}
+	if _, err := w.CreateGrant(t.Context(), alice, broker.NewGrant{Assets: []string{"none"}, Plan: w.plan, NotAfter: w.clock().Add(time.Hour), MaxReleases: 1}); !errors.Is(err, broker.ErrNotFound) {
+		t.Error(err)
+	}
+	if l := must[[]broker.Grant](t)(w.Grants(t.Context(), "")); len(l) != 0 {
+		t.Errorf("%d grants", len(l))
+	}
+}
+
+func TestRevoke(t *testing.T) {
+	w := newWorld(t, false)
+	g := w.grant(t, nil)
+	var r *check.Refusal
+	if _, err := w.Revoke(t.Context(), bob, g.ID, "spite"); !errors.As(err, &r) || r.Checks[0].ID != "grant.owner" {
+		t.Errorf("bob revoked alice's grant: %v", err)
+	}
+	if _, err := w.Revoke(t.Context(), alice, g.ID, ""); !errors.Is(err, broker.ErrInvalid) {
+		t.Error(err)
+	}
+	if _, err := w.Revoke(t.Context(), alice, "grant-none", "x"); !errors.Is(err, broker.ErrNotFound) {
+		t.Error(err)
+	}
+	first := must[broker.Grant](t)(w.Revoke(t.Context(), alice, g.ID, "leak"))
+	w.advance(time.Minute)
+	second := must[broker.Grant](t)(w.Revoke(t.Context(), alice, g.ID, "again"))
+	if first.State(w.clock()) != broker.StateRevoked || !second.Revoked.Equal(first.Revoked) || second.Reason != "leak" {
+		t.Errorf("%+v, then %+v", first, second)
+	}
+}
+
+func TestGrantState(t *testing.T) {
+	now := time.Unix(1000, 0)
+	good := broker.Grant{NotBefore: now, NotAfter: now.Add(time.Minute), MaxReleases: 2, Used: 1}
+	for name, tc := range map[string]struct {
+		change func(*broker.Grant)
+		want   string
+	}{
+		"active":     {func(*broker.Grant) {}, broker.StateActive},
+		"not yet":    {func(g *broker.Grant) { g.NotBefore = now.Add(time.Second) }, broker.StateApproved},
+		"over":       {func(g *broker.Grant) { g.NotAfter = now }, broker.StateExpired},
+		"spent":      {func(g *broker.Grant) { g.Used = 2 }, broker.StateExhausted},
+		"taken back": {func(g *broker.Grant) { g.Revoked = now; g.Used = 2; g.NotAfter = now }, broker.StateRevoked},
+		"zero":       {func(g *broker.Grant) { *g = broker.Grant{} }, broker.StateExpired},
+	} {
+		g := good
+		tc.change(&g)
+		if got := g.State(now); got != tc.want {
+			t.Errorf("%s: %s", name, got)
+		}
+	}
+}
+
+func TestLogOfAJob(t *testing.T) {
+	w := newWorld(t, false)
+	g := w.grant(t, func(n *broker.NewGrant) { n.MaxReleases = 2 })
+	j := newJob(t, w, nil)
+	other := newJob(t, w, func(r *receipt.Result) { r.JobID = "job-2" })
+	a := must[broker.Answer](t)(j.release(t, w.Broker, g, "weights"))
+	must[broker.Answer](t)(other.release(t, w.Broker, g, "weights"))
+	must[broker.Answer](t)(j.release(t, w.Broker, g, "data"))
+	digest := plan.Sum([]byte("bundle"))
+	token := must[string](t)(w.LogBundle(t.Context(), node, "job-1", digest))
+	again := must[string](t)(w.LogBundle(t.Context(), node, "job-1", digest))
+
+	entries := must[[]translog.Entry](t)(w.Entries(t.Context(), "job-1"))
+	bodies, err := translog.VerifyJob(brokerID, "job-1", entries)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var kinds []translog.Kind
+	for _, b := range bodies {
+		kinds = append(kinds, b.Kind)
+	}
+	if !slices.Equal(kinds, []translog.Kind{translog.KindRelease, translog.KindRelease, translog.KindBundle}) {
+		t.Errorf("kinds %v", kinds)
+	}
+	if r := bodies[0].Release; r.Grant != g.ID || r.Asset != "weights" || r.Verifier != verifierID || r.ResultID != j.result.ID || r.Used != 1 ||
+		r.Recipient != plan.Sum(j.result.Confirmation.Recipient) || r.Wrapped != plan.Sum(slices.Concat(a.Enc, a.Ciphertext)) {
+		t.Errorf("release entry %+v", r)
+	}
+	for _, tok := range []string{token, again} {
+		r, err := translog.OpenReceipt(w.brokerKeys, tok)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Includes(entries[2]); err != nil {
+			t.Error(err)
+		}
+	}
+	head := must[translog.Head](t)(w.CheckLog(t.Context()))
+	if head.Size != 2+1+3+1 {
+		t.Errorf("log of %d entries", head.Size)
+	}
+	if _, err := w.LogBundle(t.Context(), node, "a/b", digest); !errors.Is(err, broker.ErrInvalid) {
+		t.Error(err)
+	}
+	if _, err := w.LogBundle(t.Context(), node, "job-1", "sha384:x"); !errors.Is(err, broker.ErrInvalid) {
+		t.Error(err)
+	}
+}
+
+func TestDataKeyStaysOutOfTexts(t *testing.T) {
+	secret := []byte("0123456789abcdef0123456789abcdef")
+	k := must[*broker.DataKey](t)(broker.NewDataKey(slices.Clone(secret)))
+	var log strings.Builder
+	slog.New(slog.NewTextHandler(&log, nil)).Info("x", "key", k, "in", struct{ K *broker.DataKey }{k})
+	for _, s := range []string{fmt.Sprint(k), fmt.Sprintf("%v %+v %#v %s %x %q %d", k, k, k, k, k, k, k), fmt.Sprintf("%v", []*broker.DataKey{k}), log.String()} {
+		if strings.Contains(s, "0123") || strings.Contains(s, "30313233") || strings.Contains(s, "48 49 50") {
+			t.Errorf("leaked: %s", s)
+		}
+	}
+	if b, err := json.Marshal(struct{ K *broker.DataKey }{k}); err == nil {
+		t.Errorf("encoded: %s", b)
+	}
+	inner := k.Reveal()
+	k.Destroy()
+	k.Destroy()
+	if !slices.Equal(inner, make([]byte, len(inner))) || k.Reveal() != nil {
+		t.Error("not destroyed")
+	}
+	if _, err := broker.NewDataKey(secret[:31]); err == nil {
+		t.Error("short key")
+	}
+}
+
+func TestLocalKeys(t *testing.T) {
+	kek := func(b byte) []byte { return slices.Repeat([]byte{b}, broker.KEKSize) }
+	brokertest.TestKeyStore(t, func(t *testing.T) (broker.KeyStore, broker.KeyStore) {
+		return must[*broker.LocalKeys](t)(broker.NewLocalKeys(kek(1))), must[*broker.LocalKeys](t)(broker.NewLocalKeys(kek(2)))
+	})
+	if _, err := broker.NewLocalKeys(kek(1)[:16]); err == nil {
+		t.Error("short key-encryption key")
+	}
+}
+
+func TestCancelledRelease(t *testing.T) {
+	w := newWorld(t, false)
+	g := w.grant(t, nil)
+	j := newJob(t, w, nil)
+	req, sig := sign(t, j.session, j.request(g, "weights"))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if a, err := w.Release(ctx, node, j.token, req, sig); !errors.Is(err, broker.ErrUnavailable) || a.Ciphertext != nil {
+		t.Error(err)
+	}
+	must[broker.Answer](t)(j.release(t, w.Broker, g, "weights"))
+}

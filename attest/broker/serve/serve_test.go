@@ -1,0 +1,318 @@
+package serve_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/hpke"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
+	"github.com/coffer-run/coffer/attest/api/broker/v1/brokerv1connect"
+	"github.com/coffer-run/coffer/attest/api/refusal"
+	"github.com/coffer-run/coffer/attest/broker"
+	"github.com/coffer-run/coffer/attest/broker/serve"
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/translog"
+)
+
+// as is the identity that the test server believes.
+const as = "X-Test-As"
+
+// impersonate sets who a client is.
+type impersonate string
+
+func (i impersonate) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set(as, string(i))
+	return http.DefaultTransport.RoundTrip(r)
+}
+
+type stack struct {
+	url      string
+	verifier *receipt.Signer
+	keys     receipt.Keys
+	store    *serve.Store
+	log      *bytes.Buffer
+}
+
+func (s *stack) client(who string) brokerv1connect.BrokerServiceClient {
+	return brokerv1connect.NewBrokerServiceClient(&http.Client{Transport: impersonate(who)}, s.url)
+}
+
+func signer(t *testing.T, issuer string) (*receipt.Signer, receipt.Keys) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := receipt.NewSigner(issuer, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	jwks, err := s.JWKS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := receipt.ParseKeys(issuer, jwks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, k
+}
+
+func newStack(t *testing.T) *stack {
+	t.Helper()
+	s := &stack{store: open(t, filepath.Join(t.TempDir(), "broker.db")), log: &bytes.Buffer{}}
+	self, keys := signer(t, "broker.test")
+	verifier, verifierKeys := signer(t, "verifier.test")
+	s.verifier, s.keys = verifier, keys
+	owner, err := hpke.MLKEM768X25519().GenerateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kms, err := broker.NewLocalKeys(make([]byte, broker.KEKSize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := broker.New(broker.Config{ID: "broker.test", Signer: self, OwnerKey: owner, Keys: kms, Store: s.store, Verifiers: []receipt.Keys{verifierKeys}, Simulation: true, Now: time.Now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := serve.Handler(serve.Options{Broker: b, Log: slog.New(slog.NewJSONHandler(s.log, nil)), Identify: func(r *http.Request) (string, string, error) {
+		role, name, ok := strings.Cut(r.Header.Get(as), "/")
+		if !ok {
+			return "", "", errors.New("nobody")
+		}
+		return role, name, nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(h)
+	t.Cleanup(srv.Close)
+	s.url = srv.URL
+	return s
+}
+
+func call[Req, Resp any](t *testing.T, f func(context.Context, *connect.Request[Req]) (*connect.Response[Resp], error), m *Req) *Resp {
+	t.Helper()
+	r, err := f(t.Context(), connect.NewRequest(m))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r.Msg
+}
+
+// TestWholeWay goes from a data key in an owner's hands to the same key in a
+// job's, over the wire.
+func TestWholeWay(t *testing.T) {
+	s := newStack(t)
+	owner, agent, auditor := s.client("owner/alice"), s.client("agent/node-1"), s.client("auditor/eve")
+
+	info := call(t, owner.Info, &brokerv1.InfoRequest{})
+	if info.GetBrokerId() != "broker.test" || !info.GetSimulation() {
+		t.Errorf("info %v", info)
+	}
+	kem, kdf, aead := broker.Suite()
+	pub, err := kem.NewPublicKey(info.GetOwnerWrapKey())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dataKey := make([]byte, broker.DataKeySize)
+	_, _ = rand.Read(dataKey)
+	enc, sender, err := hpke.NewSender(pub, kdf, aead, []byte(receipt.OwnerWrapInfo))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ct, err := sender.Seal([]byte("weights"), dataKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest := plan.Sum([]byte("manifest"))
+	a := call(t, owner.CreateAsset, &brokerv1.CreateAssetRequest{Name: "weights", Kind: brokerv1.AssetKind_ASSET_KIND_WEIGHTS, Digest: string(digest), WrappedEnc: enc, WrappedKey: ct}).GetAsset()
+	if a.GetOwner() != "alice" || a.GetKind() != brokerv1.AssetKind_ASSET_KIND_WEIGHTS {
+		t.Errorf("asset %v", a)
+	}
+	planDigest := plan.Sum([]byte("plan"))
+	g := call(t, owner.CreateGrant, &brokerv1.CreateGrantRequest{Assets: []string{"weights"}, PlanDigest: string(planDigest), NotAfterUnix: time.Now().Add(time.Hour).Unix(), MaxReleases: 1, AllowSimulated: true}).GetGrant()
+	if g.GetState() != broker.StateActive {
+		t.Errorf("grant %v", g)
+	}
+
+	recipient, err := kem.GenerateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	session, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(&session.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	jwk, err := receipt.SessionJWK(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	token, err := s.verifier.Sign(receipt.TypeResult, receipt.Result{
+		Profile: receipt.Profile, Issuer: "verifier.test", Audience: "broker.test", ID: "r1", Nonce: "n1", IssuedAt: now.Unix(), Expires: now.Add(time.Minute).Unix(),
+		Submods:      map[string]receipt.Appraisal{"cpu0": {Status: receipt.Affirming}},
+		Confirmation: receipt.Confirmation{JWK: jwk, Recipient: recipient.PublicKey().Bytes()},
+		JobID:        "job-1", PlanDigest: planDigest, SandboxDigest: digest, EvidenceDigest: digest, Simulated: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	request, err := receipt.ReleaseRequest{Version: receipt.RequestVersion, Broker: "broker.test", Grant: g.GetId(), Attempt: 1, ResultID: "r1", Asset: "weights"}.Canonical()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(request)
+	sig, err := ecdsa.SignASN1(rand.Reader, session, sum[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	rel := call(t, agent.Release, &brokerv1.ReleaseRequest{Result: token, Request: request, Signature: sig})
+	wrapInfo, err := receipt.WrapInfo(g.GetId(), planDigest, "weights", "r1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rcpt, err := hpke.NewRecipient(rel.GetEnc(), recipient, kdf, aead, wrapInfo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := rcpt.Open([]byte("weights"), rel.GetCiphertext()); err != nil || !bytes.Equal(got, dataKey) {
+		t.Errorf("the job does not get the owner's key: %v", err)
+	}
+
+	bundle := call(t, agent.LogBundle, &brokerv1.LogBundleRequest{JobId: "job-1", Digest: string(digest)})
+	logged, err := translog.OpenReceipt(s.keys, bundle.GetReceipt())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var entries []translog.Entry
+	for _, e := range call(t, auditor.Entries, &brokerv1.EntriesRequest{JobId: "job-1"}).GetEntries() {
+		entries = append(entries, translog.Entry{Index: e.GetIndex(), Body: e.GetBody(), Hash: e.GetChainHash()})
+	}
+	if _, err := translog.VerifyJob("broker.test", "job-1", entries); err != nil || len(entries) != 2 {
+		t.Fatalf("%d entries, %v", len(entries), err)
+	}
+	if err := logged.Includes(entries[1]); err != nil {
+		t.Error(err)
+	}
+
+	if got := call(t, owner.RevokeGrant, &brokerv1.RevokeGrantRequest{Id: g.GetId(), Reason: "over"}).GetGrant(); got.GetState() != broker.StateRevoked || got.GetUsed() != 1 {
+		t.Errorf("grant %v", got)
+	}
+	_, err = agent.Release(t.Context(), connect.NewRequest(&brokerv1.ReleaseRequest{Result: token, Request: request, Signature: sig}))
+	if r, ok := refusal.Decode(err); !ok || r.Stage != "release" || len(r.Checks) != 1 || r.Checks[0].ID != "grant.revoked" {
+		t.Errorf("released after the revocation: %v", err)
+	}
+	for _, secret := range []string{string(dataKey), token, string(rel.GetCiphertext())} {
+		if strings.Contains(s.log.String(), secret) {
+			t.Error("the access log holds a message")
+		}
+	}
+	if !strings.Contains(s.log.String(), "agent/node-1") || !strings.Contains(s.log.String(), "grant.revoked") {
+		t.Errorf("access log: %s", s.log)
+	}
+}
+
+// TestRoles calls everything as everyone. An answer other than a refusal by role
+// counts as let in.
+func TestRoles(t *testing.T) {
+	s := newStack(t)
+	type in map[string]bool
+	let := func(roles ...string) in {
+		m := in{}
+		for _, r := range roles {
+			m[r] = true
+		}
+		return m
+	}
+	calls := map[string]struct {
+		call func(brokerv1connect.BrokerServiceClient, context.Context) error
+		in   in
+	}{
+		"Info":        {try(brokerv1connect.BrokerServiceClient.Info), let("owner", "engineer", "agent", "auditor")},
+		"CreateAsset": {try(brokerv1connect.BrokerServiceClient.CreateAsset), let("owner")},
+		"GetAsset":    {try(brokerv1connect.BrokerServiceClient.GetAsset), let("owner", "engineer", "agent", "auditor")},
+		"ListAssets":  {try(brokerv1connect.BrokerServiceClient.ListAssets), let("owner", "engineer", "agent", "auditor")},
+		"CreateGrant": {try(brokerv1connect.BrokerServiceClient.CreateGrant), let("owner")},
+		"ListGrants":  {try(brokerv1connect.BrokerServiceClient.ListGrants), let("owner", "engineer", "agent", "auditor")},
+		"RevokeGrant": {try(brokerv1connect.BrokerServiceClient.RevokeGrant), let("owner")},
+		"Release":     {try(brokerv1connect.BrokerServiceClient.Release), let("agent")},
+		"LogBundle":   {try(brokerv1connect.BrokerServiceClient.LogBundle), let("agent")},
+		"Entries":     {try(brokerv1connect.BrokerServiceClient.Entries), let("owner", "agent", "auditor")},
+	}
+	for name, c := range calls {
+		for _, role := range []string{"owner", "engineer", "agent", "auditor", "operator", "verifier", "broker", "root"} {
+			err := c.call(s.client(role+"/x"), t.Context())
+			r, refused := refusal.Decode(err)
+			if byRole := refused && r.Stage == "authorize"; byRole == c.in[role] {
+				t.Errorf("%s as %s: %v", name, role, err)
+			}
+		}
+		for _, nobody := range []string{"", "/", "agent/", "/x"} {
+			if err := c.call(s.client(nobody), t.Context()); connect.CodeOf(err) != connect.CodeUnauthenticated {
+				t.Errorf("%s as %q: %v", name, nobody, err)
+			}
+		}
+	}
+}
+
+func try[Req, Resp any](f func(brokerv1connect.BrokerServiceClient, context.Context, *connect.Request[Req]) (*connect.Response[Resp], error)) func(brokerv1connect.BrokerServiceClient, context.Context) error {
+	return func(c brokerv1connect.BrokerServiceClient, ctx context.Context) error {
+		_, err := f(c, ctx, connect.NewRequest(new(Req)))
+		return err
+	}
+}
+
+func TestErrorsOnTheWire(t *testing.T) {
+	s := newStack(t)
+	owner := s.client("owner/alice")
+	call(t, owner.CreateAsset, &brokerv1.CreateAssetRequest{Name: "ckpt", Kind: brokerv1.AssetKind_ASSET_KIND_CHECKPOINTS})
+	code := func(err error) connect.Code { return connect.CodeOf(err) }
+	if _, err := owner.CreateAsset(t.Context(), connect.NewRequest(&brokerv1.CreateAssetRequest{Name: "ckpt", Kind: brokerv1.AssetKind_ASSET_KIND_CHECKPOINTS})); code(err) != connect.CodeAlreadyExists {
+		t.Error(err)
+	}
+	if _, err := owner.CreateAsset(t.Context(), connect.NewRequest(&brokerv1.CreateAssetRequest{Name: "x"})); code(err) != connect.CodeInvalidArgument {
+		t.Error(err)
+	}
+	if _, err := owner.GetAsset(t.Context(), connect.NewRequest(&brokerv1.GetAssetRequest{Name: "none"})); code(err) != connect.CodeNotFound {
+		t.Error(err)
+	}
+	if _, err := s.client("agent/n").Release(t.Context(), connect.NewRequest(&brokerv1.ReleaseRequest{Result: strings.Repeat("x", serve.MaxMessage+1)})); code(err) != connect.CodeResourceExhausted {
+		t.Error(err)
+	}
+	if err := s.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := owner.ListAssets(t.Context(), connect.NewRequest(&brokerv1.ListAssetsRequest{})); code(err) != connect.CodeUnavailable || strings.Contains(err.Error(), "sql") {
+		t.Error(err)
+	}
+}
+
+func TestHandlerRefusesIncomplete(t *testing.T) {
+	if _, err := serve.Handler(serve.Options{Log: slog.New(slog.NewTextHandler(io.Discard, nil))}); err == nil {
+		t.Error("made")
+	}
+}

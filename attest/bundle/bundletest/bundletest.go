@@ -1,0 +1,495 @@
+// Package bundletest makes bundles for tests, from a simulated machine and
+// ordinary keys: every part of them can be forged by its caller.
+package bundletest
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/hpke"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/anchor"
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/evidence"
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/policy"
+	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/simulate"
+	"github.com/coffer-run/coffer/attest/translog"
+	"github.com/coffer-run/coffer/attest/verifier"
+	"github.com/coffer-run/coffer/attest/vtpm"
+	"github.com/coffer-run/coffer/attest/vtpm/vtpmtest"
+)
+
+// Names of the parties.
+const (
+	VerifierID = "verifier.test"
+	BrokerID   = "broker.test"
+)
+
+// Lab is a machine, a verifier and a broker.
+type Lab struct {
+	Chip     *simulate.Chip
+	GPUs     []*simulate.GPU
+	Anchors  anchor.Set
+	TPM      *vtpmtest.TPM
+	Verifier *receipt.Signer
+	Broker   *receipt.Signer
+	Now      time.Time
+
+	service *verifier.Verifier
+	head    translog.Head
+}
+
+// New makes a lab whose devices and keys are minted at now.
+func New(now time.Time) (*Lab, error) {
+	vendor, err := simulate.New(simulate.Options{Now: now})
+	if err != nil {
+		return nil, err
+	}
+	return On(vendor.Chip(), vendor.GPUs(), vendor.Anchors(), now)
+}
+
+// On makes a lab on a machine that is there already.
+func On(chip *simulate.Chip, gpus []*simulate.GPU, anchors anchor.Set, now time.Time) (*Lab, error) {
+	l := &Lab{Chip: chip, GPUs: gpus, Anchors: anchors, Now: now.Truncate(time.Second), head: translog.Genesis(BrokerID)}
+	var err error
+	if l.TPM, err = vtpmtest.New(now); err != nil {
+		return nil, err
+	}
+	l.TPM.Extend(vtpm.Event{PCR: vtpm.AgentPCR, Name: "agent", Digest: sha256.Sum256([]byte("cofferd")), MeasuredBy: vtpm.MeasuredBySelf})
+	if l.Verifier, err = signer(VerifierID); err != nil {
+		return nil, err
+	}
+	if l.Broker, err = signer(BrokerID); err != nil {
+		return nil, err
+	}
+	var policies []policy.Policy
+	for _, name := range policy.Names() {
+		p, err := policy.Named(name)
+		if err != nil {
+			return nil, err
+		}
+		policies = append(policies, p)
+	}
+	l.service, err = verifier.New(verifier.Options{
+		ID: VerifierID, Anchors: anchors, Policies: policies, Signer: l.Verifier,
+		NonceKeys: [][]byte{make([]byte, verifier.NonceKeySize)}, Clock: func() time.Time { return l.Now }, Build: "test",
+	})
+	return l, err
+}
+
+func signer(id string) (*receipt.Signer, error) {
+	k, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	return receipt.NewSigner(id, k)
+}
+
+// Job is one job's record before it is put together. Its caller may change any
+// part; Bundle signs what is there.
+type Job struct {
+	ID       string
+	Plan     plan.Digest
+	Parts    map[bundle.Part][]byte
+	Outcome  bundle.Outcome
+	Timeline []bundle.Step
+	Log      *bundle.Log
+	Session  *ecdsa.PrivateKey
+
+	lab       *Lab
+	plan      plan.Plan
+	result    receipt.Result
+	recipient []byte
+}
+
+// Options say how a job goes. The zero value is a job that succeeds.
+type Options struct {
+	ID string
+	// FlipGPU flips a bit of the GPU report; the verifier refuses it.
+	FlipGPU bool
+	// FlipSNP does so to the SEV-SNP report.
+	FlipSNP bool
+	// OmitSNP leaves the SEV-SNP report out, and the verifier does not mind.
+	OmitSNP bool
+	// OtherRuntime makes the sandbox with another runtime than the plan's; the
+	// verifier refuses it.
+	OtherRuntime bool
+	// Policy is the plan's; empty means "simulation".
+	Policy string
+	// RefuseAdmit ends the job before there is a holder.
+	RefuseAdmit bool
+}
+
+const stepTime = 100 * time.Millisecond
+
+// Job runs a job, as it were.
+func (l *Lab) Job(o Options) (*Job, error) {
+	if o.ID == "" {
+		o.ID = "job-1"
+	}
+	j := &Job{ID: o.ID, Parts: map[bundle.Part][]byte{}, lab: l}
+	var err error
+	if j.Session, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		return nil, err
+	}
+	if err := j.documents(o); err != nil {
+		return nil, fmt.Errorf("documents: %w", err)
+	}
+	if o.RefuseAdmit {
+		delete(j.Parts, bundle.Sandbox)
+		j.end(bundle.StageAdmit, bundle.Outcome{State: bundle.Refused, Stage: bundle.StageAdmit, Reason: "quota"})
+		return j, j.log()
+	}
+	if err := j.attest(o); err != nil {
+		return nil, fmt.Errorf("attest: %w", err)
+	}
+	if len(j.result.AllChecks().Failed()) > 0 {
+		j.end(bundle.StageVerify, bundle.Outcome{State: bundle.Refused, Stage: bundle.StageVerify, Reason: "evidence-refused", Checks: j.result.AllChecks().Failed()})
+		return j, j.log()
+	}
+	if err := j.release(); err != nil {
+		return nil, fmt.Errorf("release: %w", err)
+	}
+	if err := j.course(); err != nil {
+		return nil, fmt.Errorf("run: %w", err)
+	}
+	j.end(bundle.StageRun, bundle.Outcome{State: bundle.Succeeded, Stage: bundle.StageRun})
+	run := j.Timeline[len(j.Timeline)-1]
+	j.Timeline = append(j.Timeline, bundle.Step{Stage: bundle.StageCheckpoint, StartUnixNano: run.StartUnixNano + run.Nanos/2, Nanos: run.Nanos / 4, Outcome: bundle.StepDone})
+	return j, j.log()
+}
+
+func (j *Job) json(name bundle.Part, v any) error {
+	b, err := plan.Canonical(v)
+	j.Parts[name] = b
+	return err
+}
+
+func (j *Job) documents(o Options) error {
+	if o.Policy == "" {
+		o.Policy = "simulation"
+	}
+	pol, err := policy.Named(o.Policy)
+	if err != nil {
+		return err
+	}
+	ref, err := pol.Ref()
+	if err != nil {
+		return err
+	}
+	d := func(s string) plan.Digest { return plan.Sum([]byte(s)) }
+	profile := plan.Profile{
+		Version: plan.SandboxVersion, Shim: "io.containerd.runc.v2", ShimDigest: d("shim"), Runtime: "runsc test", RuntimeDigest: d("runsc"),
+		RuntimeFlags: []string{"--platform=systrap"}, Trace: d("trace"), Rules: "rules", ImageStore: "disk",
+	}
+	pd, err := profile.Digest()
+	if err != nil {
+		return err
+	}
+	image := "sha256:" + hex.EncodeToString(make([]byte, 32))
+	j.plan = plan.Plan{
+		Version: plan.Version, Name: "fashion", Image: image, Command: []string{"python3", "/app/train.py", j.ID},
+		Inputs:      []plan.Input{{Name: "data", Asset: "dataset", Digest: d("dataset"), Mount: "/inputs/data"}, {Name: "model", Asset: "weights", Digest: d("weights"), Mount: "/inputs/model"}},
+		Checkpoints: &plan.Checkpoints{Asset: "checkpoints", Mount: "/checkpoints"},
+		Output:      plan.Output{LogBytes: 1 << 20},
+		Resources:   plan.Resources{CPUMillis: 1000, MemoryBytes: 1 << 30, Pids: 100, GPUs: 1, MaxSeconds: 60},
+		Policy:      ref, SandboxProfile: pd,
+	}
+	if j.Parts[bundle.Plan], err = j.plan.Canonical(); err != nil {
+		return err
+	}
+	j.Plan = plan.Sum(j.Parts[bundle.Plan])
+	if o.OtherRuntime {
+		profile.RuntimeFlags = append(profile.RuntimeFlags, "--allow-suid")
+	}
+	sb := plan.Sandbox{
+		Version: plan.SandboxVersion, JobID: j.ID, Image: image, Profile: profile, Wrapper: []string{"runsc"},
+		Trace: json.RawMessage(`{}`), Spec: json.RawMessage(`{}`),
+	}
+	if j.Parts[bundle.Sandbox], err = sb.Canonical(); err != nil {
+		return err
+	}
+	j.Parts[bundle.JobFile] = []byte("apiVersion: coffer.run/v1\nname: fashion\n")
+	return j.json(bundle.AgentPart, bundle.Agent{Node: "node-1", Agent: "test", Containerd: "2.4.2", Runtime: profile.Runtime, Shim: profile.Shim, Submitter: "engineer/engineer"})
+}
+
+func (j *Job) attest(o Options) error {
+	l := j.lab
+	session, err := x509.MarshalPKIXPublicKey(&j.Session.PublicKey)
+	if err != nil {
+		return err
+	}
+	nonce, _, err := l.service.Challenge()
+	if err != nil {
+		return err
+	}
+	recipient, err := hpke.MLKEM768X25519().GenerateKey()
+	if err != nil {
+		return err
+	}
+	credential, err := l.Verifier.Sign(vtpm.TypeCredential, vtpm.Credential{
+		Issuer: VerifierID, ID: "credential-1", IssuedAt: l.Now.Unix(), Expires: l.Now.Add(time.Hour).Unix(),
+		AKName: akName(l.TPM.AKPublic), EKDigest: plan.Sum(l.TPM.EKChain[0]), Class: "software", Simulated: true,
+	})
+	if err != nil {
+		return err
+	}
+	e := &evidence.Envelope{
+		Version: evidence.Version, VerifierID: VerifierID, Nonce: nonce, JobID: j.ID,
+		Plan: j.Parts[bundle.Plan], Sandbox: j.Parts[bundle.Sandbox], RecipientKey: recipient.PublicKey().Bytes(), SessionKey: session,
+		TPM: &evidence.TPM{AKPublic: l.TPM.AKPublic, AKCredential: credential},
+	}
+	bound, err := e.Challenge().Bind()
+	if err != nil {
+		return err
+	}
+	gpu := l.GPUs[0]
+	report, err := gpu.Report(bound.GPUNonce(), simulate.GPUOptions{})
+	if err != nil {
+		return err
+	}
+	e.GPUs = []evidence.GPU{{UUID: gpu.UUID(), Report: report, Chain: gpu.ChainPEM(), DriverVersion: gpu.DriverVersion(), VBIOSVersion: gpu.VBIOSVersion()}}
+	if o.FlipGPU {
+		e.GPUs[0].Report[100] ^= 1
+	}
+	devices := e.Devices()
+	extra := bound.TPMExtraData(devices)
+	if e.TPM.Quote, e.TPM.Signature, err = l.TPM.Quote(extra[:], nil, vtpm.AgentPCR); err != nil {
+		return err
+	}
+	e.TPM.PCRs = l.TPM.PCRs(vtpm.AgentPCR)
+	if e.TPM.EventLog, err = vtpm.EncodeLog(l.TPM.Events); err != nil {
+		return err
+	}
+	reportData := bound.SNPReportData(devices, e.TPM.Quote, e.TPM.EventLog)
+	if report, err = l.Chip.Report(reportData, simulate.SNPOptions{}); err != nil {
+		return err
+	}
+	if o.FlipSNP {
+		report[0x90] ^= 1
+	}
+	e.SNP = &evidence.SNP{Report: report, Certificates: l.Chip.CertTable()}
+	if o.OmitSNP {
+		e.SNP = nil
+	}
+	if err := j.json(bundle.Evidence, e); err != nil {
+		return err
+	}
+	if j.Parts[bundle.VerifierKeys], err = l.Verifier.JWKS(); err != nil {
+		return err
+	}
+	if _, j.result, err = l.service.Appraise(context.Background(), j.Parts[bundle.Evidence], BrokerID); err != nil {
+		return err
+	}
+	if o.OmitSNP {
+		j.result.Checks = nil
+		j.result.Submods = map[string]receipt.Appraisal{"tpm0": {Status: receipt.Affirming}, "gpu0": {Status: receipt.Affirming}}
+	}
+	j.recipient = e.RecipientKey
+	return j.SignResult(func(*receipt.Result) {})
+}
+
+// SignResult signs the result again, changed.
+func (j *Job) SignResult(change func(*receipt.Result)) error {
+	r := j.result
+	change(&r)
+	token, err := j.lab.Verifier.Sign(receipt.TypeResult, r)
+	j.Parts[bundle.Result] = []byte(token)
+	return err
+}
+
+func akName(public []byte) string {
+	sum := sha256.Sum256(public)
+	return "000b" + hex.EncodeToString(sum[:])
+}
+
+// Append adds an entry to the lab's log.
+func (l *Lab) Append(b translog.Body) (translog.Entry, error) {
+	b.TimeMillis, b.Actor = l.Now.UnixMilli(), "agent/node-1"
+	e, head, err := translog.Append(l.head, b)
+	l.head = head
+	return e, err
+}
+
+func (j *Job) release() error {
+	var tokens []string
+	for i, in := range []struct {
+		asset  string
+		digest plan.Digest
+	}{{"dataset", j.plan.Inputs[0].Digest}, {"weights", j.plan.Inputs[1].Digest}, {"checkpoints", ""}} {
+		r := receipt.Release{
+			Issuer: BrokerID, ID: fmt.Sprintf("release %d of %s", i, j.ID), IssuedAt: j.lab.Now.Unix() + 1, Grant: "grant-1", Attempt: 1, JobID: j.ID,
+			Plan: j.Plan, Asset: in.asset, AssetDigest: in.digest, ResultID: j.result.ID, WrappedDigest: plan.Sum([]byte(in.asset)),
+			NotAfter: j.lab.Now.Add(time.Hour).Unix(), Simulated: true,
+		}
+		token, err := j.Release(r)
+		if err != nil {
+			return err
+		}
+		tokens = append(tokens, token)
+	}
+	var err error
+	if j.Parts[bundle.BrokerKeys], err = j.lab.Broker.JWKS(); err != nil {
+		return err
+	}
+	return j.json(bundle.Releases, tokens)
+}
+
+// Release logs r and signs its receipt.
+func (j *Job) Release(r receipt.Release) (string, error) {
+	if j.Log == nil {
+		j.Log = &bundle.Log{}
+	}
+	e, err := j.lab.Append(translog.Body{
+		Kind: translog.KindRelease, Job: j.ID, JobSequence: uint64(len(j.Log.Entries)) + 1,
+		Release: &translog.Release{
+			Grant: r.Grant, Attempt: r.Attempt, Plan: r.Plan, Asset: r.Asset, Verifier: VerifierID, ResultID: r.ResultID,
+			Recipient: plan.Sum(j.recipient), Request: plan.Sum([]byte("request")), Wrapped: r.WrappedDigest,
+			Evidence: plan.Sum(j.Parts[bundle.Evidence]), Simulated: r.Simulated, Used: 1,
+		},
+	})
+	if err != nil {
+		return "", err
+	}
+	j.Log.Entries = append(j.Log.Entries, e)
+	r.LogIndex, r.LogHash = e.Index, e.Hash
+	return j.SignRelease(r)
+}
+
+// SignRelease signs a release receipt.
+func (j *Job) SignRelease(r receipt.Release) (string, error) {
+	return j.lab.Broker.Sign(receipt.TypeRelease, r)
+}
+
+// Checkpoint makes a signed checkpoint, changed before it is signed.
+func (j *Job) Checkpoint(sequence uint64, parent plan.Digest, change func(*bundle.CheckpointRecord)) (bundle.Checkpoint, error) {
+	name := fmt.Sprintf("epoch-%d", sequence)
+	r := bundle.CheckpointRecord{
+		Version: bundle.CheckpointVersion, JobID: j.ID, Plan: j.Plan, Asset: "checkpoints", Sequence: sequence, Name: name,
+		Digest: plan.Sum([]byte(j.ID + name)), Parent: parent, Bytes: 1000, UnixNano: j.lab.Now.UnixNano(),
+	}
+	if change != nil {
+		change(&r)
+	}
+	rec, err := plan.Canonical(r)
+	if err != nil {
+		return bundle.Checkpoint{}, err
+	}
+	sig, err := j.sign(bundle.CheckpointLabel, rec)
+	return bundle.Checkpoint{Sequence: r.Sequence, Name: r.Name, Digest: r.Digest, Parent: r.Parent, Bytes: r.Bytes, Nanos: 1000, Record: rec, Signature: sig}, err
+}
+
+func (j *Job) sign(label string, body []byte) ([]byte, error) {
+	sum := bundle.SignedDigest(label, body)
+	return ecdsa.SignASN1(rand.Reader, j.Session, sum[:])
+}
+
+func (j *Job) course() error {
+	first, err := j.Checkpoint(1, "", nil)
+	if err != nil {
+		return err
+	}
+	second, err := j.Checkpoint(2, first.Digest, nil)
+	if err != nil {
+		return err
+	}
+	at := j.lab.Now.UnixNano()
+	list := []bundle.Checkpoint{first, second}
+	for name, v := range map[bundle.Part]any{
+		bundle.Checkpoints: list,
+		bundle.HolderStatus: bundle.Status{
+			Started: true, Execs: 1, Scrubbed: true, LogBytes: 30, Checkpoints: list,
+		},
+		bundle.Trace: []bundle.Event{
+			{Sequence: 1, UnixNano: at, Kind: bundle.EventContainerStart, Detail: "train"},
+			{Sequence: 2, UnixNano: at + 1000, Kind: "exec", Process: "/usr/bin/python3", Digest: "sha256"},
+			{Sequence: 3, UnixNano: at + 2000, Kind: bundle.EventCheckpoint, Checkpoint: &first},
+			{Sequence: 4, UnixNano: at + 3000, Kind: bundle.EventCheckpoint, Checkpoint: &second},
+		},
+		bundle.LogsDigest: bundle.Logs{Stdout: bundle.Stream{Bytes: 20, Digest: plan.Sum([]byte("out"))}, Stderr: bundle.Stream{Bytes: 10, Digest: plan.Sum([]byte("err"))}},
+	} {
+		if err := j.json(name, v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (j *Job) end(stage bundle.Stage, o bundle.Outcome) {
+	j.Outcome, j.Timeline = o, nil
+	// The result is issued in the middle of it all.
+	at := j.lab.Now.Add(-5 * stepTime).UnixNano()
+	for _, s := range bundle.Stages() {
+		step := bundle.Step{Stage: s, StartUnixNano: at, Nanos: int64(stepTime), Outcome: bundle.StepDone}
+		at += int64(stepTime)
+		if s == stage && o.State != bundle.Succeeded {
+			step.Outcome = bundle.StepFailed
+		}
+		j.Timeline = append(j.Timeline, step)
+		if s == stage {
+			return
+		}
+	}
+}
+
+// log gives the job a log; the statement's entry comes with Bundle.
+func (j *Job) log() error {
+	if j.Log == nil {
+		j.Log = &bundle.Log{}
+	}
+	if j.Parts[bundle.BrokerKeys] == nil {
+		var err error
+		if j.Parts[bundle.BrokerKeys], err = j.lab.Broker.JWKS(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Bundle signs and logs the statement over the parts as they are, and returns
+// the file.
+func (j *Job) Bundle() ([]byte, error) {
+	b := bundle.NewBuilder()
+	for name, body := range j.Parts {
+		if err := b.Add(name, body); err != nil {
+			return nil, err
+		}
+	}
+	statement, err := b.Statement(j.ID, j.Plan, j.Outcome, j.Timeline)
+	if err != nil {
+		return nil, err
+	}
+	var signature []byte
+	if j.Parts[bundle.Evidence] != nil {
+		if signature, err = j.sign(bundle.StatementLabel, statement); err != nil {
+			return nil, err
+		}
+	}
+	if j.Log == nil {
+		return b.Finish(signature, nil)
+	}
+	e, err := j.lab.Append(translog.Body{
+		Kind: translog.KindBundle, Job: j.ID, JobSequence: uint64(len(j.Log.Entries)) + 1, Bundle: &translog.Bundle{Digest: plan.Sum(statement)},
+	})
+	if err != nil {
+		return nil, err
+	}
+	token, err := j.lab.Broker.Sign(translog.TypeReceipt, translog.Receipt{
+		Issuer: BrokerID, IssuedAt: j.lab.Now.Unix() + 2, Job: j.ID, Digest: plan.Sum(statement), Index: e.Index, Hash: e.Hash,
+		Head: translog.Head{Size: e.Index + 1, Hash: e.Hash},
+	})
+	if err != nil {
+		return nil, err
+	}
+	entries := append(append([]translog.Entry(nil), j.Log.Entries...), e)
+	return b.Finish(signature, &bundle.Log{Receipt: token, Entries: entries})
+}

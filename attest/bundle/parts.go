@@ -1,0 +1,127 @@
+package bundle
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/coffer-run/coffer/attest/plan"
+)
+
+// Agent says what ran the job. It is the node's word; what of it is measured
+// stands in the evidence.
+type Agent struct {
+	Node       string `json:"node"`
+	Agent      string `json:"agent"`
+	Containerd string `json:"containerd"`
+	// Runtime is what `runsc --version` says.
+	Runtime string `json:"runtime"`
+	Shim    string `json:"shim"`
+	// Submitter is who submitted the job, as the agent authenticated it.
+	Submitter string `json:"submitter"`
+}
+
+// Logs are the digests of what the job printed, and how much of it.
+type Logs struct {
+	Stdout Stream `json:"stdout"`
+	Stderr Stream `json:"stderr"`
+	// Cut counts the bytes beyond the plan's budget, which were dropped.
+	Cut int64 `json:"cut"`
+}
+
+// Stream is one output stream, up to the budget.
+type Stream struct {
+	Bytes  int64       `json:"bytes"`
+	Digest plan.Digest `json:"digest"`
+}
+
+// Status is the holder's last state, as the holder reports it.
+type Status struct {
+	Started     bool         `json:"started"`
+	TraceLost   bool         `json:"traceLost"`
+	Execs       int64        `json:"execs"`
+	Dropped     int64        `json:"dropped"`
+	RegionBytes int64        `json:"regionBytes"`
+	Scrubbed    bool         `json:"scrubbed"`
+	LogBytes    int64        `json:"logBytes"`
+	LogCut      int64        `json:"logCut"`
+	Checkpoints []Checkpoint `json:"checkpoints,omitempty"`
+}
+
+// Checkpoint is one commit, as the holder reports it. Record and Signature are
+// the truth; the other fields repeat Record.
+type Checkpoint struct {
+	Sequence  uint64      `json:"sequence"`
+	Name      string      `json:"name"`
+	Digest    plan.Digest `json:"digest"`
+	Parent    plan.Digest `json:"parent,omitempty"`
+	Bytes     int64       `json:"bytes"`
+	Nanos     int64       `json:"nanos"`
+	Record    []byte      `json:"record"`
+	Signature []byte      `json:"signature"`
+}
+
+// Event is something the trace or the sealer saw, as the holder reports it.
+type Event struct {
+	Sequence   uint64      `json:"sequence"`
+	UnixNano   int64       `json:"unixNano"`
+	Kind       string      `json:"kind"`
+	Detail     string      `json:"detail,omitempty"`
+	Process    string      `json:"process,omitempty"`
+	Digest     string      `json:"digest,omitempty"`
+	Checkpoint *Checkpoint `json:"checkpoint,omitempty"`
+}
+
+// Kinds of events that verification looks for.
+const (
+	EventContainerStart = "container-start"
+	EventOperatorExec   = "operator-exec"
+	EventTraceLost      = "trace-lost"
+	EventInputError     = "input-error"
+	EventCheckpoint     = "checkpoint"
+)
+
+// Decode reads a JSON part strictly.
+func Decode[T any](b []byte) (T, error) {
+	var v T
+	if err := plan.Decode(b, MaxPart, &v); err != nil {
+		var zero T
+		return zero, err
+	}
+	return v, nil
+}
+
+// CheckpointVersion is the only checkpoint record version there is.
+const CheckpointVersion = "coffer.run/checkpoint/v1"
+
+// CheckpointRecord is what the session key signs of one checkpoint.
+type CheckpointRecord struct {
+	Version  string      `json:"version"`
+	JobID    string      `json:"jobId"`
+	Plan     plan.Digest `json:"plan"`
+	Asset    string      `json:"asset"`
+	Sequence uint64      `json:"sequence"`
+	Name     string      `json:"name"`
+	// Digest is the SHA-384 of the sealed manifest, Parent that of the
+	// checkpoint before, empty for the first.
+	Digest   plan.Digest `json:"digest"`
+	Parent   plan.Digest `json:"parent,omitempty"`
+	Bytes    int64       `json:"bytes"`
+	UnixNano int64       `json:"unixNano"`
+}
+
+// ParseCheckpointRecord reads a record.
+func ParseCheckpointRecord(b []byte) (CheckpointRecord, error) {
+	r, err := Decode[CheckpointRecord](b)
+	if err != nil {
+		return CheckpointRecord{}, fmt.Errorf("parse checkpoint record: %w", err)
+	}
+	switch {
+	case r.Version != CheckpointVersion:
+		return CheckpointRecord{}, fmt.Errorf("parse checkpoint record: version %.40q: want %q", r.Version, CheckpointVersion)
+	case r.Digest.Bytes() == nil:
+		return CheckpointRecord{}, errors.New("parse checkpoint record: no digest")
+	case r.Parent != "" && r.Parent.Bytes() == nil:
+		return CheckpointRecord{}, errors.New("parse checkpoint record: parent is no digest")
+	}
+	return r, nil
+}

@@ -1,0 +1,408 @@
+package verify
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/translog"
+)
+
+// strict records what must hold for a job that succeeded. A job that failed may
+// have failed for just that: then it is told, and not counted against the record.
+func (v *verification) strict(g *check.List, id string, ok bool, expected, found string) {
+	switch {
+	case ok:
+		g.Pass(id, found)
+	case v.st.Outcome.State == bundle.Succeeded:
+		g.Fail(id, expected, found, "")
+	default:
+		g.Skip(id, fmt.Sprintf("%s; the job %s", found, v.st.Outcome.State))
+	}
+}
+
+func (v *verification) runGroup() {
+	g := v.group("run", "How it ran")
+	defer v.done("run", g)
+	v.holder(g)
+	v.trace(g)
+	v.logs(g)
+	if len(*g) == 0 {
+		g.Skip("run.started", "the job did not start")
+	}
+}
+
+func (v *verification) holder(g *check.List) {
+	b, ok := v.part(bundle.HolderStatus)
+	if !ok {
+		return
+	}
+	s, err := bundle.Decode[bundle.Status](b)
+	if err != nil {
+		g.Fail("holder.form", "the holder's status", err.Error(), "")
+		return
+	}
+	v.status = &s
+	v.strict(g, "holder.started", s.Started, "a trace that showed the container's start", said(s.Started, "the trace showed the container's start", "no start was seen"))
+	v.strict(g, "holder.trace", !s.TraceLost, "a trace to the end", said(!s.TraceLost, "to the end", "lost while the job ran"))
+	v.strict(g, "holder.scrubbed", s.Scrubbed && s.RegionBytes == 0, "every region zeroed and checked", said(s.Scrubbed && s.RegionBytes == 0, "every region zeroed and checked", fmt.Sprintf("%d bytes held, scrubbed: %t", s.RegionBytes, s.Scrubbed)))
+	if s.Dropped > 0 {
+		g.Skip("trace.complete", fmt.Sprintf("%d trace messages were lost by the runtime", s.Dropped))
+	}
+}
+
+func said(ok bool, yes, no string) string {
+	if ok {
+		return yes
+	}
+	return no
+}
+
+func (v *verification) trace(g *check.List) {
+	b, ok := v.part(bundle.Trace)
+	if !ok {
+		return
+	}
+	events, err := bundle.Decode[[]bundle.Event](b)
+	if err != nil {
+		g.Fail("trace.form", "a list of events", err.Error(), "")
+		return
+	}
+	start := -1
+	var operator []string
+	for i, e := range events {
+		if i > 0 && e.Sequence <= events[i-1].Sequence {
+			g.Fail("trace.order", fmt.Sprintf("an event after number %d", events[i-1].Sequence), fmt.Sprint(e.Sequence), "events were reordered")
+		}
+		switch e.Kind {
+		case bundle.EventContainerStart:
+			if start < 0 {
+				start = i
+			}
+		case bundle.EventOperatorExec:
+			operator = append(operator, e.Detail)
+		case bundle.EventTraceLost:
+			v.strict(g, "trace.lost", false, "a trace to the end", "lost while the job ran")
+		case bundle.EventCheckpoint:
+			if start < 0 {
+				g.Fail("trace.start", "the container's start before any checkpoint", "a checkpoint first", "a key was used before the container was seen to start")
+			}
+		}
+	}
+	v.strict(g, "trace.start", start >= 0, "the container's start", said(start >= 0, "seen", "not seen"))
+	if len(operator) > 0 {
+		g.Fail("trace.operator", "nobody but the job in the sandbox", fmt.Sprintf("%d programs run from outside: %.200s", len(operator), strings.Join(operator, ", ")), "ask the operator what was run, and why")
+	} else if start >= 0 {
+		g.Pass("trace.operator", "no program was run from outside")
+	}
+	if v.status != nil {
+		execs := int64(0)
+		for _, e := range events {
+			if e.Kind == "exec" {
+				execs++
+			}
+		}
+		if v.status.Execs > execs {
+			g.Skip("trace.execs", fmt.Sprintf("%d of %d executed programs are listed", execs, v.status.Execs))
+		}
+	}
+}
+
+func (v *verification) logs(g *check.List) {
+	b, ok := v.part(bundle.LogsDigest)
+	if !ok {
+		return
+	}
+	l, err := bundle.Decode[bundle.Logs](b)
+	if err != nil {
+		g.Fail("logs.form", "the digests of what was printed", err.Error(), "")
+		return
+	}
+	total := l.Stdout.Bytes + l.Stderr.Bytes
+	if v.pl != nil {
+		if l.Stdout.Bytes < 0 || l.Stderr.Bytes < 0 || total > v.pl.Output.LogBytes {
+			g.Fail("logs.budget", fmt.Sprintf("at most %d bytes", v.pl.Output.LogBytes), fmt.Sprintf("%d bytes", total), "the job said more than the plan allows")
+		} else {
+			g.Pass("logs.budget", fmt.Sprintf("%d of %d bytes", total, v.pl.Output.LogBytes))
+		}
+	}
+	if v.status != nil {
+		g.Equal("logs.holder", fmt.Sprintf("%d bytes, %d cut", v.status.LogBytes, v.status.LogCut), fmt.Sprintf("%d bytes, %d cut", total, l.Cut), "agent and holder disagree on what was printed")
+	}
+}
+
+func (v *verification) checkpointGroup() {
+	g := v.group("checkpoints", "What came out")
+	defer v.done("checkpoints", g)
+	b, ok := v.part(bundle.Checkpoints)
+	if !ok {
+		g.Skip("checkpoint.signature", "the bundle has no checkpoints that can be relied on")
+		return
+	}
+	list, err := bundle.Decode[[]bundle.Checkpoint](b)
+	if err != nil {
+		g.Fail("checkpoint.form", "a list of checkpoints", err.Error(), "")
+		return
+	}
+	if v.status != nil {
+		var told, held []string
+		for _, c := range list {
+			told = append(told, string(plan.Sum(c.Record)))
+		}
+		for _, c := range v.status.Checkpoints {
+			held = append(held, string(plan.Sum(c.Record)))
+		}
+		if !slices.Equal(told, held) {
+			g.Fail("checkpoint.complete", fmt.Sprintf("the %d that the holder sealed, in order", len(held)), fmt.Sprintf("%d", len(told)), "checkpoints were left out, added or reordered")
+		} else {
+			g.Pass("checkpoint.complete", fmt.Sprintf("%d, as the holder sealed them", len(list)))
+		}
+	}
+	var parent plan.Digest
+	for i, c := range list {
+		r, ok := v.checkpoint(g, c)
+		if !ok {
+			continue
+		}
+		g.Equal("checkpoint.sequence", fmt.Sprint(i+1), fmt.Sprint(r.Sequence), "checkpoints were left out or reordered")
+		g.Equal("checkpoint.parent", orNone(parent), orNone(r.Parent), "the chain of checkpoints is broken")
+		parent = r.Digest
+	}
+	if len(list) > 0 {
+		g.Skip("checkpoint.content", "the sealed files themselves are not in the bundle; their digests are")
+	}
+}
+
+func orNone(d plan.Digest) string {
+	if d == "" {
+		return "none"
+	}
+	return string(d)
+}
+
+func (v *verification) checkpoint(g *check.List, c bundle.Checkpoint) (bundle.CheckpointRecord, bool) {
+	r, err := bundle.ParseCheckpointRecord(c.Record)
+	if err != nil {
+		g.Fail("checkpoint.form", "a checkpoint record", err.Error(), "")
+		return r, false
+	}
+	if !v.signed(bundle.CheckpointLabel, c.Record, c.Signature) {
+		g.Fail("checkpoint.signature", "a signature by the session key in the evidence", "none that holds", "the checkpoint is not the attested job's")
+		return r, false
+	}
+	g.Pass("checkpoint.signature", r.Name)
+	if c.Sequence != r.Sequence || c.Name != r.Name || c.Digest != r.Digest || c.Parent != r.Parent || c.Bytes != r.Bytes {
+		g.Fail("checkpoint.record", "what the signed record says", "something else around it", "")
+	}
+	g.Equal("checkpoint.job", v.st.JobID, r.JobID, "the checkpoint is another job's")
+	g.Equal("checkpoint.plan", string(v.st.PlanDigest), string(r.Plan), "the checkpoint is another plan's")
+	if v.pl != nil {
+		want := "none"
+		if v.pl.Checkpoints != nil {
+			want = v.pl.Checkpoints.Asset
+		}
+		g.Equal("checkpoint.asset", want, r.Asset, "sealed under another key than the plan's")
+	}
+	return r, true
+}
+
+func (v *verification) outcomeGroup() {
+	g := v.group("outcome", "How it ended")
+	defer v.done("outcome", g)
+	v.timeline(g)
+	o, steps := v.st.Outcome, v.st.Timeline
+	order := bundle.Stages()
+	last := steps[0]
+	for _, s := range steps {
+		if s.Stage != bundle.StageCheckpoint {
+			last = s
+		}
+	}
+	switch at, end := slices.Index(order, last.Stage), slices.Index(order, o.Stage); {
+	case last.Outcome != bundle.StepDone:
+		g.Equal("outcome.stage", string(last.Stage), string(o.Stage), "the job ended in another stage than the timeline shows")
+	case end < at:
+		g.Fail("outcome.stage", "an end after "+string(last.Stage)+", which was done", string(o.Stage), "the job ended in another stage than the timeline shows")
+	default:
+		g.Pass("outcome.stage", string(o.Stage))
+	}
+	switch {
+	case o.State == bundle.Succeeded:
+		v.success(g, last)
+	case o.Reason == "":
+		g.Fail("outcome.state", "a reason for "+string(o.State), "none", "")
+	default:
+		g.Pass("outcome.state", fmt.Sprintf("%s at %s: %s", o.State, o.Stage, o.Reason))
+	}
+	v.outcomeRefusal(g)
+	if v.result != nil {
+		v.resultTime(g)
+	}
+}
+
+// clockJitter is how far the ends and beginnings of stages may overlap: they
+// are read from a clock that may be set while a job runs.
+const clockJitter = time.Second
+
+func (v *verification) timeline(g *check.List) {
+	steps, order := v.st.Timeline, bundle.Stages()
+	at, end := -1, int64(0)
+	for i, s := range steps {
+		n := slices.Index(order, s.Stage)
+		// Checkpoints are made while the job runs; a stage that was repeated
+		// stands as it went last.
+		early := s.Stage != bundle.StageCheckpoint && s.StartUnixNano < end-int64(clockJitter)
+		if n <= at || s.Nanos < 0 || early || (s.Outcome != bundle.StepDone && i != len(steps)-1 && steps[i+1].Stage != bundle.StageCheckpoint) {
+			g.Fail("outcome.timeline", "stages one after the other, each done before the next", fmt.Sprintf("%s, %s, in place %d", s.Stage, s.Outcome, i+1), "")
+			return
+		}
+		at, end = n, max(end, s.StartUnixNano+s.Nanos)
+	}
+	g.Pass("outcome.timeline", fmt.Sprintf("%d stages, %s", len(steps), time.Duration(end-steps[0].StartUnixNano).Round(time.Millisecond)))
+}
+
+// success holds a job that is said to have succeeded against what that takes.
+func (v *verification) success(g *check.List, last bundle.Step) {
+	o := v.st.Outcome
+	if last.Outcome != bundle.StepDone || o.ExitCode != 0 || o.Reason != "" {
+		g.Fail("outcome.state", "every stage done, exit code 0, no reason", fmt.Sprintf("%s %s, exit code %d, reason %.80q", last.Stage, last.Outcome, o.ExitCode, o.Reason), "")
+		return
+	}
+	for _, s := range []bundle.Stage{bundle.StageSandbox, bundle.StageCollect, bundle.StageVerify, bundle.StageRelease, bundle.StageStart, bundle.StageRun} {
+		if !v.reached(s) {
+			g.Fail("outcome.state", "a job that succeeded went through "+string(s), "it did not", "")
+			return
+		}
+	}
+	g.Pass("outcome.state", string(o.State))
+}
+
+// outcomeRefusal holds a refusal at verification against the signed result: the
+// agent can neither make one up nor hide one.
+func (v *verification) outcomeRefusal(g *check.List) {
+	o := v.st.Outcome
+	if v.result == nil || o.Stage != bundle.StageVerify || o.State != bundle.Refused {
+		return
+	}
+	if v.affirmed {
+		// The relying party may refuse what the verifier affirms: an expired
+		// result, a simulated one. The result cannot show that.
+		g.Skip("outcome.refusal", "the result affirms; the agent refused it for "+strings.Join(ids(o.Checks.Failed()), ", "))
+		return
+	}
+	signed := ids(v.result.AllChecks().Failed())
+	for _, id := range signed {
+		if !slices.Contains(ids(o.Checks), id) {
+			g.Fail("outcome.refusal", "every failed check of the result", "not "+id, "the record hides why the job was refused")
+			return
+		}
+	}
+	g.Pass("outcome.refusal", "for what the verifier signed: "+strings.Join(signed, ", "))
+}
+
+// resultTime holds the agent's clock against the verifier's, as far as a result
+// lives.
+func (v *verification) resultTime(g *check.List) {
+	i := slices.IndexFunc(v.st.Timeline, func(s bundle.Step) bool { return s.Stage == bundle.StageVerify })
+	if i < 0 {
+		g.Fail("outcome.time", "a stage verify, because there is a result", "none", "")
+		return
+	}
+	s := v.st.Timeline[i]
+	from := time.Unix(0, s.StartUnixNano).Add(-receipt.ResultLifetime)
+	to := time.Unix(0, s.StartUnixNano+max(s.Nanos, 0)).Add(receipt.ResultLifetime)
+	iat := time.Unix(v.result.IssuedAt, 0)
+	if iat.Before(from) || iat.After(to) {
+		g.Fail("outcome.time", "the result issued in stage verify, "+time.Unix(0, s.StartUnixNano).UTC().Format(time.RFC3339), iat.UTC().Format(time.RFC3339), "the timeline is not of this attempt, or a clock is wrong")
+		return
+	}
+	g.Pass("outcome.time", "the result was issued in stage verify")
+}
+
+func (v *verification) logGroup() {
+	g := v.group("log", "The evidence log")
+	defer v.done("log", g)
+	if v.b.Log == nil {
+		v.strict(g, "log.receipt", false, "a receipt of the evidence log", "the bundle was not logged")
+		return
+	}
+	token := v.b.Log.Receipt
+	issuer, err := issuerOf(token)
+	var r translog.Receipt
+	if err == nil {
+		keys, pinned, kerr := v.keys(v.trust.BrokerKeys, bundle.BrokerKeys, issuer)
+		if err = kerr; err == nil {
+			if r, err = translog.OpenReceipt(keys, token); err == nil {
+				byKeys(g, "log.receipt", pinned, issuer)
+			}
+		}
+	}
+	if err != nil {
+		g.Fail("log.receipt", "a receipt signed by the broker", err.Error(), "")
+		return
+	}
+	if v.result != nil && len(v.releases) > 0 {
+		g.Equal("log.broker", v.result.Audience, r.Issuer, "logged by another broker than the one that released")
+	}
+	g.Equal("log.job", v.st.JobID, r.Job, "the receipt speaks of another job")
+	g.Equal("log.statement", string(v.rep.Statement), string(r.Digest), "another statement was logged")
+	bodies, err := translog.VerifyJob(issuer, v.st.JobID, v.b.Log.Entries)
+	if err != nil {
+		g.Fail("log.entries", "every entry of the job, unchanged and in order", err.Error(), "entries were changed, left out or reordered")
+		return
+	}
+	g.Pass("log.entries", fmt.Sprintf("%d of this job", len(bodies)))
+	i := slices.IndexFunc(v.b.Log.Entries, func(e translog.Entry) bool { return e.Index == r.Index })
+	if i < 0 {
+		g.Fail("log.included", fmt.Sprintf("entry %d", r.Index), "none", "the entry that the receipt promises was left out")
+	} else if err := r.Includes(v.b.Log.Entries[i]); err != nil {
+		g.Fail("log.included", "the entry that the receipt promises", err.Error(), "")
+	} else {
+		g.Pass("log.included", fmt.Sprintf("entry %d", r.Index))
+	}
+	v.logReleases(g, bodies)
+	g.Skip("log.witness", "nobody but the broker has signed the log's head")
+}
+
+// logReleases holds the receipts against the log: each is logged, and no key of
+// the job was released that the bundle does not tell of.
+func (v *verification) logReleases(g *check.List, bodies []translog.Body) {
+	entries := map[uint64][]byte{}
+	for _, e := range v.b.Log.Entries {
+		entries[e.Index] = e.Hash
+	}
+	logged := 0
+	for _, b := range bodies {
+		if b.Kind != translog.KindRelease {
+			continue
+		}
+		logged++
+		i := slices.IndexFunc(v.releases, func(r receipt.Release) bool { return r.LogIndex == b.Index })
+		if i < 0 {
+			g.Fail("log.releases", "a receipt for each logged release", "none for "+b.Release.Asset, "a key was released that the bundle does not tell of")
+			continue
+		}
+		r, e := v.releases[i], b.Release
+		same := bytes.Equal(r.LogHash, entries[b.Index]) && r.Grant == e.Grant && r.Attempt == e.Attempt && r.Asset == e.Asset &&
+			r.Plan == e.Plan && r.ResultID == e.ResultID && r.WrappedDigest == e.Wrapped && r.Simulated == e.Simulated
+		if v.result != nil && v.env != nil {
+			same = same && e.Verifier == v.result.Issuer && e.Evidence == v.result.EvidenceDigest && e.Recipient == plan.Sum(v.env.RecipientKey)
+		}
+		if !same {
+			g.Fail("log.releases", "the same in receipt and log", "a difference for "+e.Asset, "")
+		}
+	}
+	if logged != len(v.releases) {
+		g.Fail("log.releases", fmt.Sprintf("%d releases, as logged", logged), fmt.Sprintf("%d receipts", len(v.releases)), "")
+		return
+	}
+	if len(g.Failed()) == 0 {
+		g.Pass("log.releases", fmt.Sprintf("%d, each logged", logged))
+	}
+}

@@ -1,0 +1,594 @@
+package verify_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/anchor"
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/bundle/bundletest"
+	"github.com/coffer-run/coffer/attest/bundle/verify"
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/simulate"
+)
+
+var clock = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+// Minting RSA roots takes seconds, so that all tests share one machine.
+var machine = sync.OnceValues(func() (*simulate.Vendor, error) {
+	return simulate.New(simulate.Options{Now: clock})
+})
+
+func newLab(t testing.TB) *bundletest.Lab {
+	t.Helper()
+	v, err := machine()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := bundletest.On(v.Chip(), v.GPUs(), v.Anchors(), clock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func newJob(t testing.TB, l *bundletest.Lab, o bundletest.Options) *bundletest.Job {
+	t.Helper()
+	j, err := l.Job(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return j
+}
+
+func build(t testing.TB, j *bundletest.Job) []byte {
+	t.Helper()
+	b, err := j.Bundle()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func pinned(t testing.TB, l *bundletest.Lab) verify.Trust {
+	t.Helper()
+	vk, err := l.Verifier.JWKS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bk, err := l.Broker.JWKS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return verify.Trust{Anchors: l.Anchors, VerifierKeys: vk, BrokerKeys: bk}
+}
+
+func failedIDs(r verify.Report) []string {
+	var out []string
+	for _, c := range r.Checks().Failed() {
+		out = append(out, c.ID)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+func outcomes(r verify.Report, id string) []check.Outcome {
+	var out []check.Outcome
+	for _, c := range r.Checks() {
+		if c.ID == id {
+			out = append(out, c.Outcome)
+		}
+	}
+	return out
+}
+
+func dump(t testing.TB, r verify.Report) {
+	t.Helper()
+	for _, g := range r.Groups {
+		for _, c := range g.Checks {
+			if c.Outcome != check.Pass {
+				t.Logf("%-12s %-11s %-24s expected %q found %q", g.Name, c.Outcome, c.ID, c.Expected, c.Found)
+			}
+		}
+	}
+	t.Log(r.Verdict, r.Summary)
+}
+
+func TestVerify(t *testing.T) {
+	l := newLab(t)
+	file := build(t, newJob(t, l, bundletest.Options{}))
+
+	t.Run("with pinned keys", func(t *testing.T) {
+		r := verify.Verify(file, pinned(t, l))
+		if r.Verdict != verify.Verified || !r.Simulated || !r.At.Equal(clock) {
+			dump(t, r)
+			t.Fatalf("verdict %s, simulated %t, at %s", r.Verdict, r.Simulated, r.At)
+		}
+		for _, id := range []string{"statement.signature", "result.signature", "release.signature", "log.receipt", "tpm.ak-credential", "snp.signature", "gpu.signature", "tpm.signature", "policy.known", "checkpoint.signature", "log.releases", "trace.start"} {
+			for _, o := range append(outcomes(r, id), outcomes(r, id)...) {
+				if o != check.Pass {
+					t.Errorf("%s: %s", id, o)
+				}
+			}
+			if len(outcomes(r, id)) == 0 {
+				t.Errorf("%s: not made", id)
+			}
+		}
+	})
+	t.Run("keys that are not pinned pass nothing", func(t *testing.T) {
+		r := verify.Verify(file, verify.Trust{Anchors: l.Anchors})
+		if r.Verdict != verify.Verified {
+			dump(t, r)
+			t.Fatal(r.Verdict)
+		}
+		for _, id := range []string{"result.signature", "release.signature", "log.receipt", "tpm.ak-credential", "result.status", "policy.tpm.trust-class"} {
+			if len(outcomes(r, id)) == 0 {
+				t.Errorf("%s: not reported", id)
+			}
+			for _, o := range outcomes(r, id) {
+				if o != check.NotChecked {
+					t.Errorf("%s: %s", id, o)
+				}
+			}
+		}
+	})
+	t.Run("other keys than the pinned", func(t *testing.T) {
+		other := pinned(t, newLab(t))
+		other.Anchors = l.Anchors
+		r := verify.Verify(file, other)
+		want := []string{"log.receipt", "release.complete", "release.signature", "result.signature", "tpm.ak-credential"}
+		for _, id := range want {
+			if !slices.Contains(failedIDs(r), id) {
+				t.Errorf("%s did not fail: %v", id, failedIDs(r))
+			}
+		}
+	})
+	t.Run("under the vendors' anchors", func(t *testing.T) {
+		trust := pinned(t, l)
+		trust.Anchors = anchor.Vendor()
+		r := verify.Verify(file, trust)
+		if r.Verdict != verify.Failed || !slices.Contains(failedIDs(r), "snp.chain") || !slices.Contains(failedIDs(r), "gpu.chain") {
+			t.Errorf("verdict %s, failed %v", r.Verdict, failedIDs(r))
+		}
+	})
+	t.Run("under no anchors", func(t *testing.T) {
+		r := verify.Verify(file, verify.Trust{})
+		if r.Verdict != verify.Failed || !slices.Contains(failedIDs(r), "evidence.anchors") {
+			t.Errorf("verdict %s, failed %v", r.Verdict, failedIDs(r))
+		}
+	})
+	t.Run("at a time before the certificates", func(t *testing.T) {
+		trust := pinned(t, l)
+		trust.At = clock.AddDate(-1, 0, 0)
+		r := verify.Verify(file, trust)
+		if r.Verdict != verify.Failed || !slices.Contains(failedIDs(r), "snp.chain-validity") {
+			t.Errorf("verdict %s, failed %v", r.Verdict, failedIDs(r))
+		}
+	})
+	t.Run("not a bundle", func(t *testing.T) {
+		r := verify.Verify([]byte("not a bundle"), pinned(t, l))
+		if r.Verdict != verify.Failed || !slices.Equal(failedIDs(r), []string{"bundle.form"}) {
+			t.Errorf("verdict %s, failed %v", r.Verdict, failedIDs(r))
+		}
+	})
+}
+
+func TestVerifyRefusals(t *testing.T) {
+	l := newLab(t)
+	t.Run("refused at verify", func(t *testing.T) {
+		r := verify.Verify(build(t, newJob(t, l, bundletest.Options{FlipGPU: true})), pinned(t, l))
+		if r.Verdict != verify.Verified || !strings.Contains(r.Summary, "refused at verify for gpu.") {
+			dump(t, r)
+			t.Fatal(r.Verdict, r.Summary)
+		}
+		if o := outcomes(r, "evidence.refusal"); !slices.Equal(o, []check.Outcome{check.Pass}) {
+			t.Errorf("evidence.refusal: %v", o)
+		}
+	})
+	for name, o := range map[string]bundletest.Options{
+		"sandbox.profile":      {OtherRuntime: true},
+		"policy.snp.simulated": {Policy: "production"},
+	} {
+		t.Run("refused for "+name, func(t *testing.T) {
+			r := verify.Verify(build(t, newJob(t, l, o)), pinned(t, l))
+			if r.Verdict != verify.Verified || !strings.Contains(r.Summary, "refused at verify for "+name) {
+				dump(t, r)
+				t.Fatal(r.Verdict, r.Summary)
+			}
+		})
+	}
+	t.Run("refused before there was evidence", func(t *testing.T) {
+		r := verify.Verify(build(t, newJob(t, l, bundletest.Options{RefuseAdmit: true})), pinned(t, l))
+		if r.Verdict != verify.Unknown {
+			dump(t, r)
+			t.Fatal(r.Verdict, r.Summary)
+		}
+	})
+	t.Run("refused for evidence that is not genuine", func(t *testing.T) {
+		file := build(t, newJob(t, l, bundletest.Options{FlipSNP: true}))
+		if r := verify.Verify(file, pinned(t, l)); r.Verdict != verify.Verified || !strings.Contains(r.Summary, "snp.signature") {
+			dump(t, r)
+			t.Error("the pinned verifier's refusal is not believed")
+		}
+		// Anyone can make such evidence, and a result about it.
+		if r := verify.Verify(file, verify.Trust{Anchors: l.Anchors}); r.Verdict != verify.Unknown {
+			dump(t, r)
+			t.Errorf("verdict %s without anything to believe", r.Verdict)
+		}
+	})
+	t.Run("evidence without a CPU", func(t *testing.T) {
+		r := verify.Verify(build(t, newJob(t, l, bundletest.Options{OmitSNP: true})), verify.Trust{Anchors: l.Anchors})
+		if r.Verdict != verify.Failed || !slices.Contains(failedIDs(r), "evidence.root") {
+			dump(t, r)
+			t.Errorf("verdict %s, failed %v", r.Verdict, failedIDs(r))
+		}
+	})
+	t.Run("a refusal that the verifier did not sign", func(t *testing.T) {
+		j := newJob(t, l, bundletest.Options{FlipGPU: true})
+		j.Outcome.Checks = nil
+		r := verify.Verify(build(t, j), pinned(t, l))
+		if !slices.Contains(failedIDs(r), "outcome.refusal") {
+			dump(t, r)
+			t.Error("a hidden reason was not found")
+		}
+	})
+	t.Run("evidence that fails and a result that does not say so", func(t *testing.T) {
+		j := newJob(t, l, bundletest.Options{FlipGPU: true})
+		if err := j.SignResult(func(r *receipt.Result) {
+			r.Submods = map[string]receipt.Appraisal{"cpu0": {Status: receipt.Affirming}, "tpm0": {Status: receipt.Affirming}, "gpu0": {Status: receipt.Affirming}}
+		}); err != nil {
+			t.Fatal(err)
+		}
+		r := verify.Verify(build(t, j), pinned(t, l))
+		if !slices.Contains(failedIDs(r), "gpu.signature") && !slices.Contains(failedIDs(r), "gpu.parse") {
+			dump(t, r)
+			t.Error("the evidence was not appraised again")
+		}
+	})
+}
+
+// Whoever has the file, and no key, can change nothing.
+func TestTamperFile(t *testing.T) {
+	l := newLab(t)
+	j := newJob(t, l, bundletest.Options{})
+	file := build(t, j)
+	other := newJob(t, l, bundletest.Options{ID: "job-2"})
+	otherFile, err := bundle.Parse(build(t, other))
+	if err != nil {
+		t.Fatal(err)
+	}
+	trust := pinned(t, l)
+
+	tamper := func(name, want string, change func(*bundle.Bundle)) {
+		t.Run(name, func(t *testing.T) {
+			b, err := bundle.Parse(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			change(b)
+			out, err := plan.Canonical(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if bytes.Equal(out, file) {
+				t.Fatal("nothing was changed")
+			}
+			r := verify.Verify(out, trust)
+			if r.Verdict != verify.Failed || !slices.Contains(failedIDs(r), want) {
+				t.Errorf("verdict %s, failed %v, want %s", r.Verdict, failedIDs(r), want)
+			}
+		})
+	}
+	// The same in both jobs: exchanging them changes nothing.
+	same := []bundle.Part{bundle.JobFile, bundle.AgentPart, bundle.VerifierKeys, bundle.BrokerKeys, bundle.LogsDigest}
+	for _, p := range bundle.Parts() {
+		tamper("part removed/"+string(p), "part."+string(p), func(b *bundle.Bundle) { delete(b.Parts, p) })
+		tamper("one byte changed/"+string(p), "part."+string(p), func(b *bundle.Bundle) { b.Parts[p][len(b.Parts[p])/2] ^= 1 })
+		if !slices.Contains(same, p) {
+			tamper("part of another job/"+string(p), "part."+string(p), func(b *bundle.Bundle) { b.Parts[p] = otherFile.Parts[p] })
+		}
+	}
+	tamper("extra part", "part.unknown", func(b *bundle.Bundle) { b.Parts["extra"] = []byte("x") })
+	tamper("releases reordered", "part.releases", func(b *bundle.Bundle) { b.Parts[bundle.Releases] = reversed(t, b.Parts[bundle.Releases]) })
+	tamper("checkpoints reordered", "part.checkpoints", func(b *bundle.Bundle) { b.Parts[bundle.Checkpoints] = reversed(t, b.Parts[bundle.Checkpoints]) })
+	tamper("signature removed", "statement.signature", func(b *bundle.Bundle) { b.Signature = nil })
+	tamper("signature of another job", "statement.signature", func(b *bundle.Bundle) { b.Signature = otherFile.Signature })
+	tamper("statement of another job", "statement.signature", func(b *bundle.Bundle) { b.Statement = otherFile.Statement })
+	tamper("log removed", "log.receipt", func(b *bundle.Bundle) { b.Log = nil })
+	tamper("log receipt changed", "log.receipt", func(b *bundle.Bundle) { b.Log.Receipt = b.Log.Receipt[:len(b.Log.Receipt)-4] + "AAAA" })
+	tamper("log receipt of another job", "log.statement", func(b *bundle.Bundle) { b.Log = otherFile.Log })
+	tamper("log entry removed", "log.entries", func(b *bundle.Bundle) { b.Log.Entries = b.Log.Entries[1:] })
+	tamper("last log entry removed", "log.included", func(b *bundle.Bundle) { b.Log.Entries = b.Log.Entries[:len(b.Log.Entries)-1] })
+	tamper("log entries reordered", "log.entries", func(b *bundle.Bundle) {
+		b.Log.Entries[0], b.Log.Entries[1] = b.Log.Entries[1], b.Log.Entries[0]
+	})
+	tamper("log entry changed", "log.entries", func(b *bundle.Bundle) {
+		b.Log.Entries[0].Body = bytes.Replace(b.Log.Entries[0].Body, []byte("dataset"), []byte("dataser"), 1)
+	})
+
+	fields := map[string]func(*bundle.Statement){
+		"job":           func(s *bundle.Statement) { s.JobID = "job-9" },
+		"plan digest":   func(s *bundle.Statement) { s.PlanDigest = plan.Sum([]byte("x")) },
+		"part digest":   func(s *bundle.Statement) { s.Parts[bundle.Trace] = plan.Sum([]byte("x")) },
+		"part left out": func(s *bundle.Statement) { delete(s.Parts, bundle.JobFile) },
+		"state":         func(s *bundle.Statement) { s.Outcome.State = bundle.Failed },
+		"exit code":     func(s *bundle.Statement) { s.Outcome.ExitCode = 7 },
+		"reason":        func(s *bundle.Statement) { s.Outcome.Reason = "x" },
+		"stage":         func(s *bundle.Statement) { s.Outcome.Stage = bundle.StageEvidence },
+		"start time":    func(s *bundle.Statement) { s.Timeline[0].StartUnixNano -= 1 << 20 },
+		"duration":      func(s *bundle.Statement) { s.Timeline[0].Nanos-- },
+		"step":          func(s *bundle.Statement) { s.Timeline = s.Timeline[1:] },
+	}
+	for _, name := range slices.Sorted(maps.Keys(fields)) {
+		tamper("statement changed/"+name, "statement.signature", func(b *bundle.Bundle) {
+			s, err := bundle.ParseStatement(b.Statement)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fields[name](&s)
+			if b.Statement, err = plan.Canonical(s); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+
+	// A sample of single bytes of the file, whatever they are.
+	t.Run("any byte", func(t *testing.T) {
+		step := len(file)/150 + 1
+		for i := 0; i < len(file); i += step {
+			out := bytes.Clone(file)
+			out[i] ^= 1
+			if r := verify.Verify(out, trust); r.Verdict != verify.Failed {
+				t.Fatalf("byte %d: %s", i, r.Verdict)
+			}
+		}
+	})
+}
+
+func reversed(t *testing.T, b []byte) []byte {
+	t.Helper()
+	var list []json.RawMessage
+	if err := json.Unmarshal(b, &list); err != nil {
+		t.Fatal(err)
+	}
+	slices.Reverse(list)
+	out, err := plan.Canonical(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// An agent that lies can have its lies signed by the job's key and logged. What
+// it says must still agree with what devices, verifier, broker and holder signed.
+func TestLyingAgent(t *testing.T) {
+	l := newLab(t)
+	good := build(t, newJob(t, l, bundletest.Options{}))
+	trust := pinned(t, l)
+	if r := verify.Verify(good, trust); r.Verdict != verify.Verified {
+		t.Fatal(r.Summary)
+	}
+	other := newJob(t, l, bundletest.Options{ID: "job-2"})
+
+	tests := []struct {
+		name, want string
+		lie        func(t *testing.T, j *bundletest.Job)
+	}{
+		{"plan of another job", "plan.digest", swap(other, bundle.Plan)},
+		{"plan and digest of another job", "plan.evidence", func(t *testing.T, j *bundletest.Job) {
+			j.Parts[bundle.Plan], j.Plan = other.Parts[bundle.Plan], other.Plan
+		}},
+		{"sandbox of another job", "sandbox.evidence", swap(other, bundle.Sandbox)},
+		{"evidence of another job", "statement.signature", swap(other, bundle.Evidence)},
+		{"evidence of another job, sandbox", "evidence.job", swap(other, bundle.Evidence, bundle.Sandbox)},
+		{"result of another job", "result.job", swap(other, bundle.Result)},
+		{"result of another job, evidence", "result.evidence", swap(other, bundle.Result)},
+		{"result of another job, keys", "result.session-key", swap(other, bundle.Result)},
+		{"result of another job, recipient", "result.recipient-key", swap(other, bundle.Result)},
+		{"result of another job, nonce", "result.nonce", swap(other, bundle.Result)},
+		{"releases of another job", "release.job", swap(other, bundle.Releases)},
+		{"checkpoints of another job", "checkpoint.signature", swap(other, bundle.Checkpoints)},
+		{"another job's id", "evidence.job", func(_ *testing.T, j *bundletest.Job) { j.ID = "job-9" }},
+		{"other runtime", "sandbox.agent", edit(bundle.AgentPart, func(a *bundle.Agent) { a.Runtime = "runc" })},
+		{"stage without its part", "part.trace", func(_ *testing.T, j *bundletest.Job) { delete(j.Parts, bundle.Trace) }},
+		{"evidence withheld", "part.evidence", func(_ *testing.T, j *bundletest.Job) { delete(j.Parts, bundle.Evidence) }},
+		{"result that refuses", "result.status", func(t *testing.T, j *bundletest.Job) {
+			resign(t, j, func(r *receipt.Result) {
+				r.Submods = maps.Clone(r.Submods)
+				r.Submods["gpu0"] = receipt.Appraisal{Status: receipt.Contraindicated}
+			})
+		}},
+		{"result without a device", "evidence.devices", func(t *testing.T, j *bundletest.Job) {
+			resign(t, j, func(r *receipt.Result) {
+				r.Submods = maps.Clone(r.Submods)
+				delete(r.Submods, "gpu0")
+			})
+		}},
+		{"result that lives long", "result.lifetime", func(t *testing.T, j *bundletest.Job) {
+			resign(t, j, func(r *receipt.Result) { r.Expires += 3600 })
+		}},
+		{"result by another policy", "result.policy", func(t *testing.T, j *bundletest.Job) {
+			resign(t, j, func(r *receipt.Result) { r.Policy.Name = "production" })
+		}},
+		{"result that hides simulation", "evidence.simulated", func(t *testing.T, j *bundletest.Job) {
+			resign(t, j, func(r *receipt.Result) { r.Simulated = false })
+		}},
+		{"result of another hour", "outcome.time", func(_ *testing.T, j *bundletest.Job) {
+			for i := range j.Timeline {
+				j.Timeline[i].StartUnixNano += int64(time.Hour)
+			}
+		}},
+		{"release left out", "release.complete", edit(bundle.Releases, func(l *[]string) { *l = (*l)[:2] })},
+		{"release left out, log", "log.releases", edit(bundle.Releases, func(l *[]string) { *l = (*l)[:2] })},
+		{"release twice", "release.repeated", edit(bundle.Releases, func(l *[]string) { *l = append(*l, (*l)[2]) })},
+		{"releases reordered", "release.order", edit(bundle.Releases, func(l *[]string) { slices.Reverse(*l) })},
+		{"release by a key of the agent's own", "release.signature", edit(bundle.Releases, func(l *[]string) { (*l)[0] = (*l)[0][:len((*l)[0])-8] + "AAAAAAAA" })},
+		{"release that is a result", "release.signature", func(t *testing.T, j *bundletest.Job) {
+			edit(bundle.Releases, func(l *[]string) { (*l)[0] = string(j.Parts[bundle.Result]) })(t, j)
+		}},
+		{"checkpoint left out", "checkpoint.complete", edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { *l = (*l)[:1] })},
+		{"first checkpoint left out", "checkpoint.sequence", edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { *l = (*l)[1:] })},
+		{"first checkpoint left out, parent", "checkpoint.parent", edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { *l = (*l)[1:] })},
+		{"checkpoints reordered", "checkpoint.sequence", edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { slices.Reverse(*l) })},
+		{"checkpoint described otherwise", "checkpoint.record", edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { (*l)[0].Bytes++ })},
+		{"checkpoint under another key", "checkpoint.asset", checkpoint(func(r *bundle.CheckpointRecord) { r.Asset = "mine" })},
+		{"checkpoint of another plan", "checkpoint.plan", checkpoint(func(r *bundle.CheckpointRecord) { r.Plan = plan.Sum(nil) })},
+		{"checkpoint of another job", "checkpoint.job", checkpoint(func(r *bundle.CheckpointRecord) { r.JobID = "job-9" })},
+		{"not scrubbed", "holder.scrubbed", edit(bundle.HolderStatus, func(s *bundle.Status) { s.Scrubbed = false })},
+		{"trace lost", "holder.trace", edit(bundle.HolderStatus, func(s *bundle.Status) { s.TraceLost = true })},
+		{"start not seen", "holder.started", edit(bundle.HolderStatus, func(s *bundle.Status) { s.Started = false })},
+		{"no start in the trace", "trace.start", edit(bundle.Trace, func(l *[]bundle.Event) { *l = (*l)[1:] })},
+		{"checkpoint before the start", "trace.start", edit(bundle.Trace, func(l *[]bundle.Event) { (*l)[0], (*l)[2] = (*l)[2], (*l)[0] })},
+		{"trace reordered", "trace.order", edit(bundle.Trace, func(l *[]bundle.Event) { (*l)[1], (*l)[2] = (*l)[2], (*l)[1] })},
+		{"an operator looked in", "trace.operator", edit(bundle.Trace, func(l *[]bundle.Event) { (*l)[1].Kind = bundle.EventOperatorExec })},
+		{"trace lost in the trace", "trace.lost", edit(bundle.Trace, func(l *[]bundle.Event) { (*l)[1].Kind = bundle.EventTraceLost })},
+		{"output over the budget", "logs.budget", edit(bundle.LogsDigest, func(l *bundle.Logs) { l.Stdout.Bytes = 2 << 20 })},
+		{"output that the holder did not see", "logs.holder", edit(bundle.LogsDigest, func(l *bundle.Logs) { l.Cut++ })},
+		{"releases withheld", "release.complete", func(_ *testing.T, j *bundletest.Job) { delete(j.Parts, bundle.Releases) }},
+		{"stages in another order", "outcome.timeline", func(_ *testing.T, j *bundletest.Job) { j.Timeline[1], j.Timeline[2] = j.Timeline[2], j.Timeline[1] }},
+		{"stage left out", "outcome.state", func(_ *testing.T, j *bundletest.Job) { j.Timeline = slices.Delete(j.Timeline, 3, 4) }},
+		{"success in another stage", "outcome.stage", func(_ *testing.T, j *bundletest.Job) { j.Outcome.Stage = bundle.StageStart }},
+		{"success with an exit code", "outcome.state", func(_ *testing.T, j *bundletest.Job) { j.Outcome.ExitCode = 1 }},
+		{"success that was not logged", "log.receipt", func(_ *testing.T, j *bundletest.Job) { j.Log = nil }},
+		{"log entries of the job left out", "log.entries", func(_ *testing.T, j *bundletest.Job) { j.Log.Entries = j.Log.Entries[:2] }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			j := newJob(t, l, bundletest.Options{})
+			tt.lie(t, j)
+			file := build(t, j)
+			if tt.want == "log.entries" {
+				file = dropEntry(t, file)
+			}
+			r := verify.Verify(file, trust)
+			if r.Verdict != verify.Failed || !slices.Contains(failedIDs(r), tt.want) {
+				t.Errorf("verdict %s, failed %v, want %s", r.Verdict, failedIDs(r), tt.want)
+			}
+		})
+	}
+}
+
+func dropEntry(t *testing.T, file []byte) []byte {
+	t.Helper()
+	b, err := bundle.Parse(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Log.Entries = b.Log.Entries[1:]
+	out, err := plan.Canonical(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func swap(from *bundletest.Job, parts ...bundle.Part) func(*testing.T, *bundletest.Job) {
+	return func(_ *testing.T, j *bundletest.Job) {
+		for _, p := range parts {
+			j.Parts[p] = from.Parts[p]
+		}
+	}
+}
+
+func edit[T any](part bundle.Part, change func(*T)) func(*testing.T, *bundletest.Job) {
+	return func(t *testing.T, j *bundletest.Job) {
+		t.Helper()
+		v, err := bundle.Decode[T](j.Parts[part])
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(&v)
+		if j.Parts[part], err = plan.Canonical(v); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func resign(t *testing.T, j *bundletest.Job, change func(*receipt.Result)) {
+	t.Helper()
+	if err := j.SignResult(change); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func checkpoint(change func(*bundle.CheckpointRecord)) func(*testing.T, *bundletest.Job) {
+	return func(t *testing.T, j *bundletest.Job) {
+		t.Helper()
+		c, err := j.Checkpoint(1, "", change)
+		if err != nil {
+			t.Fatal(err)
+		}
+		edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { *l = []bundle.Checkpoint{c} })(t, j)
+		edit(bundle.HolderStatus, func(s *bundle.Status) { s.Checkpoints = []bundle.Checkpoint{c} })(t, j)
+	}
+}
+
+// TestDocumented holds the parts' names in the format's description against the
+// code.
+func TestDocumented(t *testing.T) {
+	b, err := os.ReadFile("../../../docs/formats/bundle.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range bundle.Parts() {
+		if !bytes.Contains(b, fmt.Appendf(nil, "| `%s` |", p)) {
+			t.Errorf("docs/formats/bundle.md does not name part %s", p)
+		}
+	}
+	for _, s := range bundle.Stages() {
+		if !bytes.Contains(b, fmt.Appendf(nil, "`%s`", s)) {
+			t.Errorf("docs/formats/bundle.md does not name stage %s", s)
+		}
+	}
+}
+
+func BenchmarkVerify(b *testing.B) {
+	l := newLab(b)
+	file := build(b, newJob(b, l, bundletest.Options{}))
+	trust := pinned(b, l)
+	b.ReportAllocs()
+	for b.Loop() {
+		if r := verify.Verify(file, trust); r.Verdict != verify.Verified {
+			b.Fatal(r.Summary)
+		}
+	}
+}
+
+// Whatever a part holds, and whoever signed it, the answer is a report, and only
+// the true part verifies.
+func FuzzPart(f *testing.F) {
+	l := newLab(f)
+	good := newJob(f, l, bundletest.Options{})
+	names := bundle.Parts()
+	for i, n := range names {
+		f.Add(uint8(i), good.Parts[n]) //nolint:gosec // there are few parts
+	}
+	trust := pinned(f, l)
+	// What is free text to verification may be replaced without notice: here
+	// the liar has the job's key.
+	free := []bundle.Part{bundle.JobFile, bundle.AgentPart, bundle.LogsDigest, bundle.VerifierKeys, bundle.BrokerKeys, bundle.Trace, bundle.HolderStatus}
+	f.Fuzz(func(t *testing.T, i uint8, body []byte) {
+		name := names[int(i)%len(names)]
+		j := *good
+		j.Parts = maps.Clone(good.Parts)
+		j.Parts[name] = body
+		file, err := j.Bundle()
+		if err != nil {
+			return
+		}
+		r := verify.Verify(file, trust)
+		if r.Verdict == verify.Verified && !bytes.Equal(body, good.Parts[name]) && !slices.Contains(free, name) {
+			t.Errorf("part %s replaced, and verified", name)
+		}
+	})
+}

@@ -1,0 +1,157 @@
+// Package evidence is the envelope in which an attester hands its evidence to a
+// verifier: raw device output, and nothing that could be taken for a judgement.
+//
+// Trusted: nothing. Checked here: size, form and counts. Whether evidence is
+// genuine is for attest/snp, attest/vtpm and attest/nvgpu; whether it is
+// acceptable is for attest/policy.
+package evidence
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/coffer-run/coffer/attest/binding"
+	"github.com/coffer-run/coffer/attest/plan"
+)
+
+// Version is the only envelope version there is.
+const Version = "coffer.run/evidence/v1"
+
+const (
+	// MaxSize bounds an encoded envelope, in bytes.
+	MaxSize = 4 << 20
+	// MaxGPUs bounds the GPUs of one envelope.
+	MaxGPUs = 16
+	// MaxPart bounds every single byte field but plan and sandbox, in bytes.
+	MaxPart = 256 << 10
+)
+
+// Envelope is the evidence of one attempt of one job. Byte fields are base64 in
+// JSON.
+type Envelope struct {
+	Version    string `json:"version"`
+	VerifierID string `json:"verifierId"`
+	Nonce      string `json:"nonce"`
+	JobID      string `json:"jobId"`
+	// Plan and Sandbox are the canonical documents whose digests are bound.
+	Plan         []byte `json:"plan"`
+	Sandbox      []byte `json:"sandbox"`
+	RecipientKey []byte `json:"recipientKey"`
+	SessionKey   []byte `json:"sessionKey"`
+
+	TPM  *TPM  `json:"tpm,omitempty"`
+	SNP  *SNP  `json:"snp,omitempty"`
+	GPUs []GPU `json:"gpus,omitempty"`
+	// Failures name what could not be collected. Where the policy asks for it,
+	// a failure is a refusal like absence.
+	Failures []Failure `json:"failures,omitempty"`
+}
+
+// TPM is a quote and what is needed to judge it.
+type TPM struct {
+	// AKPublic is TPMT_PUBLIC.
+	AKPublic []byte `json:"akPublic"`
+	// AKCredential is the verifier's JWT from enrolment.
+	AKCredential string `json:"akCredential"`
+	// Quote is TPMS_ATTEST, Signature TPMT_SIGNATURE.
+	Quote     []byte `json:"quote"`
+	Signature []byte `json:"signature"`
+	// PCRs are the SHA-256 bank's values by index, as read.
+	PCRs map[int][]byte `json:"pcrs"`
+	// EventLog explains the PCRs, in the format of attest/vtpm.
+	EventLog []byte `json:"eventLog"`
+}
+
+// SNP is an SEV-SNP attestation report.
+type SNP struct {
+	Report []byte `json:"report"`
+	// Certificates is the certificate table that the platform gave with the
+	// report (GHCB specification, MSG_REPORT certificates), or empty.
+	Certificates []byte `json:"certificates,omitempty"`
+}
+
+// GPU is one GPU's attestation report.
+type GPU struct {
+	UUID string `json:"uuid"`
+	// Report is the GET_MEASUREMENTS request and response.
+	Report []byte `json:"report"`
+	// Chain is PEM, leaf first.
+	Chain         []byte `json:"chain"`
+	DriverVersion string `json:"driverVersion"`
+	VBIOSVersion  string `json:"vbiosVersion"`
+}
+
+// Failure says which source of evidence failed, and how.
+type Failure struct {
+	// Source is "tpm", "snp" or "gpu".
+	Source  string `json:"source"`
+	Message string `json:"message"`
+}
+
+// Parse reads an envelope and bounds every part of it.
+func Parse(b []byte) (*Envelope, error) {
+	var e Envelope
+	if err := plan.Decode(b, MaxSize, &e); err != nil {
+		return nil, fmt.Errorf("parse evidence: %w", err)
+	}
+	if e.Version != Version {
+		return nil, fmt.Errorf("parse evidence: version %.40q: want %q", e.Version, Version)
+	}
+	if len(e.GPUs) > MaxGPUs {
+		return nil, fmt.Errorf("parse evidence: %d GPUs, at most %d are allowed", len(e.GPUs), MaxGPUs)
+	}
+	if len(e.Failures) > MaxGPUs+2 {
+		return nil, errors.New("parse evidence: too many failures")
+	}
+	parts := map[string]int{
+		"verifier": len(e.VerifierID), "nonce": len(e.Nonce), "job": len(e.JobID),
+		"recipient key": len(e.RecipientKey), "session key": len(e.SessionKey),
+	}
+	if t := e.TPM; t != nil {
+		parts["tpm ak"], parts["tpm credential"] = len(t.AKPublic), len(t.AKCredential)
+		parts["tpm quote"], parts["tpm signature"], parts["tpm event log"] = len(t.Quote), len(t.Signature), len(t.EventLog)
+		if len(t.PCRs) > 24 {
+			return nil, fmt.Errorf("parse evidence: %d PCRs, a bank has 24", len(t.PCRs))
+		}
+		for i, v := range t.PCRs {
+			if i < 0 || i > 23 || len(v) != 32 {
+				return nil, fmt.Errorf("parse evidence: PCR %d with %d bytes: want 0 to 23 with 32", i, len(v))
+			}
+		}
+	}
+	if s := e.SNP; s != nil {
+		parts["snp report"], parts["snp certificates"] = len(s.Report), len(s.Certificates)
+	}
+	for i, g := range e.GPUs {
+		parts[fmt.Sprintf("gpu%d report", i)], parts[fmt.Sprintf("gpu%d chain", i)] = len(g.Report), len(g.Chain)
+		parts[fmt.Sprintf("gpu%d versions", i)] = len(g.UUID) + len(g.DriverVersion) + len(g.VBIOSVersion)
+	}
+	for name, n := range parts {
+		if n > MaxPart {
+			return nil, fmt.Errorf("parse evidence: %s has %d bytes, at most %d are allowed", name, n, MaxPart)
+		}
+	}
+	return &e, nil
+}
+
+// Challenge returns what this evidence claims to speak of. The digests are
+// computed from the documents, never taken from the envelope's word.
+func (e *Envelope) Challenge() binding.Challenge {
+	ch := binding.Challenge{
+		VerifierID: e.VerifierID, Nonce: []byte(e.Nonce), PlanDigest: plan.Sum(e.Plan), JobID: e.JobID,
+		SandboxDigest: plan.Sum(e.Sandbox), RecipientKey: e.RecipientKey, SessionKey: e.SessionKey,
+	}
+	if e.TPM != nil {
+		ch.AKPublic = e.TPM.AKPublic
+	}
+	return ch
+}
+
+// Devices returns D over the envelope's GPUs.
+func (e *Envelope) Devices() binding.Devices {
+	gpus := make([]binding.GPU, 0, len(e.GPUs))
+	for _, g := range e.GPUs {
+		gpus = append(gpus, binding.GPU{Report: g.Report, Chain: g.Chain})
+	}
+	return binding.DevicesOf(gpus)
+}

@@ -1,0 +1,80 @@
+package plan
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+)
+
+// SandboxVersion is the only sandbox description version there is.
+const SandboxVersion = "coffer.run/sandbox/v1"
+
+// MaxSandbox bounds a sandbox description, in bytes.
+const MaxSandbox = 512 << 10
+
+// Profile is the set of rules from which sandboxes are made on a node. Its
+// digest is part of every plan, so that other binaries or flags are another plan.
+type Profile struct {
+	Version string `json:"version"`
+	// Shim is the containerd runtime name, "io.containerd.runc.v2".
+	Shim       string `json:"shim"`
+	ShimDigest Digest `json:"shimDigest"`
+	// Runtime is what `runsc --version` says.
+	Runtime       string   `json:"runtime"`
+	RuntimeDigest Digest   `json:"runtimeDigest"`
+	RuntimeFlags  []string `json:"runtimeFlags"`
+	// Trace is the digest of the trace points that must be watched.
+	Trace Digest `json:"trace"`
+	// Rules names the version of the specification builder's allow-list.
+	Rules string `json:"rules"`
+	// ImageStore says where image content lies: "tmpfs", "disk", ...
+	ImageStore string `json:"imageStore"`
+}
+
+// Digest returns the SHA-384 of the canonical profile.
+func (p Profile) Digest() (Digest, error) {
+	if p.Version != SandboxVersion || p.ShimDigest.Bytes() == nil || p.RuntimeDigest.Bytes() == nil || p.Trace.Bytes() == nil {
+		return "", errors.New("sandbox profile is incomplete")
+	}
+	b, err := Canonical(p)
+	if err != nil {
+		return "", err
+	}
+	return Sum(b), nil
+}
+
+// Sandbox describes one created, not yet started, sandbox. Its digest is bound
+// into the evidence before any key is asked for.
+type Sandbox struct {
+	Version string  `json:"version"`
+	JobID   string  `json:"jobId"`
+	Image   string  `json:"image"`
+	Profile Profile `json:"profile"`
+	// Wrapper is the exact command line prefix with which the shim runs the
+	// runtime for this job.
+	Wrapper []string `json:"wrapper"`
+	// Trace is the exact trace configuration handed to the runtime.
+	Trace json.RawMessage `json:"trace"`
+	// Spec is the OCI runtime specification, as created.
+	Spec json.RawMessage `json:"spec"`
+}
+
+// Canonical returns the description in the form of RFC 8785.
+func (s Sandbox) Canonical() ([]byte, error) {
+	if s.Version != SandboxVersion {
+		return nil, fmt.Errorf("sandbox version %.40q: want %q", s.Version, SandboxVersion)
+	}
+	return Canonical(s)
+}
+
+// ParseSandbox reads a sandbox description.
+func ParseSandbox(b []byte) (Sandbox, error) {
+	var s Sandbox
+	if err := Decode(b, MaxSandbox, &s); err != nil {
+		return Sandbox{}, fmt.Errorf("parse sandbox: %w", err)
+	}
+	if s.Version != SandboxVersion {
+		return Sandbox{}, fmt.Errorf("parse sandbox: version %.40q: want %q", s.Version, SandboxVersion)
+	}
+	return s, nil
+}

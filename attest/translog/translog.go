@@ -1,0 +1,334 @@
+// Package translog is the evidence log's arithmetic: what an entry is, how
+// entries are chained, and how a reader checks that none was changed, dropped
+// or reordered.
+//
+// Trusted: a receipt's signature by the log's broker. Checked: form, index,
+// chain hash, and the count of a job's entries. Not checked: that the broker
+// shows everyone the same log; no witness cosigns it, and receipts say so.
+package translog
+
+import (
+	"bytes"
+	"crypto/sha512"
+	"errors"
+	"fmt"
+
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
+)
+
+// MaxBody bounds the encoded body of one entry, in bytes.
+const MaxBody = 16 << 10
+
+// Kind says what an entry records.
+type Kind string
+
+// Kinds of entries.
+const (
+	KindAsset   Kind = "asset"
+	KindGrant   Kind = "grant"
+	KindRevoke  Kind = "revoke"
+	KindRelease Kind = "release"
+	KindBundle  Kind = "bundle"
+)
+
+// Body is what one entry says. Exactly the part that Kind names is present.
+type Body struct {
+	Index uint64 `json:"index"`
+	// TimeMillis is the broker's clock when the entry was committed.
+	TimeMillis int64 `json:"timeMillis"`
+	Kind       Kind  `json:"kind"`
+	// Prev is the chain hash of the entry before, or Genesis.
+	Prev []byte `json:"prev"`
+	// Actor is who asked, "ROLE/NAME".
+	Actor string `json:"actor"`
+	// Job and JobSequence are present for what belongs to a job; its entries
+	// are numbered from 1, so that a reader of one job's entries sees a gap.
+	Job         string `json:"job,omitempty"`
+	JobSequence uint64 `json:"jobSequence,omitempty"`
+
+	Asset   *Asset   `json:"asset,omitempty"`
+	Grant   *Grant   `json:"grant,omitempty"`
+	Revoke  *Revoke  `json:"revoke,omitempty"`
+	Release *Release `json:"release,omitempty"`
+	Bundle  *Bundle  `json:"bundle,omitempty"`
+}
+
+// Asset records a new asset.
+type Asset struct {
+	Name   string      `json:"name"`
+	Kind   string      `json:"kind"`
+	Digest plan.Digest `json:"digest,omitempty"`
+}
+
+// Grant records a new grant.
+type Grant struct {
+	ID             string      `json:"id"`
+	Assets         []string    `json:"assets"`
+	Plan           plan.Digest `json:"plan"`
+	NotBefore      int64       `json:"notBefore"`
+	NotAfter       int64       `json:"notAfter"`
+	MaxReleases    int         `json:"maxReleases"`
+	AllowSimulated bool        `json:"allowSimulated"`
+}
+
+// Revoke records that a grant was taken back.
+type Revoke struct {
+	Grant  string `json:"grant"`
+	Reason string `json:"reason"`
+}
+
+// Release records that one key was wrapped to an attested job.
+type Release struct {
+	Grant    string      `json:"grant"`
+	Attempt  int         `json:"attempt"`
+	Plan     plan.Digest `json:"plan"`
+	Asset    string      `json:"asset"`
+	Verifier string      `json:"verifier"`
+	ResultID string      `json:"resultId"`
+	// Recipient, Request and Wrapped are digests of the recipient key, of the
+	// signed request, and of enc and ciphertext.
+	Recipient plan.Digest `json:"recipient"`
+	Request   plan.Digest `json:"request"`
+	Wrapped   plan.Digest `json:"wrapped"`
+	Evidence  plan.Digest `json:"evidence"`
+	Simulated bool        `json:"simulated"`
+	// Used is how many of the grant's releases are spent after this one.
+	Used int `json:"used"`
+}
+
+// Bundle records the digest of a job's bundle statement.
+type Bundle struct {
+	Digest plan.Digest `json:"digest"`
+}
+
+// Entry is one committed entry.
+type Entry struct {
+	Index uint64 `json:"index"`
+	// Body is the canonical JSON (RFC 8785) of a Body.
+	Body []byte `json:"body"`
+	// Hash is the chain hash after this entry.
+	Hash []byte `json:"hash"`
+}
+
+// Head is where a log stands: how many entries it holds and the chain hash of
+// the last one.
+type Head struct {
+	Size uint64 `json:"size"`
+	Hash []byte `json:"hash"`
+}
+
+// Genesis is the chain hash before the first entry of origin's log.
+func Genesis(origin string) Head {
+	h := sha512.Sum384([]byte("coffer/v1 log\x00" + origin))
+	return Head{Hash: h[:]}
+}
+
+// Hash returns SHA-384(prev || SHA-384(body)).
+func Hash(prev, body []byte) []byte {
+	b := sha512.Sum384(body)
+	h := sha512.Sum384(append(append(make([]byte, 0, len(prev)+len(b)), prev...), b[:]...))
+	return h[:]
+}
+
+// Append makes the entry that follows head, filling in b's index and link, and
+// the head after it.
+func Append(head Head, b Body) (Entry, Head, error) {
+	b.Index, b.Prev = head.Size, head.Hash
+	if err := b.validate(); err != nil {
+		return Entry{}, Head{}, fmt.Errorf("log entry %d: %w", b.Index, err)
+	}
+	enc, err := plan.Canonical(b)
+	if err != nil {
+		return Entry{}, Head{}, fmt.Errorf("log entry %d: %w", b.Index, err)
+	}
+	if len(enc) > MaxBody {
+		return Entry{}, Head{}, fmt.Errorf("log entry %d has %d bytes, at most %d are allowed", b.Index, len(enc), MaxBody)
+	}
+	e := Entry{Index: b.Index, Body: enc, Hash: Hash(head.Hash, enc)}
+	return e, Head{Size: b.Index + 1, Hash: e.Hash}, nil
+}
+
+func (b Body) validate() error {
+	held, named := 0, false
+	for _, p := range [...]struct {
+		kind  Kind
+		there bool
+	}{{KindAsset, b.Asset != nil}, {KindGrant, b.Grant != nil}, {KindRevoke, b.Revoke != nil}, {KindRelease, b.Release != nil}, {KindBundle, b.Bundle != nil}} {
+		if p.there {
+			held++
+			named = named || p.kind == b.Kind
+		}
+	}
+	switch {
+	case held != 1 || !named:
+		return fmt.Errorf("kind %.40q does not say what the entry holds", b.Kind)
+	case len(b.Prev) != sha512.Size384:
+		return errors.New("no link to the entry before")
+	case b.Actor == "" || b.TimeMillis <= 0:
+		return errors.New("no actor or time")
+	case (b.Job == "") != (b.JobSequence == 0):
+		return errors.New("a job and its sequence number come together")
+	case b.Job == "" && (b.Kind == KindRelease || b.Kind == KindBundle):
+		return fmt.Errorf("%s without a job", b.Kind)
+	}
+	return nil
+}
+
+// Open checks one entry by itself and returns what it says: canonical form, its
+// index, and its hash over body and link.
+func (e Entry) Open() (Body, error) {
+	var b Body
+	if err := plan.Decode(e.Body, MaxBody, &b); err != nil {
+		return Body{}, fmt.Errorf("log entry %d: %w", e.Index, err)
+	}
+	if err := b.validate(); err != nil {
+		return Body{}, fmt.Errorf("log entry %d: %w", e.Index, err)
+	}
+	c, err := plan.Canonical(b)
+	if err != nil {
+		return Body{}, fmt.Errorf("log entry %d: %w", e.Index, err)
+	}
+	switch {
+	case !bytes.Equal(c, e.Body):
+		return Body{}, fmt.Errorf("log entry %d: not in canonical form (RFC 8785)", e.Index)
+	case b.Index != e.Index:
+		return Body{}, fmt.Errorf("log entry %d says that it is entry %d", e.Index, b.Index)
+	case !bytes.Equal(Hash(b.Prev, e.Body), e.Hash):
+		return Body{}, fmt.Errorf("log entry %d: hash does not fit body and link", e.Index)
+	}
+	return b, nil
+}
+
+// Checker follows a log from its first entry on. Make one with NewChecker.
+type Checker struct {
+	head Head
+	jobs map[string]uint64
+}
+
+// NewChecker returns a checker of origin's log.
+func NewChecker(origin string) *Checker {
+	return &Checker{head: Genesis(origin), jobs: map[string]uint64{}}
+}
+
+// Add checks the next entry. After an error the checker is of no more use.
+func (c *Checker) Add(e Entry) error {
+	b, err := e.Open()
+	switch {
+	case err != nil:
+		return err
+	case b.Index != c.head.Size:
+		return fmt.Errorf("log entry %d stands where entry %d belongs", b.Index, c.head.Size)
+	case !bytes.Equal(b.Prev, c.head.Hash):
+		return fmt.Errorf("log entry %d does not follow what stands before it", b.Index)
+	}
+	if b.Job != "" {
+		c.jobs[b.Job]++
+		if b.JobSequence != c.jobs[b.Job] {
+			return fmt.Errorf("log entry %d is number %d of its job, want %d", b.Index, b.JobSequence, c.jobs[b.Job])
+		}
+	}
+	c.head = Head{Size: b.Index + 1, Hash: e.Hash}
+	return nil
+}
+
+// Head returns the head after the entries so far, which the caller holds
+// against a signed one: a log that was cut short is whole in itself.
+func (c *Checker) Head() Head { return c.head }
+
+// VerifyChain checks a log from its first entry on and returns its head.
+func VerifyChain(origin string, entries []Entry) (Head, error) {
+	c := NewChecker(origin)
+	for _, e := range entries {
+		if err := c.Add(e); err != nil {
+			return Head{}, err
+		}
+	}
+	return c.Head(), nil
+}
+
+// VerifyJob checks the entries of one job, which other jobs' entries may
+// separate: all of the job, complete from the first on, in order, and linked
+// where neighbours are at hand. The last one is to be held against a receipt.
+func VerifyJob(origin, job string, entries []Entry) ([]Body, error) {
+	if job == "" {
+		return nil, errors.New("verify log entries: no job")
+	}
+	out := make([]Body, 0, len(entries))
+	for i, e := range entries {
+		b, err := e.Open()
+		switch {
+		case err != nil:
+			return nil, err
+		case b.Job != job:
+			return nil, fmt.Errorf("log entry %d is of another job", b.Index)
+		case b.JobSequence != uint64(i)+1: //nolint:gosec // an index
+			return nil, fmt.Errorf("log entry %d is number %d of its job, want %d", b.Index, b.JobSequence, i+1)
+		case b.Index == 0 && !bytes.Equal(b.Prev, Genesis(origin).Hash):
+			return nil, fmt.Errorf("log entry 0 does not begin the log of %q", origin)
+		}
+		if i > 0 {
+			last := out[i-1]
+			if b.Index <= last.Index {
+				return nil, fmt.Errorf("log entry %d stands after entry %d", b.Index, last.Index)
+			}
+			if b.Index == last.Index+1 && !bytes.Equal(b.Prev, entries[i-1].Hash) {
+				return nil, fmt.Errorf("log entry %d does not follow entry %d", b.Index, last.Index)
+			}
+		}
+		out = append(out, b)
+	}
+	return out, nil
+}
+
+// TypeReceipt is the token type of log receipts.
+const TypeReceipt = "log-entry"
+
+// Receipt is the claims set by which a broker promises that an entry is in its
+// log.
+type Receipt struct {
+	Issuer   string      `json:"iss"`
+	IssuedAt int64       `json:"iat"`
+	Job      string      `json:"job"`
+	Digest   plan.Digest `json:"digest"`
+	Index    uint64      `json:"index"`
+	Hash     []byte      `json:"hash"`
+	// Head is the log right after the entry.
+	Head Head `json:"head"`
+	// Witnessed is whether anyone but the broker has signed Head. Nobody does.
+	Witnessed bool `json:"witnessed"`
+}
+
+// OpenReceipt checks a receipt's signature by the broker whose keys these are,
+// and that its claims fit together.
+func OpenReceipt(keys receipt.Keys, token string) (Receipt, error) {
+	var r Receipt
+	if err := keys.Open(TypeReceipt, token, &r); err != nil {
+		return Receipt{}, err
+	}
+	if r.Job == "" || r.Digest.Bytes() == nil || r.IssuedAt <= 0 || len(r.Hash) != sha512.Size384 {
+		return Receipt{}, errors.New("log receipt is incomplete")
+	}
+	if r.Head.Size != r.Index+1 || !bytes.Equal(r.Head.Hash, r.Hash) {
+		return Receipt{}, errors.New("log receipt: the head is not the one after the entry")
+	}
+	if r.Witnessed {
+		return Receipt{}, errors.New("log receipt claims a witness, whose signature it does not carry")
+	}
+	return r, nil
+}
+
+// Includes checks that e is the entry that the receipt promises: the bundle
+// entry of the receipt's job and digest.
+func (r Receipt) Includes(e Entry) error {
+	b, err := e.Open()
+	switch {
+	case err != nil:
+		return err
+	case b.Index != r.Index || !bytes.Equal(e.Hash, r.Hash):
+		return fmt.Errorf("log entry %d is not the one in the receipt", e.Index)
+	case b.Kind != KindBundle || b.Job != r.Job || b.Bundle.Digest != r.Digest:
+		return fmt.Errorf("log entry %d does not record the digest in the receipt", e.Index)
+	}
+	return nil
+}

@@ -1,0 +1,163 @@
+// Package verifier appraises evidence and signs attestation results (RFC 9334):
+// it issues nonces, enrols attestation keys, and holds the evidence of every
+// device of a job against one challenge and one policy.
+//
+// Trusted: the given anchors, policies, keys and clock. Checked: that the nonce
+// is this verifier's, fresh and not used here before; that plan, sandbox, job
+// and keys are those that every device's evidence binds; that each device is
+// genuine; that the plan's policy accepts them. Not checked: that a nonce was
+// not used at another replica, which is the broker's part at release; that the
+// sandbox's specification follows from the plan, which is the measured agent's.
+package verifier
+
+import (
+	"crypto/hkdf"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/anchor"
+	"github.com/coffer-run/coffer/attest/nvgpu"
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/policy"
+	"github.com/coffer-run/coffer/attest/receipt"
+)
+
+const (
+	// NonceKeySize is the length of a nonce key, in bytes.
+	NonceKeySize = 32
+	// NonceLifetime is how long a nonce is good for.
+	NonceLifetime = 2 * time.Minute
+	// EnrolmentLifetime is how long a TPM may take to open its credential.
+	EnrolmentLifetime = 2 * time.Minute
+	// maxName bounds the names of verifiers and audiences, in bytes.
+	maxName = 255
+)
+
+var (
+	// ErrMalformed is wrapped by errors about input that is not evidence at
+	// all. Nothing is signed over it.
+	ErrMalformed = errors.New("malformed")
+	// ErrBusy is wrapped by errors that a later try with a new nonce may not see.
+	ErrBusy = errors.New("verifier is busy")
+)
+
+// Options are all that a verifier needs; all but GPUEndorsements are required.
+type Options struct {
+	// ID names the verifier. Evidence binds it, results are issued under it.
+	ID string
+	// Anchors are the roots at which chains must end.
+	Anchors anchor.Set
+	// Policies are those that plans may name.
+	Policies []policy.Policy
+	// Signer signs results and credentials under ID.
+	Signer *receipt.Signer
+	// NonceKeys authenticate nonces and seal enrolments. New ones are made under
+	// the first; all are accepted, so that replicas can change keys one by one.
+	NonceKeys [][]byte
+	// Clock gives the time of every decision.
+	Clock func() time.Time
+	// Build names the running program in results.
+	Build string
+	// GPUEndorsements are where revocation status and reference values of GPUs
+	// come from. Without a source they are reported as not checked, and policies
+	// that require them refuse.
+	GPUEndorsements nvgpu.Endorsements
+}
+
+// Verifier appraises evidence. It may be used concurrently.
+type Verifier struct {
+	id       string
+	anchors  anchor.Set
+	policies map[plan.Digest]policy.Policy
+	signer   *receipt.Signer
+	keys     receipt.Keys
+	jwks     []byte
+	nonces   [][]byte
+	sealing  [][]byte
+	clock    func() time.Time
+	build    string
+	seen     *seen
+
+	endorsements nvgpu.Endorsements
+}
+
+// New returns a verifier. Options that lack something are an error, and so is a
+// policy that accepts simulation where the anchors are the vendors': such a
+// verifier would promise what it cannot tell.
+func New(o Options) (*Verifier, error) {
+	switch {
+	case !goodName(o.ID):
+		return nil, fmt.Errorf("make verifier: id %.80q: want 1 to %d printable characters without spaces", o.ID, maxName)
+	case o.Anchors.Empty():
+		return nil, errors.New("make verifier: no trust anchors")
+	case len(o.Policies) == 0:
+		return nil, errors.New("make verifier: no policies")
+	case o.Signer == nil:
+		return nil, errors.New("make verifier: no signing key")
+	case o.Signer.Issuer() != o.ID:
+		return nil, fmt.Errorf("make verifier: signs as %q, is named %q", o.Signer.Issuer(), o.ID)
+	case len(o.NonceKeys) == 0:
+		return nil, errors.New("make verifier: no nonce key")
+	case o.Clock == nil:
+		return nil, errors.New("make verifier: no clock")
+	case o.Build == "":
+		return nil, errors.New("make verifier: no build")
+	}
+	v := &Verifier{id: o.ID, anchors: o.Anchors, policies: map[plan.Digest]policy.Policy{}, signer: o.Signer, clock: o.Clock, build: o.Build, seen: newSeen(), endorsements: o.GPUEndorsements}
+	for _, p := range o.Policies {
+		d, err := p.Digest()
+		if err != nil {
+			return nil, fmt.Errorf("make verifier: %w", err)
+		}
+		if p.AllowSimulated && !o.Anchors.Simulated() {
+			return nil, fmt.Errorf("make verifier: policy %s allows simulation, and this verifier has no simulation's anchors", p.Name)
+		}
+		v.policies[d] = p
+	}
+	for _, k := range o.NonceKeys {
+		if len(k) != NonceKeySize {
+			return nil, fmt.Errorf("make verifier: nonce key of %d bytes: want %d", len(k), NonceKeySize)
+		}
+		// One key in the file, two uses: each gets a key of its own.
+		n, err := hkdf.Key(sha256.New, k, nil, "coffer/v1 nonce", 32)
+		if err != nil {
+			return nil, fmt.Errorf("make verifier: %w", err)
+		}
+		s, err := hkdf.Key(sha256.New, k, nil, "coffer/v1 enrolment", 32)
+		if err != nil {
+			return nil, fmt.Errorf("make verifier: %w", err)
+		}
+		v.nonces, v.sealing = append(v.nonces, n), append(v.sealing, s)
+	}
+	var err error
+	if v.jwks, err = o.Signer.JWKS(); err != nil {
+		return nil, fmt.Errorf("make verifier: %w", err)
+	}
+	if v.keys, err = receipt.ParseKeys(o.ID, v.jwks); err != nil {
+		return nil, fmt.Errorf("make verifier: %w", err)
+	}
+	return v, nil
+}
+
+// ID returns the verifier's name.
+func (v *Verifier) ID() string { return v.id }
+
+// Simulated reports whether the anchors are a simulation's.
+func (v *Verifier) Simulated() bool { return v.anchors.Simulated() }
+
+// JWKS returns the keys that verify results and credentials.
+func (v *Verifier) JWKS() []byte { return append([]byte(nil), v.jwks...) }
+
+func goodName(s string) bool {
+	if s == "" || len(s) > maxName {
+		return false
+	}
+	for _, c := range []byte(s) {
+		if c <= ' ' || c > '~' {
+			return false
+		}
+	}
+	return true
+}

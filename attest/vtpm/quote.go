@@ -1,0 +1,243 @@
+package vtpm
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/receipt"
+)
+
+const (
+	tpmGenerated = 0xff544347 // TPM_GENERATED_VALUE, Part 2, section 6.2
+	tpmSTQuote   = 0x8018     // TPM_ST_ATTEST_QUOTE, Part 2, section 6.9
+)
+
+// Evidence is a quote and what is needed to judge it.
+type Evidence struct {
+	// AKPublic is TPMT_PUBLIC, AKCredential the verifier's word for it.
+	AKPublic     []byte
+	AKCredential string
+	// Quote is TPMS_ATTEST, Signature TPMT_SIGNATURE.
+	Quote     []byte
+	Signature []byte
+	// PCRs are the values of the SHA-256 bank by index.
+	PCRs map[int][]byte
+	// EventLog is what EncodeLog wrote.
+	EventLog []byte
+}
+
+// Want is what the quote must be of. Its zero value refuses.
+type Want struct {
+	ExtraData [32]byte
+	// CredentialKeys are the keys of the verifier whose credentials count.
+	CredentialKeys receipt.Keys
+	// PCRs must be among the quoted ones. AgentPCR always is.
+	PCRs []int
+}
+
+// Result is how an appraisal came out. The quote is genuine if no check failed.
+type Result struct {
+	Claims map[string]any
+	Checks check.List
+	// Simulated is the credential's word: the endorsement key's chain ended in
+	// a simulation anchor when the key was enrolled.
+	Simulated bool
+	// Class is the trust class of the TPM; empty without a valid credential.
+	Class string
+	// PCRs are the quoted values; nil unless a genuine quote covers them.
+	PCRs map[int][sha256.Size]byte
+	// Events explain PCR 14; nil unless they replay to it.
+	Events []Event
+}
+
+// Appraise judges one quote at the given time.
+func Appraise(ev Evidence, want Want, now time.Time) Result {
+	r := Result{Claims: map[string]any{}}
+	l := &r.Checks
+
+	ak := parseAK(ev.AKPublic, l)
+	if ak != nil {
+		r.Claims["tpm.ak-name"] = hex.EncodeToString(ak.name)
+	}
+	r.credential(ev.AKCredential, want.CredentialKeys, ak, now)
+
+	switch {
+	case ak == nil:
+		l.Fail("tpm.signature", "a quote signed by the attestation key", "no usable attestation key", "")
+	default:
+		if err := ak.verify(ev.Quote, ev.Signature); err != nil {
+			l.Fail("tpm.signature", "a quote signed by the attestation key", err.Error(), "send quote and signature as the TPM returned them")
+		} else {
+			l.Pass("tpm.signature", "by the attestation key")
+		}
+	}
+
+	quoted := r.quote(ev, want)
+	r.eventLog(ev.EventLog, quoted)
+	if len(r.Checks.Failed()) == 0 {
+		r.PCRs = quoted
+	} else {
+		r.Events = nil
+	}
+	return r
+}
+
+func (r *Result) credential(token string, keys receipt.Keys, ak *attestationKey, now time.Time) {
+	l := &r.Checks
+	const hint = "enrol the attestation key with this verifier"
+	if token == "" {
+		l.Fail("tpm.ak-credential", "a credential from this verifier", "none", hint)
+		return
+	}
+	c, err := OpenCredential(keys, token, now)
+	if err != nil {
+		l.Fail("tpm.ak-credential", "a credential from this verifier that is valid now", err.Error(), hint)
+		return
+	}
+	r.Class, r.Simulated = c.Class, c.Simulated
+	r.Claims["tpm.trust-class"] = c.Class
+	r.Claims["tpm.ek-digest"] = c.EKDigest
+	if ak == nil {
+		l.Fail("tpm.ak-credential", "an attestation key that a credential can speak of", "no usable attestation key", "")
+		return
+	}
+	l.Equal("tpm.ak-credential", c.AKName, hex.EncodeToString(ak.name), "the credential speaks of another key")
+}
+
+// quote checks TPMS_ATTEST and returns the PCR values that it covers.
+func (r *Result) quote(ev Evidence, want Want) map[int][sha256.Size]byte {
+	l := &r.Checks
+	// The first six bytes are read apart because the decoder answers a wrong
+	// magic and any other damage alike.
+	if len(ev.Quote) < 6 {
+		l.Fail("tpm.magic", fmt.Sprintf("%08x", uint32(tpmGenerated)), fmt.Sprintf("%d bytes", len(ev.Quote)), "send TPMS_ATTEST as the TPM returned it")
+		return nil
+	}
+	magic, kind := binary.BigEndian.Uint32(ev.Quote), binary.BigEndian.Uint16(ev.Quote[4:])
+	ok := l.Equal("tpm.magic", fmt.Sprintf("%08x", uint32(tpmGenerated)), fmt.Sprintf("%08x", magic), "the structure was not made by a TPM")
+	ok = l.Equal("tpm.type", fmt.Sprintf("%04x", tpmSTQuote), fmt.Sprintf("%04x", kind), "the structure is not a quote") && ok
+	if !ok {
+		return nil
+	}
+	att, err := decode[tpm2.TPMSAttest](ev.Quote, maxAttest)
+	if err != nil {
+		l.Fail("tpm.quote", "TPMS_ATTEST", err.Error(), "send TPMS_ATTEST as the TPM returned it")
+		return nil
+	}
+	q, err := att.Attested.Quote()
+	if err != nil {
+		l.Fail("tpm.quote", "TPMS_ATTEST of a quote", err.Error(), "send TPMS_ATTEST as the TPM returned it")
+		return nil
+	}
+	l.Pass("tpm.quote", "TPMS_ATTEST")
+	r.Claims["tpm.firmware-version"] = fmt.Sprintf("%016x", att.FirmwareVersion)
+	r.Claims["tpm.clock"] = att.ClockInfo.Clock
+	r.Claims["tpm.clock-safe"] = att.ClockInfo.Safe == tpm2.TPMIYesNo(true)
+	r.Claims["tpm.reset-count"] = att.ClockInfo.ResetCount
+	r.Claims["tpm.restart-count"] = att.ClockInfo.RestartCount
+
+	// Compared by length and value: a shorter value is not padded.
+	l.Equal("tpm.extra-data", hex.EncodeToString(want.ExtraData[:]), hex.EncodeToString(att.ExtraData.Buffer),
+		"the quote speaks of another challenge, job or GPU")
+
+	index, ok := r.selection(q.PCRSelect, ev.PCRs, want.PCRs)
+	if !ok {
+		return nil
+	}
+	// Part 3, section 18.4: the digest is over the values in ascending order,
+	// under the hash of the signing scheme, which parseAK requires to be SHA-256.
+	h := sha256.New()
+	quoted := map[int][sha256.Size]byte{}
+	values := map[string]string{}
+	for _, i := range index {
+		h.Write(ev.PCRs[i])
+		quoted[i] = [sha256.Size]byte(ev.PCRs[i])
+		values[strconv.Itoa(i)] = hex.EncodeToString(ev.PCRs[i])
+	}
+	if !l.Equal("tpm.pcr-digest", hex.EncodeToString(q.PCRDigest.Buffer), hex.EncodeToString(h.Sum(nil)), "the PCR values sent are not those quoted") {
+		return nil
+	}
+	r.Claims["tpm.pcrs"] = values
+	return quoted
+}
+
+// selection checks that exactly the PCRs sent were quoted, in the SHA-256 bank
+// alone, and returns their indexes in ascending order.
+func (r *Result) selection(s tpm2.TPMLPCRSelection, sent map[int][]byte, required []int) ([]int, bool) {
+	l := &r.Checks
+	const hint = "quote exactly the PCRs that are sent, in the SHA-256 bank"
+	if len(s.PCRSelections) != 1 || s.PCRSelections[0].Hash != tpm2.TPMAlgSHA256 {
+		l.Fail("tpm.pcr-selection", "the SHA-256 bank alone", fmt.Sprintf("%d banks", len(s.PCRSelections)), hint)
+		return nil, false
+	}
+	var index, values []int
+	for i, b := range s.PCRSelections[0].PCRSelect {
+		for bit := range 8 {
+			if b&(1<<bit) != 0 {
+				index = append(index, 8*i+bit)
+			}
+		}
+	}
+	for i, v := range sent {
+		if len(v) != sha256.Size {
+			l.Fail("tpm.pcr-selection", "32 bytes for each PCR", fmt.Sprintf("%d for PCR %d", len(v), i), hint)
+			return nil, false
+		}
+		values = append(values, i)
+	}
+	slices.Sort(values)
+	if !slices.Equal(index, values) {
+		l.Fail("tpm.pcr-selection", fmt.Sprintf("the quoted PCRs %v", index), fmt.Sprint(values), hint)
+		return nil, false
+	}
+	for _, p := range append([]int{AgentPCR}, required...) {
+		if !slices.Contains(index, p) {
+			l.Fail("tpm.pcr-selection", fmt.Sprintf("PCR %d among the quoted", p), fmt.Sprint(index), hint)
+			return nil, false
+		}
+	}
+	l.Pass("tpm.pcr-selection", fmt.Sprint(index))
+	return index, true
+}
+
+// eventLog checks that the log leads to what was quoted in AgentPCR, and to
+// nothing else: an unexplained extension is as much a failure as a wrong one.
+func (r *Result) eventLog(b []byte, quoted map[int][sha256.Size]byte) {
+	l := &r.Checks
+	if quoted == nil {
+		l.Fail("tpm.event-log", "a quote that the log can be held against", "none", "")
+		return
+	}
+	events, err := ParseLog(b)
+	if err != nil {
+		l.Fail("tpm.event-log", "an event log", err.Error(), "send the log that the agent kept while extending")
+		return
+	}
+	got, want := Replay(events)[AgentPCR], quoted[AgentPCR]
+	if !bytes.Equal(got[:], want[:]) {
+		l.Fail("tpm.event-log", fmt.Sprintf("PCR %d is %x", AgentPCR, want), fmt.Sprintf("log of %d events leads to %x", len(events), got),
+			"send the log that the agent kept while extending; after a restart the TPM must be reset")
+		return
+	}
+	l.Pass("tpm.event-log", fmt.Sprintf("%d events lead to PCR %d", len(events), AgentPCR))
+	r.Events = events
+	names := make([]any, 0, len(events))
+	by := []string{}
+	for _, e := range events {
+		names = append(names, map[string]any{"name": e.Name, "digest": e.Digest.String(), "measured-by": e.MeasuredBy})
+		if !slices.Contains(by, e.MeasuredBy) {
+			by = append(by, e.MeasuredBy)
+		}
+	}
+	r.Claims["tpm.events"] = names
+	r.Claims["tpm.measured-by"] = by
+}

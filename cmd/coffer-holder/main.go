@@ -1,0 +1,76 @@
+// Command coffer-holder holds one job's keys and plaintext: the agent starts one
+// for each job and speaks to it over a unix socket.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/coffer-run/coffer/enclave/hold"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr); err != nil {
+		stop()
+		os.Exit(1)
+	}
+}
+
+// run reports its error to stderr itself, as every line that the holder says.
+func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (err error) {
+	log := slog.New(slog.NewJSONHandler(stderr, nil))
+	defer func() {
+		if err != nil {
+			log.ErrorContext(ctx, "holder ended", "error", err)
+		}
+	}()
+	cfg, err := parse(args)
+	if err != nil {
+		return err
+	}
+	cfg.Log = log.With("job", cfg.JobID)
+	// The FUSE library writes to the log package.
+	slog.SetDefault(cfg.Log)
+	if err := hold.Harden(); err != nil {
+		return err
+	}
+	h, err := hold.Create(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	return h.Serve(ctx)
+}
+
+func parse(args []string) (hold.Config, error) {
+	var cfg hold.Config
+	fs := flag.NewFlagSet("coffer-holder", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.StringVar(&cfg.RunDir, "run", "", "run folder of the job, mode 0700")
+	fs.StringVar(&cfg.JobID, "job", "", "job id")
+	uid := fs.Uint("uid", 0, "user of the job")
+	gid := fs.Uint("gid", 0, "group of the job")
+	fs.Int64Var(&cfg.LogBytes, "log-bytes", 0, "bytes of log to keep")
+	if err := fs.Parse(args); err != nil {
+		return hold.Config{}, fmt.Errorf("parse flags: %w", err)
+	}
+	const maxID = 1<<32 - 2
+	switch {
+	case fs.NArg() > 0:
+		return hold.Config{}, fmt.Errorf("unexpected argument %q", fs.Arg(0))
+	case cfg.RunDir == "" || cfg.JobID == "" || cfg.LogBytes <= 0:
+		return hold.Config{}, errors.New("--run, --job and --log-bytes are required")
+	case *uid == 0 || *gid == 0 || *uid > maxID || *gid > maxID:
+		return hold.Config{}, errors.New("--uid and --gid must name a user that is not root")
+	}
+	cfg.UID, cfg.GID = uint32(*uid), uint32(*gid) //nolint:gosec // bounded above
+	return cfg, nil
+}

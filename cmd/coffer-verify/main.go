@@ -1,0 +1,249 @@
+// Coffer-verify checks the bundle of one job offline. It opens the files that it
+// is told to open and nothing else: it has no network, no state and no keys.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/anchor"
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/bundle/verify"
+	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/simulate"
+)
+
+// Exit codes.
+const (
+	exitFailed  = 1
+	exitUsage   = 2
+	exitUnknown = 4
+)
+
+// exitError carries the exit code of an error whose text, if any, is for people.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string { return e.err.Error() }
+func (e *exitError) Unwrap() error { return e.err }
+
+var (
+	errFailed  = errors.New("the bundle does not verify")
+	errUnknown = errors.New("the bundle has nothing to verify it by")
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
+	stop()
+	if err == nil {
+		return
+	}
+	code := exitUnknown
+	var e *exitError
+	if errors.As(err, &e) {
+		code = e.code
+	}
+	if !errors.Is(err, errFailed) && !errors.Is(err, errUnknown) && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "coffer-verify:", err)
+	}
+	os.Exit(code)
+}
+
+type options struct {
+	simulationRoots string
+	verifierKeys    string
+	brokerKeys      string
+	at              time.Time
+	output          string
+	bundle          string
+}
+
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
+	o, err := parse(args, stdout, stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return nil
+	}
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	trust, err := o.trust()
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	file, err := read(o.bundle, stdin, bundle.MaxSize)
+	if err != nil {
+		return &exitError{exitUnknown, err}
+	}
+	if err := ctx.Err(); err != nil {
+		return &exitError{exitUnknown, err}
+	}
+	report := verify.Verify(file, trust)
+	if o.output == "json" {
+		err = writeJSON(stdout, report)
+	} else {
+		err = writeText(stdout, report, o.simulationRoots != "", colored(stdout))
+	}
+	if err != nil {
+		return &exitError{exitUnknown, fmt.Errorf("write report: %w", err)}
+	}
+	switch report.Verdict {
+	case verify.Verified:
+		return nil
+	case verify.Unknown:
+		return &exitError{exitUnknown, errUnknown}
+	case verify.Failed:
+		return &exitError{exitFailed, errFailed}
+	default:
+		return &exitError{exitFailed, errFailed}
+	}
+}
+
+const usage = `Check the evidence bundle of one job, offline.
+
+Usage:
+  coffer-verify [flags] BUNDLE
+
+BUNDLE is a file, or - for standard input. Chains of device certificates must
+end in the vendors' pinned roots. Keys that you do not pin are taken from the
+bundle, and what rests on them is reported as not checked.
+
+Flags:
+  --verifier-keys FILE    JSON Web Key Set of the verifier that you trust
+  --broker-keys FILE      JSON Web Key Set of the broker that you trust
+  --at TIME               judge certificates at this time (RFC 3339), not at
+                          the time at which the result was issued
+  --simulation-roots DIR  believe the roots in DIR, of a simulation, instead of
+                          the vendors'; whatever verifies is simulated
+  --output text|json      how to report (default text)
+
+Exit codes:
+  0  verified    1  failed    2  usage    4  could not tell
+
+Example:
+  coffer-verify --verifier-keys verifier.jwks --broker-keys broker.jwks job.bundle
+`
+
+func parse(args []string, stdout, stderr io.Writer) (options, error) {
+	var o options
+	f := flag.NewFlagSet("coffer-verify", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.StringVar(&o.simulationRoots, "simulation-roots", "", "")
+	f.StringVar(&o.verifierKeys, "verifier-keys", "", "")
+	f.StringVar(&o.brokerKeys, "broker-keys", "", "")
+	f.StringVar(&o.output, "output", "text", "")
+	f.Func("at", "", func(s string) (err error) {
+		o.at, err = time.Parse(time.RFC3339, s)
+		return err
+	})
+	if err := f.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			_, werr := io.WriteString(stdout, usage)
+			return o, errors.Join(err, werr)
+		}
+		return o, fmt.Errorf("%w; see coffer-verify --help", err)
+	}
+	if f.NArg() != 1 {
+		_, err := io.WriteString(stderr, usage)
+		return o, errors.Join(fmt.Errorf("want one bundle, got %d arguments", f.NArg()), err)
+	}
+	if o.output != "text" && o.output != "json" {
+		return o, fmt.Errorf("output %q: want text or json", o.output)
+	}
+	o.bundle = f.Arg(0)
+	return o, nil
+}
+
+func (o options) trust() (verify.Trust, error) {
+	t := verify.Trust{Anchors: anchor.Vendor(), At: o.at}
+	var err error
+	if o.simulationRoots != "" {
+		if t.Anchors, err = simulate.LoadRoots(simulationDir(o.simulationRoots)); err != nil {
+			return verify.Trust{}, err
+		}
+	}
+	if t.VerifierKeys, err = readKeys(o.verifierKeys); err != nil {
+		return verify.Trust{}, fmt.Errorf("verifier keys: %w", err)
+	}
+	if t.BrokerKeys, err = readKeys(o.brokerKeys); err != nil {
+		return verify.Trust{}, fmt.Errorf("broker keys: %w", err)
+	}
+	return t, nil
+}
+
+// simulationDir lets the roots be handed over without the folder that holds the
+// devices' keys beside them.
+func simulationDir(dir string) string {
+	if filepath.Base(dir) == "roots" {
+		return filepath.Dir(dir)
+	}
+	return dir
+}
+
+func readKeys(path string) ([]byte, error) {
+	if path == "" {
+		return nil, nil
+	}
+	b, err := read(path, nil, receipt.MaxToken)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := receipt.ParseKeys("pinned", b); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return b, nil
+}
+
+// read reads at most limit bytes; a longer file is an error.
+func read(path string, stdin io.Reader, limit int64) (_ []byte, err error) {
+	r := stdin
+	if path != "-" || stdin == nil {
+		f, err := os.Open(path) //nolint:gosec // the caller names the file to read
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = f.Close() }()
+		r = f
+	}
+	b, err := io.ReadAll(io.LimitReader(r, limit+1))
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("read %s: more than %d bytes", path, limit)
+	}
+	return b, nil
+}
+
+func writeJSON(w io.Writer, r verify.Report) error {
+	pass, fail, notChecked := r.Count()
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(struct {
+		verify.Report
+		Passed     int `json:"passed"`
+		Failed     int `json:"failed"`
+		NotChecked int `json:"notChecked"`
+	}{r, pass, fail, notChecked})
+}
+
+// colored follows no-color.org, and leaves files and pipes plain.
+func colored(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
+		return false
+	}
+	i, err := f.Stat()
+	return err == nil && i.Mode()&os.ModeCharDevice != 0
+}

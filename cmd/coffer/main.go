@@ -1,0 +1,174 @@
+// Command coffer is the command line of coffer for everyone who uses it: it
+// starts a stack, seals assets and grants their use, and submits and follows
+// jobs. It is trusted with nothing but, while it seals, one data key.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/coffer-run/coffer/internal/daemon"
+	"github.com/coffer-run/coffer/internal/stack"
+)
+
+func main() { daemon.Main(run) }
+
+// Exit codes, part of the interface of the command.
+const (
+	exitFailed   = 1
+	exitUsage    = 2
+	exitRefused  = 3
+	exitUnknown  = 4
+	dirVariable  = "COFFER_DIR"
+	binVariable  = "COFFER_BIN"
+	toolVariable = "COFFER_TOOLS"
+)
+
+// exitError is an error with an exit code. Its text is empty if everything was
+// said already.
+type exitError struct {
+	code int
+	text string
+	err  error
+}
+
+func (e *exitError) Error() string { return e.text }
+func (e *exitError) Unwrap() error { return e.err }
+
+// ExitCode is read by daemon.Main.
+func (e *exitError) ExitCode() int { return e.code }
+
+func usagef(cmd *cobra.Command, format string, args ...any) error {
+	return &exitError{code: exitUsage, text: fmt.Sprintf(format, args...) + "; see `" + cmd.CommandPath() + " --help`"}
+}
+
+// cli is one run of the command.
+type cli struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	dir            string
+	// clients are closed at the end, so that servers need not wait for them.
+	clients []*http.Client
+}
+
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
+	c := &cli{stdin: stdin, stdout: stdout, stderr: stderr}
+	root := c.root()
+	root.SetArgs(args)
+	root.SetIn(stdin)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	for _, h := range c.clients {
+		h.CloseIdleConnections()
+	}
+	var coded *exitError
+	if err == nil || errors.As(err, &coded) {
+		return err
+	}
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return &exitError{code: exitUnknown, text: "interrupted", err: err}
+	}
+	return &exitError{code: exitFailed, text: err.Error(), err: err}
+}
+
+func (c *cli) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "coffer",
+		Short: "Run training jobs whose weights, data and checkpoints stay sealed to everyone but an attested job",
+		Long: `coffer runs training jobs on confidential machines: weights, data and
+checkpoints stay sealed to everyone but an attested job.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused or waiting at a gate,
+4 could not tell.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return nil
+			}
+			if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
+				return usagef(cmd, "unknown command %q: did you mean %s?", args[0], strings.Join(s, " or "))
+			}
+			return usagef(cmd, "unknown command %q", args[0])
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.SuggestionsMinimumDistance = 2
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usagef(cmd, "%s", err) })
+	dir := os.Getenv(dirVariable)
+	if dir == "" {
+		dir = stack.DefaultDir
+	}
+	root.PersistentFlags().StringVar(&c.dir, "dir", dir, "folder of the stack; "+dirVariable+" sets the default")
+	root.AddCommand(
+		c.upCmd(), c.downCmd(), c.restartCmd(), c.doctorCmd(), c.faultCmd(),
+		c.sealCmd(), c.assetsCmd(), c.grantCmd(), c.grantsCmd(), c.revokeCmd(),
+		c.planCmd(), c.submitCmd(), c.psCmd(), c.statusCmd(), c.logsCmd(), c.cancelCmd(), c.checkpointsCmd(), c.evidenceCmd(),
+		c.versionCmd(),
+	)
+	return root
+}
+
+// exactly wants one argument for each name.
+func exactly(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) < len(names):
+			return usagef(cmd, "%s is missing", names[len(args)])
+		case len(args) > len(names):
+			return usagef(cmd, "unexpected argument %q", args[len(names)])
+		}
+		return nil
+	}
+}
+
+// group is a command that only has others below it.
+func group(use, short string, sub ...*cobra.Command) *cobra.Command {
+	g := &cobra.Command{
+		Use:   use,
+		Short: short,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usagef(cmd, "unknown command %q", args[0])
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return usagef(cmd, "say what to do with %s", use)
+		},
+	}
+	g.AddCommand(sub...)
+	return g
+}
+
+func (c *cli) versionCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:     "version",
+		Short:   "Say which build this is",
+		Example: "  coffer version",
+		Args:    exactly(),
+		RunE: func(*cobra.Command, []string) error {
+			version, revision := "unknown", ""
+			if bi, ok := debug.ReadBuildInfo(); ok {
+				version = bi.Main.Version
+				for _, s := range bi.Settings {
+					if s.Key == "vcs.revision" {
+						revision = " " + s.Value
+					}
+				}
+			}
+			_, err := fmt.Fprintf(c.stdout, "coffer %s%s\n", version, revision)
+			return err
+		},
+	}
+}

@@ -1,0 +1,204 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/coffer-run/coffer/internal/stack"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"coffer": main})
+}
+
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("COFFER_DIR", e.WorkDir+"/stack")
+			e.Setenv("NONE", e.WorkDir+"/none")
+			coffer, err := exec.LookPath("coffer")
+			if err != nil {
+				return err
+			}
+			e.Setenv("COFFER_BIN", os.Getenv("COFFER_BIN"))
+			e.Setenv("COFFER_TOOLS", os.Getenv("COFFER_TOOLS"))
+			e.Defer(func() {
+				if os.Geteuid() == 0 {
+					// A script that failed half-way leaves nothing either.
+					_ = stack.Down(context.Background(), e.WorkDir+"/stack", true, nil)
+				}
+			})
+			// For scripts that empty PATH.
+			e.Setenv("COFFER", coffer)
+			return nil
+		},
+		Condition: func(cond string) (bool, error) {
+			switch cond {
+			case "root":
+				return os.Geteuid() == 0, nil
+			case "stack":
+				ok := os.Geteuid() == 0 && os.Getenv("COFFER_BIN") != "" && os.Getenv("COFFER_TOOLS") != ""
+				if !ok && os.Getenv("CI") == "true" {
+					return false, errors.New("starting a stack needs root, COFFER_BIN and COFFER_TOOLS")
+				}
+				return ok, nil
+			}
+			return false, nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			// exits CODE runs the command in the arguments after it and wants that exit code.
+			"exits": exits,
+			// freebase VAR sets VAR to the first of three free ports.
+			"freebase": freebase,
+			// killdaemon NAME kills a daemon of the stack and waits for its end.
+			"killdaemon": killdaemon,
+			// started NAME waits until a daemon of the stack has been started.
+			"started": started,
+			// clean wants no process, mount, cgroup or socket of the stack.
+			"clean": cleanStack,
+			// occupy VAR listens on a port whose two successors are free and sets VAR to it.
+			"occupy": occupy,
+		},
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+	})
+}
+
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits CODE COMMAND [ARG]...")
+	}
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	err = ts.Exec(args[1], args[2:]...)
+	got := 0
+	if err != nil {
+		var coded interface{ ExitCode() int }
+		if !errors.As(err, &coded) {
+			ts.Fatalf("%v", err)
+		}
+		got = coded.ExitCode()
+	}
+	if got != want {
+		ts.Fatalf("exit code %d, want %d", got, want)
+	}
+}
+
+func occupy(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: occupy VAR")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Defer(func() { _ = l.Close() })
+	addr, ok := l.Addr().(*net.TCPAddr)
+	if !ok {
+		ts.Fatalf("listener has address %v", l.Addr())
+	}
+	if _, err := stack.PortsFrom(addr.Port); err != nil {
+		ts.Fatalf("%v", err)
+	}
+	ts.Setenv(args[0], strconv.Itoa(addr.Port))
+}
+
+func freebase(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 1 {
+		ts.Fatalf("usage: freebase VAR")
+	}
+	for base := 30000 + os.Getpid()%20000; base < 60000; base += 3 {
+		if allFree(base) {
+			ts.Setenv(args[0], strconv.Itoa(base))
+			return
+		}
+	}
+	ts.Fatalf("no free ports")
+}
+
+func allFree(base int) bool {
+	for i := range 3 {
+		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(base+i)))
+		if err != nil {
+			return false
+		}
+		_ = l.Close()
+	}
+	return true
+}
+
+// daemonPID reads a daemon's pid from the stack's record.
+func daemonPID(ts *testscript.TestScript, name string) int {
+	b, err := os.ReadFile(ts.MkAbs("stack/run.json"))
+	if err != nil {
+		return 0
+	}
+	var rec struct {
+		Processes []struct {
+			Name string
+			PID  int
+		}
+	}
+	ts.Check(json.Unmarshal(b, &rec))
+	for _, p := range rec.Processes {
+		if p.Name == name {
+			return p.PID
+		}
+	}
+	return 0
+}
+
+func until(ts *testscript.TestScript, what string, ok func() bool) {
+	for range 3000 {
+		if ok() {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	ts.Fatalf("waited too long for %s", what)
+}
+
+func killdaemon(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 1 {
+		ts.Fatalf("usage: killdaemon NAME")
+	}
+	pid := daemonPID(ts, args[0])
+	if pid <= 1 {
+		ts.Fatalf("no daemon %s", args[0])
+	}
+	ts.Check(syscall.Kill(pid, syscall.SIGKILL))
+	until(ts, args[0]+" to end", func() bool { return syscall.Kill(pid, 0) != nil || zombie(pid) })
+}
+
+func zombie(pid int) bool {
+	b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	return err != nil || strings.Contains(string(b), ") Z ")
+}
+
+func started(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 1 {
+		ts.Fatalf("usage: started NAME")
+	}
+	until(ts, args[0], func() bool { return daemonPID(ts, args[0]) > 1 })
+}
+
+func cleanStack(ts *testscript.TestScript, _ bool, _ []string) {
+	l, err := stack.NewLayout(ts.MkAbs("stack"))
+	ts.Check(err)
+	left, err := l.Traces()
+	ts.Check(err)
+	if len(left) > 0 {
+		ts.Fatalf("left behind: %s", strings.Join(left, "; "))
+	}
+}

@@ -1,0 +1,233 @@
+// Command cofferd is the node agent: it takes jobs, orders their stages and
+// gathers their evidence. It holds no key and links no code that could.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/evidence"
+	"github.com/coffer-run/coffer/enclave/collect"
+	"github.com/coffer-run/coffer/enclave/collect/tpm"
+	"github.com/coffer-run/coffer/enclave/collect/tsm"
+	"github.com/coffer-run/coffer/internal/daemon"
+	"github.com/coffer-run/coffer/internal/emulate"
+	"github.com/coffer-run/coffer/plugins/contract"
+	"github.com/coffer-run/coffer/plugins/host"
+	"github.com/coffer-run/coffer/runner"
+	"github.com/coffer-run/coffer/runner/journal"
+	"github.com/coffer-run/coffer/runner/remote"
+	"github.com/coffer-run/coffer/runner/sandbox"
+	"github.com/coffer-run/coffer/runner/server"
+)
+
+func main() { daemon.Main(run) }
+
+func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (err error) {
+	path, err := daemon.ConfigFlag("cofferd", args, stderr)
+	if err != nil {
+		return err
+	}
+	var cfg Config
+	if err := daemon.ReadConfig(path, &cfg); err != nil {
+		return err
+	}
+	if err := cfg.validate(); err != nil {
+		return err
+	}
+	log := daemon.Logger(stderr, "cofferd")
+
+	t, err := tpm.Open(ctx, cfg.TPM)
+	if err != nil {
+		return err
+	}
+	defer closing(&err, t)
+	if err := measure(ctx, cfg, path, t); err != nil {
+		return err
+	}
+	plugin, err := host.StartGPU(ctx, cfg.GPUPlugin, host.Options{SocketDir: cfg.RunDir, Log: log})
+	if err != nil {
+		return err
+	}
+	defer closing(&err, plugin)
+	inventory, err := plugin.Inventory(ctx)
+	if err != nil {
+		return err
+	}
+	snp, err := openTSM(cfg.TSM)
+	if err != nil {
+		return err
+	}
+	node, err := sandbox.Open(ctx, sandbox.Config{Containerd: cfg.Containerd, Runsc: cfg.Runsc, ShimPath: cfg.Shim, Cgroup: cfg.Cgroup, ImageStore: cfg.ImageStore})
+	if err != nil {
+		return err
+	}
+	defer closing(&err, node)
+	verifier, broker, err := services(cfg)
+	if err != nil {
+		return err
+	}
+	jnl, err := journal.Open(filepath.Join(cfg.StateDir, "journal.db"))
+	if err != nil {
+		return err
+	}
+	defer closing(&err, jnl)
+	gpus := gpuSource{plugin}
+	enrolment := &enrolment{tpm: t, verifier: verifier}
+	agent, err := runner.Open(ctx, runner.Deps{
+		Node: node, Journal: jnl, Verifier: verifier, Broker: broker, GPUs: gpus, AKCredential: enrolment.credential,
+		Collector: &collect.Collector{TPM: t, SNP: snp, GPUs: gpus},
+		Holder:    cfg.Holder, RunDir: cfg.RunDir, Cgroup: cfg.Cgroup, Name: cfg.Node, Version: version(), Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer agent.Close()
+
+	handler, err := server.New(agent, server.GPUInfo{Driver: inventory.DriverVersion, CCMode: string(inventory.CCMode)}, daemon.Identity, log)
+	if err != nil {
+		return err
+	}
+	tlsConfig, err := cfg.TLS.Server()
+	if err != nil {
+		return err
+	}
+	log.InfoContext(ctx, "ready", slog.String("listen", cfg.Listen), slog.String("node", cfg.Node), slog.Int("gpus", len(inventory.Devices)))
+	return daemon.Serve(ctx, cfg.Listen, tlsConfig, handler)
+}
+
+func closing(err *error, c io.Closer) { *err = errors.Join(*err, c.Close()) }
+
+// measure extends the TPM with what decides how jobs run, before any job does.
+func measure(ctx context.Context, cfg Config, configFile string, t *tpm.TPM) error {
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find own binary: %w", err)
+	}
+	events, err := tpm.Events([]tpm.File{
+		{Name: "agent", Path: self}, {Name: "holder", Path: cfg.Holder}, {Name: "runsc", Path: cfg.Runsc}, {Name: "shim", Path: cfg.Shim},
+		{Name: "gpu-plugin", Path: cfg.GPUPlugin.Path}, {Name: "configuration", Path: configFile},
+	})
+	if err != nil {
+		return err
+	}
+	_, err = t.Measure(ctx, filepath.Join(cfg.StateDir, "event-log"), events)
+	return err
+}
+
+func openTSM(where string) (*tsm.Source, error) {
+	if socket, ok := strings.CutPrefix(where, emulatedPrefix); ok {
+		return tsm.New(emulate.NewTSM(emulate.Dial(socket))), nil
+	}
+	return tsm.Open()
+}
+
+func services(cfg Config) (*remote.Verifier, *remote.Broker, error) {
+	service := func(s Service, role string) (remote.Service, error) {
+		jwks, err := os.ReadFile(s.KeysFile)
+		if err != nil {
+			return remote.Service{}, fmt.Errorf("read keys of %s: %w", s.ID, err)
+		}
+		client, err := cfg.TLS.HTTPClient(role)
+		if err != nil {
+			return remote.Service{}, err
+		}
+		return remote.Service{URL: s.URL, ID: s.ID, HTTP: client, JWKS: jwks}, nil
+	}
+	vs, err := service(cfg.Verifier, daemon.RoleVerifier)
+	if err != nil {
+		return nil, nil, err
+	}
+	verifier, err := remote.NewVerifier(vs)
+	if err != nil {
+		return nil, nil, err
+	}
+	bs, err := service(cfg.Broker, daemon.RoleBroker)
+	if err != nil {
+		return nil, nil, err
+	}
+	broker, err := remote.NewBroker(bs)
+	return verifier, broker, err
+}
+
+// gpuSource is the GPU plugin as the collector and the runner see it.
+type gpuSource struct{ plugin *host.GPU }
+
+func (g gpuSource) Collect(ctx context.Context, nonce [32]byte, uuids []string) ([]evidence.GPU, error) {
+	got, err := g.plugin.Collect(ctx, nonce, uuids)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]evidence.GPU, 0, len(got))
+	for _, e := range got {
+		out = append(out, evidence.GPU{UUID: e.UUID, Report: e.Report, Chain: e.Chain, DriverVersion: e.DriverVersion, VBIOSVersion: e.VBIOSVersion})
+	}
+	return out, nil
+}
+
+func (g gpuSource) UUIDs(ctx context.Context) ([]string, error) {
+	inv, err := g.plugin.Inventory(ctx)
+	if err != nil {
+		return nil, err
+	}
+	// Evidence of a GPU outside confidential mode cannot be had, and DevTools
+	// mode is for debugging: neither may hold a job's data.
+	if len(inv.Devices) > 0 && inv.CCMode != contract.CCOn {
+		return nil, fmt.Errorf("GPUs are in confidential-computing mode %q, want %q", inv.CCMode, contract.CCOn)
+	}
+	var out []string
+	for _, d := range inv.Devices {
+		out = append(out, d.UUID)
+	}
+	return out, nil
+}
+
+func (g gpuSource) SetReady(ctx context.Context, ready bool) error { return g.plugin.SetReady(ctx, ready) }
+
+// renewAfter is half of an attestation key credential's life.
+const renewAfter = 12 * time.Hour
+
+// enrolment keeps the credential of the TPM's attestation key current.
+type enrolment struct {
+	tpm      *tpm.TPM
+	verifier *remote.Verifier
+
+	mu    sync.Mutex // guards what follows
+	token string
+	since time.Time
+}
+
+func (e *enrolment) credential(ctx context.Context) (string, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.token != "" && time.Since(e.since) < renewAfter {
+		return e.token, nil
+	}
+	chain, err := e.tpm.EKChain(ctx)
+	if err != nil {
+		return "", err
+	}
+	token, err := e.verifier.Enrol(ctx, chain, e.tpm.AKPublic(), e.tpm.Activate)
+	if err != nil {
+		return "", err
+	}
+	e.token, e.since = token, time.Now()
+	return token, nil
+}
+
+// version is the module's, as the toolchain recorded it.
+func version() string {
+	if bi, ok := debug.ReadBuildInfo(); ok {
+		return "cofferd " + bi.Main.Version + " " + bi.GoVersion
+	}
+	return "cofferd"
+}

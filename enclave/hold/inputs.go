@@ -1,0 +1,285 @@
+package hold
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/coffer-run/coffer/enclave/dma"
+)
+
+const (
+	// maxHandles bounds open files on each of the two file systems.
+	maxHandles = 65_536
+	// maxFUSE is the largest request, in bytes.
+	maxFUSE = 1 << 20
+)
+
+// fileTree is what the two file systems share.
+type fileTree struct {
+	server *fuse.Server
+	path   string
+	// passthrough: the kernel can read a descriptor of ours in our stead.
+	passthrough bool
+	handles     atomic.Int64
+}
+
+func (t *fileTree) mount(path, name string, root fs.InodeEmbedder, options ...string) error {
+	o := &fs.Options{MountOptions: fuse.MountOptions{
+		AllowOther: true, DirectMount: true, DirectMountStrict: true, DisableXAttrs: true, IgnoreSecurityLabels: true,
+		FsName: name, Name: "coffer", MaxWrite: maxFUSE, MaxReadAhead: maxFUSE,
+		// What is read is in memory already: a pipe between would be one more copy.
+		DisableSplice:     true,
+		ExtraCapabilities: fuse.CAP_DIRECT_IO_ALLOW_MMAP, Options: options,
+	}}
+	s, err := fs.Mount(path, root, o)
+	if err != nil {
+		return fmt.Errorf("mount %s: %w", name, err)
+	}
+	t.server, t.path = s, path
+	t.passthrough = s.KernelSettings().Flags64()&fuse.CAP_PASSTHROUGH != 0
+	return nil
+}
+
+// unmount takes the mount away even if someone still stands in it.
+func (t *fileTree) unmount() error {
+	if t.server == nil {
+		return nil
+	}
+	err := unix.Unmount(t.path, unix.UMOUNT_NOFOLLOW)
+	if errors.Is(err, unix.EBUSY) {
+		err = unix.Unmount(t.path, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+	}
+	if err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("unmount %s: %w", t.path, err)
+	}
+	t.server = nil
+	return nil
+}
+
+func (t *fileTree) openHandle() syscall.Errno {
+	if t.handles.Add(1) > maxHandles {
+		t.handles.Add(-1)
+		return syscall.ENFILE
+	}
+	return 0
+}
+
+func (t *fileTree) closeHandle() { t.handles.Add(-1) }
+
+// inputTree is inputs/: a folder for each input, empty until it is decrypted.
+// Nothing in those folders is listed, found or opened before the trace has shown
+// the container's start, for names are secret as well.
+type inputTree struct {
+	fileTree
+	// wait returns an error while the gate is shut. failed is told why a path was
+	// refused.
+	wait   func(done <-chan struct{}) error
+	failed func(err error)
+	uid    uint32
+	gid    uint32
+	made   time.Time
+	root   *inputDir
+
+	mu   sync.Mutex
+	dirs map[string]*inputDir
+}
+
+type inputDir struct {
+	fs.Inode
+	t     *inputTree
+	gated bool
+}
+
+type inputFile struct {
+	fs.Inode
+	t      *inputTree
+	region *dma.Region
+}
+
+var (
+	_ fs.NodeLookuper        = (*inputDir)(nil)
+	_ fs.NodeReaddirer       = (*inputDir)(nil)
+	_ fs.NodeGetattrer       = (*inputDir)(nil)
+	_ fs.NodeAccesser        = (*inputDir)(nil)
+	_ fs.NodeGetattrer       = (*inputFile)(nil)
+	_ fs.NodeAccesser        = (*inputFile)(nil)
+	_ fs.NodeOpener          = (*inputFile)(nil)
+	_ fs.FileReader          = (*inputHandle)(nil)
+	_ fs.FileReleaser        = (*inputHandle)(nil)
+	_ fs.FilePassthroughFder = (*inputHandle)(nil)
+)
+
+func mountInputs(path string, uid, gid uint32, wait func(<-chan struct{}) error, failed func(error), now time.Time) (*inputTree, error) {
+	t := &inputTree{wait: wait, failed: failed, uid: uid, gid: gid, made: now, dirs: map[string]*inputDir{}}
+	t.root = &inputDir{t: t}
+	if err := t.mount(path, "coffer-inputs", t.root, "ro"); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+func (t *inputTree) newDir(parent *inputDir, name string, gated bool) *inputDir {
+	d := &inputDir{t: t, gated: gated}
+	parent.AddChild(name, parent.NewPersistentInode(context.Background(), d, fs.StableAttr{Mode: syscall.S_IFDIR}), false)
+	return d
+}
+
+// addInput makes the empty folder of an input.
+func (t *inputTree) addInput(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.dirs[name] = t.newDir(t.root, name, true)
+}
+
+// addFile puts a region under an input's folder. name was checked by seal.
+func (t *inputTree) addFile(input, name string, r *dma.Region) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	d, at := t.dirs[input], input
+	parts := strings.Split(name, "/")
+	for _, p := range parts[:len(parts)-1] {
+		at = path.Join(at, p)
+		next := t.dirs[at]
+		if next == nil {
+			next = t.newDir(d, p, true)
+			t.dirs[at] = next
+		}
+		d = next
+	}
+	f := &inputFile{t: t, region: r}
+	d.AddChild(parts[len(parts)-1], d.NewPersistentInode(context.Background(), f, fs.StableAttr{Mode: syscall.S_IFREG}), false)
+}
+
+// gate waits for the container's start.
+func (t *inputTree) gate(ctx context.Context) syscall.Errno {
+	err := t.wait(ctx.Done())
+	if err == nil {
+		return 0
+	}
+	if ctx.Err() != nil {
+		return syscall.EINTR
+	}
+	t.failed(err)
+	return syscall.EIO
+}
+
+func (t *inputTree) attr(a *fuse.Attr, mode uint32, size int64) {
+	a.Mode, a.Size, a.Nlink, a.Blksize = mode, uint64(size), 1, maxFUSE
+	a.Blocks = (a.Size + 511) / 512
+	a.Uid, a.Gid = t.uid, t.gid
+	a.SetTimes(&t.made, &t.made, &t.made)
+}
+
+func (d *inputDir) fill(a *fuse.Attr) { d.t.attr(a, syscall.S_IFDIR|0o555, 0) }
+
+// Getattr is allowed before the start: the runtime looks at the folders that it
+// mounts.
+func (d *inputDir) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	d.fill(&out.Attr)
+	return 0
+}
+
+func (d *inputDir) Access(_ context.Context, mask uint32) syscall.Errno { return readOnly(mask) }
+
+func (d *inputDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	if d.gated {
+		if e := d.t.gate(ctx); e != 0 {
+			return nil, e
+		}
+	}
+	ch := d.GetChild(name)
+	if ch == nil {
+		return nil, syscall.ENOENT
+	}
+	switch n := ch.Operations().(type) {
+	case *inputDir:
+		n.fill(&out.Attr)
+	case *inputFile:
+		n.fill(&out.Attr)
+	}
+	return ch, 0
+}
+
+func (d *inputDir) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
+	if d.gated {
+		if e := d.t.gate(ctx); e != 0 {
+			return nil, e
+		}
+	}
+	var l []fuse.DirEntry
+	for name, ch := range d.Children() {
+		l = append(l, fuse.DirEntry{Name: name, Mode: ch.Mode(), Ino: ch.StableAttr().Ino})
+	}
+	slices.SortFunc(l, func(a, b fuse.DirEntry) int { return strings.Compare(a.Name, b.Name) })
+	return fs.NewListDirStream(l), 0
+}
+
+func (f *inputFile) fill(a *fuse.Attr) { f.t.attr(a, syscall.S_IFREG|0o444, f.region.Size()) }
+
+func (f *inputFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	f.fill(&out.Attr)
+	return 0
+}
+
+func (f *inputFile) Access(_ context.Context, mask uint32) syscall.Errno { return readOnly(mask) }
+
+func readOnly(mask uint32) syscall.Errno {
+	if mask&unix.W_OK != 0 {
+		return syscall.EROFS
+	}
+	return 0
+}
+
+func (f *inputFile) Open(ctx context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {
+	if flags&(syscall.O_WRONLY|syscall.O_RDWR|syscall.O_TRUNC|syscall.O_APPEND) != 0 {
+		return nil, 0, syscall.EROFS
+	}
+	if e := f.t.gate(ctx); e != 0 {
+		return nil, 0, e
+	}
+	if e := f.t.openHandle(); e != 0 {
+		return nil, 0, e
+	}
+	if f.t.passthrough {
+		return &inputHandle{f}, 0, 0
+	}
+	// Reads come here, and must not leave plaintext in a page cache that nobody
+	// scrubs.
+	return &inputHandle{f}, fuse.FOPEN_DIRECT_IO, 0
+}
+
+type inputHandle struct{ f *inputFile }
+
+// PassthroughFd lets the kernel read the region itself. An empty region has
+// nothing to read.
+func (h *inputHandle) PassthroughFd() (int, bool) {
+	return h.f.region.ReadOnlyFD(), h.f.region.Size() > 0
+}
+
+func (h *inputHandle) Read(_ context.Context, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+	if off >= h.f.region.Size() {
+		return fuse.ReadResultData(nil), 0
+	}
+	n := min(int64(len(dest)), h.f.region.Size()-off)
+	if _, err := h.f.region.ReadAt(dest[:n], off); err != nil {
+		return nil, syscall.EIO
+	}
+	return fuse.ReadResultData(dest[:n]), 0
+}
+
+func (h *inputHandle) Release(context.Context) syscall.Errno {
+	h.f.t.closeHandle()
+	return 0
+}

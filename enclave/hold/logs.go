@@ -1,0 +1,156 @@
+package hold
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
+)
+
+const (
+	// maxLogChunk bounds the log bytes in one answer.
+	maxLogChunk = 64 << 10
+	// drainQuiet is how long a pipe must stay empty, after the task has ended,
+	// to be believed empty: the runtime's copier may still be writing.
+	drainQuiet = 100 * time.Millisecond
+)
+
+// budget is what both streams together may still say.
+type budget struct {
+	mu   sync.Mutex
+	left int64
+	cut  int64
+}
+
+// take returns how many of n bytes are within the budget, and counts the rest.
+func (b *budget) take(n int) int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	k := min(int64(n), b.left)
+	b.left -= k
+	b.cut += int64(n) - k
+	return int(k)
+}
+
+func (b *budget) dropped() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.cut
+}
+
+// logStream is one of a job's output streams, kept in memory.
+type logStream struct {
+	f      *os.File
+	budget *budget
+	done   chan struct{}
+
+	mu   sync.Mutex
+	data []byte
+	eof  bool
+	last time.Time
+	news chan struct{}
+}
+
+// openLog makes the pipe and reads it until close. It is opened for reading and
+// writing, so that no writer ever blocks on opening and none ends the stream.
+func openLog(path string, b *budget) (*logStream, error) {
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		return nil, fmt.Errorf("make log pipe: %w", err)
+	}
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open log pipe: %w", err)
+	}
+	s := &logStream{f: os.NewFile(uintptr(fd), path), budget: b, done: make(chan struct{}), news: make(chan struct{}), last: time.Now()}
+	go s.read()
+	return s, nil
+}
+
+func (s *logStream) read() {
+	defer close(s.done)
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := s.f.Read(buf)
+		if n > 0 {
+			k := s.budget.take(n)
+			s.mu.Lock()
+			s.data = append(s.data, buf[:k]...)
+			s.last = time.Now()
+			s.wake()
+			s.mu.Unlock()
+		}
+		if err != nil {
+			s.mu.Lock()
+			s.eof = true
+			s.wake()
+			s.mu.Unlock()
+			return
+		}
+	}
+}
+
+func (s *logStream) wake() {
+	close(s.news)
+	s.news = make(chan struct{})
+}
+
+// finish ends the stream once the pipe has been empty for drainQuiet.
+func (s *logStream) finish(ctx context.Context) error {
+	start := time.Now()
+	t := time.NewTicker(drainQuiet / 5)
+	defer t.Stop()
+	for quiet := false; !quiet; {
+		select {
+		case <-ctx.Done():
+			quiet = true
+		case <-s.done:
+			quiet = true
+		case <-t.C:
+			s.mu.Lock()
+			quiet = time.Since(s.last) >= drainQuiet && time.Since(start) >= drainQuiet
+			s.mu.Unlock()
+		}
+	}
+	err := s.f.Close()
+	<-s.done
+	if errors.Is(err, os.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+func (s *logStream) size() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return int64(len(s.data))
+}
+
+func (s *logStream) chunk(ctx context.Context, offset int64, wait time.Duration) holdapi.LogChunk {
+	t := time.NewTimer(min(wait, maxWait))
+	defer t.Stop()
+	for {
+		s.mu.Lock()
+		n := int64(len(s.data))
+		at := min(max(offset, 0), n)
+		end := min(at+maxLogChunk, n)
+		c := holdapi.LogChunk{Offset: at, Data: append([]byte(nil), s.data[at:end]...), EOF: s.eof && end == n}
+		news := s.news
+		s.mu.Unlock()
+		if len(c.Data) > 0 || c.EOF {
+			return c
+		}
+		select {
+		case <-ctx.Done():
+			return c
+		case <-t.C:
+			return c
+		case <-news:
+		}
+	}
+}

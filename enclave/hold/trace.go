@@ -1,0 +1,338 @@
+package hold
+
+import (
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	pb "gvisor.dev/gvisor/pkg/sentry/seccheck/points/points_go_proto"
+
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
+)
+
+const (
+	// traceVersion is the version of gVisor's remote sink protocol
+	// (pkg/sentry/seccheck/sinks/remote/wire): a handshake each way, then packets
+	// of an 8-byte little-endian header and a protobuf message.
+	traceVersion = 1
+	// maxTrace bounds one packet; the kernel's default socket buffer is smaller.
+	maxTrace        = 256 << 10
+	traceHeaderSize = 8
+	handshakeWait   = 5 * time.Second
+)
+
+// trace receives what the sandbox says about the job.
+type trace struct {
+	l      *net.UnixListener
+	events *eventLog
+	log    *slog.Logger
+	grace  time.Duration
+	wg     sync.WaitGroup
+
+	// started is closed once a container/start arrived, finished when the job is
+	// over, lost when the trace was lost before that.
+	started, finished, lost chan struct{}
+
+	mu   sync.Mutex
+	conn *net.UnixConn
+	// tasks counts those that the trace has shown to live since the start; ended
+	// is set when none is left. An operator's exec makes tasks that no clone
+	// shows: from then on the count proves nothing.
+	tasks     int64
+	ended     bool
+	uncounted bool
+	execs   int64
+	dropped int64
+}
+
+func listenTrace(path string, events *eventLog, grace time.Duration, log *slog.Logger) (*trace, error) {
+	l, err := listen(path)
+	if err != nil {
+		return nil, fmt.Errorf("listen for the trace: %w", err)
+	}
+	t := &trace{l: l, events: events, log: log, grace: grace,
+		started: make(chan struct{}), finished: make(chan struct{}), lost: make(chan struct{})}
+	t.wg.Go(t.accept)
+	return t, nil
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// finish says that the job is over: from now on a closing trace is no loss.
+func (t *trace) finish() {
+	t.mu.Lock()
+	if !isClosed(t.finished) {
+		close(t.finished)
+	}
+	conn := t.conn
+	t.mu.Unlock()
+	_ = t.l.Close()
+	if conn != nil {
+		_ = conn.Close()
+	}
+	t.wg.Wait()
+}
+
+func (t *trace) status(s *holdapi.Status) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s.Started, s.TraceLost = isClosed(t.started), isClosed(t.lost)
+	s.Execs, s.Dropped = t.execs, t.dropped
+}
+
+// accept allows one trace at a time, and none after a job has started: a second
+// start would be another job's.
+func (t *trace) accept() {
+	for {
+		c, err := t.l.AcceptUnix()
+		if err != nil {
+			if !errors.Is(err, net.ErrClosed) {
+				t.log.Error("trace listener ended", "error", err)
+				t.declareLost("listener ended")
+			}
+			return
+		}
+		t.mu.Lock()
+		refuse := t.conn != nil || isClosed(t.started) || isClosed(t.finished)
+		if !refuse {
+			t.conn = c
+		}
+		t.mu.Unlock()
+		if refuse {
+			t.log.Warn("trace connection refused: there is or was one")
+			_ = c.Close()
+			continue
+		}
+		t.wg.Go(func() { t.serve(c) })
+	}
+}
+
+func (t *trace) serve(c *net.UnixConn) {
+	err := t.receive(c)
+	_ = c.Close()
+	t.mu.Lock()
+	t.conn = nil
+	ended := t.ended && !t.uncounted
+	t.mu.Unlock()
+	if !isClosed(t.started) || isClosed(t.finished) || ended {
+		return
+	}
+	// A sandbox that is killed closes its trace before the agent can say that the
+	// job is over.
+	timer := time.NewTimer(t.grace)
+	defer timer.Stop()
+	select {
+	case <-t.finished:
+	case <-timer.C:
+		t.declareLost(fmt.Sprint(err))
+	}
+}
+
+func (t *trace) declareLost(why string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if isClosed(t.lost) || isClosed(t.finished) {
+		return
+	}
+	close(t.lost)
+	t.events.add(holdapi.Event{Kind: "trace-lost", Detail: why})
+}
+
+// gone says that a trace was there, and is not, while the job may be running.
+func (t *trace) gone() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return isClosed(t.lost) || isClosed(t.started) && t.conn == nil
+}
+
+func (t *trace) receive(c *net.UnixConn) error {
+	buf := make([]byte, maxTrace)
+	if err := c.SetDeadline(time.Now().Add(handshakeWait)); err != nil {
+		return err
+	}
+	n, _, _, _, err := c.ReadMsgUnix(buf, nil)
+	if err != nil {
+		return fmt.Errorf("trace handshake: %w", err)
+	}
+	var hs pb.Handshake
+	if err := proto.Unmarshal(buf[:n], &hs); err != nil {
+		return fmt.Errorf("trace handshake: %w", err)
+	}
+	if hs.Version != traceVersion {
+		return fmt.Errorf("trace handshake: version %d, want %d", hs.Version, traceVersion)
+	}
+	out, err := proto.Marshal(&pb.Handshake{Version: traceVersion})
+	if err != nil {
+		return fmt.Errorf("trace handshake: %w", err)
+	}
+	if _, err := c.Write(out); err != nil {
+		return fmt.Errorf("trace handshake: %w", err)
+	}
+	if err := c.SetDeadline(time.Time{}); err != nil {
+		return err
+	}
+	for {
+		n, _, flags, _, err := c.ReadMsgUnix(buf, nil)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return errors.New("the sandbox closed the trace")
+		}
+		if flags&unix.MSG_TRUNC != 0 {
+			t.drop(1)
+			continue
+		}
+		if err := t.message(buf[:n]); err != nil {
+			t.log.Warn("trace message", "error", err)
+			t.drop(1)
+		}
+	}
+}
+
+func (t *trace) drop(n int64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.dropped += n
+}
+
+// message handles one packet. Kinds that are not named here are watched for
+// nothing and skipped.
+func (t *trace) message(b []byte) error {
+	if len(b) < traceHeaderSize {
+		return fmt.Errorf("packet of %d bytes", len(b))
+	}
+	head := int(binary.LittleEndian.Uint16(b))
+	kind := pb.MessageType(binary.LittleEndian.Uint16(b[2:]))
+	if head < traceHeaderSize || head > len(b) {
+		return fmt.Errorf("packet header of %d bytes", head)
+	}
+	t.mu.Lock()
+	t.dropped = max(t.dropped, int64(binary.LittleEndian.Uint32(b[4:])))
+	t.mu.Unlock()
+	body := b[head:]
+	switch kind {
+	case pb.MessageType_MESSAGE_CONTAINER_START:
+		var m pb.Start
+		if err := proto.Unmarshal(body, &m); err != nil {
+			return fmt.Errorf("container/start: %w", err)
+		}
+		t.events.add(holdapi.Event{Kind: "container-start", Detail: m.Id, UnixNano: m.ContextData.GetTimeNs()})
+		t.mu.Lock()
+		t.tasks, t.ended = 1, false
+		if !isClosed(t.started) {
+			close(t.started)
+		}
+		t.mu.Unlock()
+	case pb.MessageType_MESSAGE_SENTRY_CLONE:
+		t.count(1)
+	case pb.MessageType_MESSAGE_SENTRY_TASK_EXIT:
+		t.count(-1)
+	case pb.MessageType_MESSAGE_SENTRY_EXEC:
+		var m pb.ExecveInfo
+		if err := proto.Unmarshal(body, &m); err != nil {
+			return fmt.Errorf("sentry/execve: %w", err)
+		}
+		e := holdapi.Event{Kind: "exec", Detail: m.BinaryPath, Process: m.ContextData.GetProcessName(), UnixNano: m.ContextData.GetTimeNs()}
+		if len(m.BinarySha256) > 0 {
+			e.Digest = "sha256:" + hex.EncodeToString(m.BinarySha256)
+		}
+		session := m.ContextData.GetIsExecSession()
+		if session {
+			e.Kind = "operator-exec"
+		}
+		t.mu.Lock()
+		t.execs++
+		t.uncounted = t.uncounted || session
+		t.mu.Unlock()
+		t.events.add(e)
+	case pb.MessageType_MESSAGE_SYSCALL_CONNECT:
+		var m pb.Connect
+		if err := proto.Unmarshal(body, &m); err != nil {
+			return fmt.Errorf("syscall/connect: %w", err)
+		}
+		t.events.add(holdapi.Event{Kind: "connect", Detail: sockaddr(m.Address), Process: m.ContextData.GetProcessName(), UnixNano: m.ContextData.GetTimeNs()})
+	case pb.MessageType_MESSAGE_SYSCALL_PTRACE:
+		var m pb.Ptrace
+		if err := proto.Unmarshal(body, &m); err != nil {
+			return fmt.Errorf("syscall/ptrace: %w", err)
+		}
+		t.events.add(holdapi.Event{Kind: "ptrace", Detail: fmt.Sprintf("request %d on pid %d", m.Request, m.Pid), Process: m.ContextData.GetProcessName(), UnixNano: m.ContextData.GetTimeNs()})
+	default:
+	}
+	return nil
+}
+
+// count follows the living tasks, so that the end of the last one is told from a
+// trace that was cut.
+func (t *trace) count(n int64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.tasks += n
+	t.ended = t.tasks <= 0
+}
+
+// sockaddr reads a struct sockaddr as the job gave it.
+func sockaddr(b []byte) string {
+	if len(b) < 2 {
+		return "unknown address"
+	}
+	family := binary.LittleEndian.Uint16(b)
+	switch {
+	case family == unix.AF_UNIX:
+		p := b[2:]
+		for i, c := range p {
+			if c == 0 && i > 0 {
+				p = p[:i]
+				break
+			}
+		}
+		return fmt.Sprintf("unix:%q", p)
+	case family == unix.AF_INET && len(b) >= 8:
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), binary.BigEndian.Uint16(b[2:])).String()
+	case family == unix.AF_INET6 && len(b) >= 24:
+		return netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[8:24])), binary.BigEndian.Uint16(b[2:])).String()
+	}
+	return fmt.Sprintf("address family %d", family)
+}
+
+// waitStart returns nil once the job has started and is watched. It is what
+// stands between every path under inputs/ and the plaintext.
+func (t *trace) waitStart(done <-chan struct{}, limit time.Duration) error {
+	if !isClosed(t.started) {
+		timer := time.NewTimer(limit)
+		defer timer.Stop()
+		select {
+		case <-t.started:
+		case <-t.finished:
+			return errors.New("the job is over")
+		case <-done:
+			return os.ErrDeadlineExceeded
+		case <-timer.C:
+			return fmt.Errorf("the trace has shown no container start within %s", limit)
+		}
+	}
+	if isClosed(t.finished) {
+		return errors.New("the job is over")
+	}
+	if t.gone() {
+		return errors.New("the trace is lost")
+	}
+	return nil
+}

@@ -1,0 +1,329 @@
+package seal
+
+import (
+	"cmp"
+	"context"
+	"crypto/cipher"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/enclave/keys"
+)
+
+// Reader is one source of plaintext. Close reports an error if what was read
+// changed meanwhile.
+type Reader interface {
+	io.ReaderAt
+	io.Closer
+}
+
+// Source is one file to be sealed.
+type Source struct {
+	// Name is a relative, slash-separated path.
+	Name string
+	Size int64
+	Open func() (Reader, error)
+}
+
+// Options are those of Seal. The zero value is good.
+type Options struct {
+	// ChunkSize is DefaultChunkSize if zero.
+	ChunkSize int
+	// Workers is GOMAXPROCS if zero.
+	Workers int
+	// Progress is called, from several goroutines, with bytes done and in all.
+	Progress func(done, total int64)
+
+	// salt makes test vectors; there is no way to set it from outside.
+	salt func() [saltSize]byte
+	// step is called between any two changes on disk, for tests that end there.
+	step func()
+}
+
+func (o Options) at() {
+	if o.step != nil {
+		o.step()
+	}
+}
+
+// Sealed is what Seal made.
+type Sealed struct {
+	Digest plan.Digest
+	Files  int
+	// Bytes are those of the plaintext.
+	Bytes int64
+}
+
+// Seal writes the sources, sealed under key, into the new folder dst. The
+// folder appears whole or not at all: it is made as dst + ".tmp", synced, and
+// renamed. A dst that exists is an error.
+func Seal(ctx context.Context, key *keys.DataKey, asset string, sources []Source, dst string, o Options) (Sealed, error) {
+	dst = filepath.Clean(dst)
+	parent, err := os.OpenRoot(filepath.Dir(dst))
+	if err != nil {
+		return Sealed{}, fmt.Errorf("seal: %w", err)
+	}
+	defer parent.Close()
+	return sealInto(ctx, key, asset, sources, parent, filepath.Base(dst), o, nil)
+}
+
+// sealInto seals into parent/name. before runs when the folder is complete but
+// for its place, and may add to it.
+func sealInto(ctx context.Context, key *keys.DataKey, asset string, sources []Source, parent *os.Root, name string, o Options, before func(tmp *os.Root, s Sealed) error) (_ Sealed, err error) {
+	o.ChunkSize = cmp.Or(o.ChunkSize, DefaultChunkSize)
+	if err := checkChunkSize(o.ChunkSize); err != nil {
+		return Sealed{}, fmt.Errorf("seal: %w", err)
+	}
+	if asset == "" {
+		return Sealed{}, errors.New("seal: no asset name")
+	}
+	if len(sources) == 0 || len(sources) > MaxFiles {
+		return Sealed{}, fmt.Errorf("seal: %d files, want 1 to %d", len(sources), MaxFiles)
+	}
+	sources = slices.Clone(sources)
+	slices.SortFunc(sources, func(a, b Source) int { return cmp.Compare(a.Name, b.Name) })
+	names := make([]string, len(sources))
+	var total int64
+	for i, s := range sources {
+		names[i] = s.Name
+		total += s.Size
+	}
+	if err := checkNames(names); err != nil {
+		return Sealed{}, fmt.Errorf("seal: %w", err)
+	}
+	if _, err := parent.Lstat(name); err == nil {
+		return Sealed{}, fmt.Errorf("seal: %s exists", name)
+	}
+	tmpName := name + ".tmp"
+	if err := parent.Mkdir(tmpName, 0o700); err != nil {
+		return Sealed{}, fmt.Errorf("seal: %w (left by an interrupted sealing? remove it)", err)
+	}
+	defer func() {
+		if err != nil {
+			_ = parent.RemoveAll(tmpName)
+		}
+	}()
+	o.at()
+	tmp, err := parent.OpenRoot(tmpName)
+	if err != nil {
+		return Sealed{}, fmt.Errorf("seal: %w", err)
+	}
+	defer tmp.Close()
+
+	var done atomic.Int64
+	progress := func(n int) {
+		if o.Progress != nil {
+			o.Progress(done.Add(int64(n)), total)
+		}
+	}
+	m := Manifest{Version: Version, Asset: asset, ChunkSize: o.ChunkSize}
+	var p privatePart
+	for i, s := range sources {
+		f, e, err := sealFile(ctx, key, s, tmp, fileID(i), o, progress)
+		if err != nil {
+			return Sealed{}, fmt.Errorf("seal %s: %w", s.Name, err)
+		}
+		o.at()
+		m.Files = append(m.Files, f)
+		p.Files = append(p.Files, e)
+	}
+	var salt []byte
+	if o.salt != nil {
+		s := o.salt()
+		salt = s[:]
+	}
+	b, err := sealManifest(key, m, p, salt)
+	if err != nil {
+		return Sealed{}, fmt.Errorf("seal manifest: %w", err)
+	}
+	if len(b) > MaxManifest {
+		return Sealed{}, fmt.Errorf("seal: manifest of %d bytes, at most %d are allowed", len(b), MaxManifest)
+	}
+	if err := writeNew(tmp, ManifestName, b); err != nil {
+		return Sealed{}, fmt.Errorf("seal: %w", err)
+	}
+	o.at()
+	out := Sealed{Digest: plan.Sum(b), Files: len(m.Files), Bytes: total}
+	if before != nil {
+		if err := before(tmp, out); err != nil {
+			return Sealed{}, err
+		}
+		o.at()
+	}
+	if err := syncDir(tmp); err != nil {
+		return Sealed{}, fmt.Errorf("seal: %w", err)
+	}
+	o.at()
+	if err := renameNew(parent, tmpName, name); err != nil {
+		return Sealed{}, fmt.Errorf("seal: %w", err)
+	}
+	o.at()
+	return out, nil
+}
+
+// sealJob is the state that the workers on one file share.
+type sealJob struct {
+	aead   cipher.AEAD
+	header header
+	layout layout
+	src    io.ReaderAt
+	dst    *os.File
+	next   atomic.Int64
+	// cipherLeaves begins with the header block; plainLeaves does not.
+	cipherLeaves, plainLeaves []leaf
+	progress                  func(n int)
+}
+
+func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id string, o Options, progress func(int)) (_ SealedFile, _ privateEntry, err error) {
+	l, err := layoutOf(s.Size, o.ChunkSize)
+	if err != nil {
+		return SealedFile{}, privateEntry{}, err
+	}
+	var h header
+	var aead cipher.AEAD
+	if o.salt != nil {
+		h, aead, err = headerWithSalt(key, o.ChunkSize, o.salt())
+	} else {
+		h, aead, err = newHeader(key, o.ChunkSize)
+	}
+	if err != nil {
+		return SealedFile{}, privateEntry{}, err
+	}
+	src, err := s.Open()
+	if err != nil {
+		return SealedFile{}, privateEntry{}, err
+	}
+	defer func() {
+		if cerr := src.Close(); err == nil {
+			err = cerr
+		}
+	}()
+	dst, err := tmp.OpenFile(SealedName(id), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return SealedFile{}, privateEntry{}, err
+	}
+	defer dst.Close()
+	o.at()
+	j := &sealJob{aead: aead, header: h, layout: l, src: src, dst: dst, progress: progress,
+		cipherLeaves: make([]leaf, 1+l.chunks), plainLeaves: make([]leaf, l.chunks)}
+	block := make([]byte, PayloadOffset)
+	copy(block, h[:])
+	newLeafHasher().sum(block, &j.cipherLeaves[0])
+	if _, err := dst.WriteAt(block, 0); err != nil {
+		return SealedFile{}, privateEntry{}, fmt.Errorf("write sealed file: %w", err)
+	}
+	o.at()
+	if err := j.run(ctx, o.Workers); err != nil {
+		return SealedFile{}, privateEntry{}, err
+	}
+	o.at()
+	if err := dst.Sync(); err != nil {
+		return SealedFile{}, privateEntry{}, fmt.Errorf("sync sealed file: %w", err)
+	}
+	if err := dst.Close(); err != nil {
+		return SealedFile{}, privateEntry{}, fmt.Errorf("close sealed file: %w", err)
+	}
+	return SealedFile{ID: id, CipherSize: l.cipherSize(), Root: merkleRoot(j.cipherLeaves)},
+		privateEntry{Name: s.Name, Size: s.Size, Root: merkleRoot(j.plainLeaves), Salt: slices.Clone(h.salt())}, nil
+}
+
+func (j *sealJob) run(ctx context.Context, workers int) error {
+	if workers <= 0 {
+		workers = runtime.GOMAXPROCS(0)
+	}
+	workers = int(min(int64(workers), j.layout.chunks))
+	errs := make([]error, workers)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() {
+			if errs[w] = j.work(ctx); errs[w] != nil {
+				cancel(errs[w])
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+func (j *sealJob) work(ctx context.Context) error {
+	buf := make([]byte, j.layout.chunkSize+TagSize)
+	defer clear(buf)
+	h := newLeafHasher()
+	nonce := new([12]byte)
+	for {
+		i := j.next.Add(1) - 1
+		if i >= j.layout.chunks {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		n := j.layout.plainLen(i)
+		if m, err := j.src.ReadAt(buf[:n], i*int64(j.layout.chunkSize)); m < n {
+			return fmt.Errorf("read source: %w", cmp.Or(err, io.ErrUnexpectedEOF))
+		}
+		h.sum(buf[:n], &j.plainLeaves[i])
+		setNonce(nonce, i, i == j.layout.chunks-1)
+		c := j.aead.Seal(buf[:0], nonce[:], buf[:n], j.header[:])
+		h.sum(c, &j.cipherLeaves[1+i])
+		if _, err := j.dst.WriteAt(c, j.layout.offset(i)); err != nil {
+			return fmt.Errorf("write sealed file: %w", err)
+		}
+		j.progress(n)
+	}
+}
+
+func writeNew(root *os.Root, name string, b []byte) error {
+	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(b); err != nil {
+		return fmt.Errorf("write %s: %w", name, err)
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("sync %s: %w", name, err)
+	}
+	return f.Close()
+}
+
+func syncDir(root *os.Root) error {
+	d, err := root.Open(".")
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil {
+		return fmt.Errorf("sync folder: %w", err)
+	}
+	return nil
+}
+
+// renameNew renames within root, refuses to replace, and makes it durable.
+func renameNew(root *os.Root, from, to string) error {
+	d, err := root.Open(".")
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := unix.Renameat2(int(d.Fd()), from, int(d.Fd()), to, unix.RENAME_NOREPLACE); err != nil {
+		return fmt.Errorf("rename %s to %s: %w", from, to, err)
+	}
+	if err := d.Sync(); err != nil {
+		return fmt.Errorf("sync folder: %w", err)
+	}
+	return nil
+}

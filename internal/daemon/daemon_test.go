@@ -1,0 +1,342 @@
+package daemon_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coffer-run/coffer/internal/daemon"
+	"github.com/coffer-run/coffer/internal/daemon/pki"
+)
+
+func newPKI(t *testing.T, ids ...[2]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := pki.Create(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range ids {
+		if err := pki.Issue(dir, id[0], id[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// serve runs a server that answers with who asked, and waits until it answers.
+func serve(t *testing.T, id daemon.TLS, handler http.Handler) (addr string, stop func() error) {
+	t.Helper()
+	cfg, err := id.Server()
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr = freeAddr(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- daemon.Serve(ctx, addr, cfg, handler) }()
+	for range 200 {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+			break
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	return addr, func() error { cancel(); return <-done }
+}
+
+func whoami() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		role, name, err := daemon.Identity(r)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusForbidden)
+			return
+		}
+		_, _ = io.WriteString(w, r.Proto+" "+role+"/"+name)
+	})
+}
+
+func get(c *http.Client, u string) (string, error) {
+	resp, err := c.Get(u)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return string(b), err
+}
+
+func TestServeTellsCallersApart(t *testing.T) {
+	dir := newPKI(t, [2]string{"broker", "broker"}, [2]string{"owner", "alice"}, [2]string{"agent", "node-1"})
+	addr, stop := serve(t, pki.Files(dir, "broker", "broker"), whoami())
+	for _, id := range [][2]string{{"owner", "alice"}, {"agent", "node-1"}} {
+		c, err := pki.Files(dir, id[0], id[1]).HTTPClient(daemon.RoleBroker)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := get(c, "https://"+addr+"/x")
+		if want := "HTTP/2.0 " + id[0] + "/" + id[1]; err != nil || got != want {
+			t.Errorf("%v: got %q, %v; want %q", id, got, err, want)
+		}
+		if got, err := get(c, "https://"+addr+daemon.Health); err != nil || got != "ok\n" {
+			t.Errorf("health: %q, %v", got, err)
+		}
+	}
+	if err := stop(); err != nil {
+		t.Errorf("stop: %v", err)
+	}
+}
+
+func TestServeRefusesWrongPeers(t *testing.T) {
+	dir := newPKI(t, [2]string{"broker", "broker"}, [2]string{"agent", "node-1"})
+	other := newPKI(t, [2]string{"agent", "node-1"})
+	addr, stop := serve(t, pki.Files(dir, "broker", "broker"), whoami())
+	defer stop()
+	good, err := pki.Files(dir, "agent", "node-1").Client(daemon.RoleBroker)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dial(addr, good); err != nil {
+		t.Fatalf("control: %v", err)
+	}
+	for name, change := range map[string]func(*tls.Config){
+		"no client certificate":      func(c *tls.Config) { c.Certificates = nil },
+		"certificate of another ca":  func(c *tls.Config) { c.Certificates = otherCert(t, other) },
+		"tls 1.2":                    func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS12, tls.VersionTLS12 },
+		"server name we do not have": func(c *tls.Config) { c.ServerName = "broker.example.org" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := good.Clone()
+			change(cfg)
+			if got, err := dial(addr, cfg); err == nil {
+				t.Errorf("got through: %q", got)
+			}
+		})
+	}
+}
+
+// dial sends one request and so waits for the server's view of the handshake.
+func dial(addr string, cfg *tls.Config) (string, error) {
+	tr := &http.Transport{TLSClientConfig: cfg, ForceAttemptHTTP2: true}
+	defer tr.CloseIdleConnections()
+	return get(&http.Client{Transport: tr, Timeout: 5 * time.Second}, "https://"+addr+"/")
+}
+
+func otherCert(t *testing.T, dir string) []tls.Certificate {
+	f := pki.Files(dir, "agent", "node-1")
+	c, err := tls.LoadX509KeyPair(f.Cert, f.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []tls.Certificate{c}
+}
+
+func TestClientRefusesServerInAnotherRole(t *testing.T) {
+	dir := newPKI(t, [2]string{"agent", "node-1"}, [2]string{"owner", "alice"})
+	addr, stop := serve(t, pki.Files(dir, "agent", "node-1"), whoami())
+	defer stop()
+	cfg, err := pki.Files(dir, "owner", "alice").Client(daemon.RoleBroker)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dial(addr, cfg); err == nil || !strings.Contains(err.Error(), "want a broker") {
+		t.Errorf("an agent passed for the broker: %v", err)
+	}
+	if _, err := pki.Files(dir, "owner", "alice").Client("owner"); err == nil {
+		t.Error("client of a role that serves nothing was made")
+	}
+}
+
+func TestServePortInUse(t *testing.T) {
+	dir := newPKI(t, [2]string{"broker", "broker"})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	cfg, err := pki.Files(dir, "broker", "broker").Server()
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = daemon.Serve(t.Context(), l.Addr().String(), cfg, whoami())
+	if err == nil || !strings.Contains(err.Error(), "address "+l.Addr().String()+" is in use: is another stack up?") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestServeRefusesToServeWithoutMutualTLS(t *testing.T) {
+	for name, cfg := range map[string]*tls.Config{"nil": nil, "no client certificates": {MinVersion: tls.VersionTLS13}} {
+		if err := daemon.Serve(t.Context(), "127.0.0.1:0", cfg, whoami()); err == nil {
+			t.Errorf("%s: served", name)
+		}
+	}
+}
+
+func TestServeStopEndsStreams(t *testing.T) {
+	dir := newPKI(t, [2]string{"agent", "node-1"}, [2]string{"owner", "alice"})
+	entered := make(chan struct{})
+	addr, stop := serve(t, pki.Files(dir, "agent", "node-1"), http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		close(entered)
+		<-r.Context().Done()
+	}))
+	c, err := pki.Files(dir, "owner", "alice").HTTPClient(daemon.RoleAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _, _ = get(c, "https://"+addr+"/") }()
+	<-entered
+	start := time.Now()
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if d := time.Since(start); d > daemon.StopGrace+2*time.Second {
+		t.Errorf("stop took %v", d)
+	}
+}
+
+func TestParseIdentity(t *testing.T) {
+	for _, tc := range []struct{ uri, role, name string }{
+		{"spiffe://coffer.local/agent/node-1", "agent", "node-1"},
+		{"spiffe://coffer.local/owner/a.b", "owner", "a.b"},
+		{uri: "spiffe://coffer.local/root/node-1"},
+		{uri: "spiffe://coffer.local/agent"},
+		{uri: "spiffe://coffer.local/agent/"},
+		{uri: "spiffe://coffer.local/agent/node-1/x"},
+		{uri: "spiffe://coffer.local/agent/Node"},
+		{uri: "spiffe://coffer.local/agent/node-1?x"},
+		{uri: "spiffe://coffer.local/agent/node-1#x"},
+		{uri: "spiffe://coffer.local:1/agent/node-1"},
+		{uri: "spiffe://x@coffer.local/agent/node-1"},
+		{uri: "spiffe://other.local/agent/node-1"},
+		{uri: "https://coffer.local/agent/node-1"},
+		{uri: "spiffe://coffer.local//agent/node-1"},
+		{uri: "spiffe://coffer.local/agent/node%2d1"},
+		{uri: "spiffe:agent/node-1"},
+	} {
+		u, err := url.Parse(tc.uri)
+		if err != nil {
+			t.Fatal(err)
+		}
+		role, name, err := daemon.ParseIdentity(u)
+		if (err == nil) != (tc.role != "") || (err == nil && (role != tc.role || name != tc.name)) {
+			t.Errorf("%s: got %q, %q, %v", tc.uri, role, name, err)
+		}
+	}
+}
+
+func TestIdentityWithoutCertificate(t *testing.T) {
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := daemon.Identity(r); err == nil {
+		t.Error("plain request has an identity")
+	}
+	r.TLS = &tls.ConnectionState{}
+	if _, _, err := daemon.Identity(r); err == nil {
+		t.Error("unverified connection has an identity")
+	}
+}
+
+func TestReadConfig(t *testing.T) {
+	type config struct {
+		Listen string `json:"listen"`
+	}
+	for name, tc := range map[string]struct {
+		text string
+		ok   bool
+	}{
+		"good":          {`{"listen":"127.0.0.1:1"}`, true},
+		"unknown field": {`{"listen":"127.0.0.1:1","lissten":"x"}`, false},
+		"two values":    {`{} {}`, false},
+		"not json":      {`listen = 1`, false},
+		"empty":         {``, false},
+		"too large":     {`{"listen":"` + strings.Repeat("x", daemon.MaxConfig) + `"}`, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "c.json")
+			if err := os.WriteFile(path, []byte(tc.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			var c config
+			err := daemon.ReadConfig(path, &c)
+			if (err == nil) != tc.ok {
+				t.Errorf("got %v", err)
+			}
+			if err != nil && !strings.Contains(err.Error(), path) {
+				t.Errorf("%v does not name the file", err)
+			}
+		})
+	}
+	if err := daemon.ReadConfig(filepath.Join(t.TempDir(), "none"), &config{}); err == nil {
+		t.Error("missing file is a configuration")
+	}
+}
+
+func TestConfigFlag(t *testing.T) {
+	for _, tc := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"--config", "f"}, "f"},
+		{[]string{"--config", "f", "more"}, ""},
+		{nil, ""},
+		{[]string{"--other"}, ""},
+	} {
+		got, err := daemon.ConfigFlag("x", tc.args, io.Discard)
+		if got != tc.want || (err == nil) != (tc.want != "") {
+			t.Errorf("%v: got %q, %v", tc.args, got, err)
+		}
+	}
+}
+
+type coded struct{ error }
+
+func (coded) ExitCode() int { return 3 }
+
+func TestExitCode(t *testing.T) {
+	for name, tc := range map[string]struct {
+		err  error
+		code int
+		text string
+	}{
+		"success": {nil, 0, ""},
+		"help":    {flag.ErrHelp, 0, ""},
+		"failure": {errors.New("open x"), 1, "tool: open x\n"},
+		"chosen":  {coded{errors.New("refused")}, 3, "tool: refused\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var stderr bytes.Buffer
+			code := daemon.ExitCode(func(_ context.Context, args []string, _ io.Reader, _, _ io.Writer) error {
+				if len(args) != 1 || args[0] != "arg" {
+					t.Errorf("args %q", args)
+				}
+				return tc.err
+			}, []string{"/bin/tool", "arg"}, nil, io.Discard, &stderr)
+			if code != tc.code || stderr.String() != tc.text {
+				t.Errorf("got %d, %q", code, stderr.String())
+			}
+		})
+	}
+}

@@ -1,0 +1,3 @@
+package daemon
+
+var ExitCode = exitCode

@@ -1,0 +1,155 @@
+package stack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+)
+
+// snapshotter unpacks images.
+const snapshotter = "overlayfs"
+
+func (l Layout) containerdSocket() string { return l.run("containerd.sock") }
+
+// containerdConfig keeps containerd to the stack's two folders, and leaves out
+// what would serve others: CRI, NRI, /opt and image verifiers.
+func (l Layout) containerdConfig() string {
+	return fmt.Sprintf(`version = 3
+root = %q
+state = %q
+temp = %q
+oom_score = 0
+disabled_plugins = [
+  "io.containerd.cri.v1.images",
+  "io.containerd.cri.v1.runtime",
+  "io.containerd.grpc.v1.cri",
+  "io.containerd.image-verifier.v1.bindir",
+  "io.containerd.internal.v1.opt",
+  "io.containerd.internal.v1.tracing",
+  "io.containerd.monitor.container.v1.restart",
+  "io.containerd.nri.v1.nri",
+  "io.containerd.tracing.processor.v1.otlp",
+]
+
+[grpc]
+address = %q
+uid = 0
+gid = 0
+
+[ttrpc]
+address = %q
+`, l.path("containerd", "root"), l.run("containerd"), l.path("containerd", "tmp"), l.containerdSocket(), l.containerdSocket()+".ttrpc")
+}
+
+func (l Layout) openContainerd() (*containerd.Client, error) {
+	return containerd.New(l.containerdSocket(), containerd.WithDefaultNamespace(Namespace), containerd.WithTimeout(2*time.Second))
+}
+
+func (l Layout) containerdAnswers(ctx context.Context) error {
+	// The client's first connection blocks for a while if nobody listens.
+	if _, err := os.Stat(l.containerdSocket()); err != nil {
+		return err
+	}
+	c, err := l.openContainerd()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	_, err = c.Version(ctx)
+	return err
+}
+
+// importImages brings OCI archives into the stack's namespace and unpacks them.
+func (s *starter) importImages(ctx context.Context) (string, error) {
+	c, err := s.openContainerd()
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = c.Close() }()
+	ctx = namespaces.WithNamespace(ctx, Namespace)
+	var names []string
+	for _, archive := range s.o.Images {
+		n, err := importArchive(ctx, c, archive)
+		if err != nil {
+			return "", fmt.Errorf("import %s: %w", archive, err)
+		}
+		names = append(names, n...)
+	}
+	return strings.Join(names, ", "), nil
+}
+
+func importArchive(ctx context.Context, c *containerd.Client, archive string) ([]string, error) {
+	f, err := os.Open(archive)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	images, err := c.Import(ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	if len(images) == 0 {
+		return nil, errors.New("the archive names no image (annotation org.opencontainers.image.ref.name)")
+	}
+	names := make([]string, 0, len(images))
+	for _, i := range images {
+		if err := containerd.NewImage(c, i).Unpack(ctx, snapshotter); err != nil {
+			return nil, fmt.Errorf("unpack %s: %w", i.Name, err)
+		}
+		names = append(names, i.Name)
+	}
+	return names, nil
+}
+
+// removeTasks kills every task in the stack's namespace and removes its
+// container and snapshot.
+func (l Layout) removeTasks(ctx context.Context) (string, error) {
+	c, err := l.openContainerd()
+	if err != nil {
+		return "", fmt.Errorf("reach containerd: %w", err)
+	}
+	defer func() { _ = c.Close() }()
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 30*time.Second)
+	defer cancel()
+	list, err := c.Containers(ctx)
+	if err != nil {
+		return "", fmt.Errorf("list containers: %w", err)
+	}
+	var errs []error
+	for _, ct := range list {
+		errs = append(errs, removeContainer(ctx, ct))
+	}
+	detail := "none left"
+	if len(list) > 0 {
+		detail = fmt.Sprintf("%d removed", len(list))
+	}
+	return detail, errors.Join(errs...)
+}
+
+func removeContainer(ctx context.Context, ct containerd.Container) error {
+	task, err := ct.Task(ctx, nil)
+	switch {
+	case errdefs.IsNotFound(err):
+	case err != nil:
+		return fmt.Errorf("job %s: %w", ct.ID(), err)
+	default:
+		if err := task.Kill(ctx, syscall.SIGKILL, containerd.WithKillAll); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("kill job %s: %w", ct.ID(), err)
+		}
+		if _, err := task.Delete(ctx, containerd.WithProcessKill); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("end job %s: %w", ct.ID(), err)
+		}
+	}
+	if err := ct.Delete(ctx, containerd.WithSnapshotCleanup); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("remove job %s: %w", ct.ID(), err)
+	}
+	return nil
+}

@@ -1,0 +1,54 @@
+package stack
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/coffer-run/coffer/internal/daemon"
+)
+
+// TestMain plays the daemons of a stack when the test binary is run by one of
+// their names.
+func TestMain(m *testing.M) {
+	if name := filepath.Base(os.Args[0]); slices.Contains(ourTools(), name) {
+		daemon.Main(func(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) error {
+			return play(ctx, name, args, stderr)
+		})
+	}
+	os.Exit(m.Run())
+}
+
+// play answers on the port that the configuration names, and nothing more. It
+// reads that much of the configuration only: the real daemons check the rest.
+func play(ctx context.Context, name string, args []string, stderr io.Writer) error {
+	file, err := daemon.ConfigFlag(name, args, stderr)
+	if err != nil {
+		return err
+	}
+	var conf struct {
+		Listen string
+		TLS    daemon.TLS
+		Socket string
+	}
+	if err := readLoosely(file, &conf); err != nil {
+		return err
+	}
+	if strings.Contains(filepath.Dir(os.Args[0]), "broken-"+name) {
+		return errors.New("this daemon is broken on purpose")
+	}
+	if conf.Socket != "" {
+		return listenUnix(ctx, conf.Socket)
+	}
+	tlsConfig, err := conf.TLS.Server()
+	if err != nil {
+		return err
+	}
+	return daemon.Serve(ctx, conf.Listen, tlsConfig, http.NotFoundHandler())
+}

@@ -1,0 +1,267 @@
+// Package host starts plugins and speaks to them.
+//
+// Trusted: the SHA-256 checksum that the caller gives for a plugin's binary.
+// Checked: that exactly those bytes are what runs, that the plugin speaks the
+// contract over mutual TLS, that every call ends in time, and, through
+// plugins/contract, the form of every answer. Not checked: what a plugin does
+// with the rights of its process, which are the host's.
+package host
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/go-plugin"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/coffer-run/coffer/plugins/contract"
+)
+
+const (
+	// DefaultStart bounds a plugin's start.
+	DefaultStart = 10 * time.Second
+	// DefaultCall bounds one call.
+	DefaultCall = 30 * time.Second
+	// maxBinary bounds a plugin's binary, in bytes.
+	maxBinary = 256 << 20
+	highFD    = 64
+)
+
+var (
+	// ErrChecksum means that no checksum was given, or that the binary has another.
+	ErrChecksum = errors.New("plugin checksum")
+	// ErrDied means that the plugin's process is gone. It is not started again
+	// by itself: the caller decides what its death means.
+	ErrDied = errors.New("plugin died")
+	// ErrTimeout means that the plugin did not answer in time.
+	ErrTimeout = errors.New("plugin did not answer in time")
+)
+
+// Config says which plugin to start.
+type Config struct {
+	Path string `json:"path"`
+	// SHA256 is the checksum of the binary at Path, in lower-case hex.
+	SHA256 string   `json:"sha256"`
+	Args   []string `json:"args,omitempty"`
+}
+
+// Options say how. The zero value of each is its default.
+type Options struct {
+	// SocketDir is where the plugin makes its socket; it must be the host's
+	// alone. Empty means the system's folder for temporary files.
+	SocketDir string
+	// Env is the plugin's whole environment, but for the handshake.
+	Env []string
+	// Start and Call bound the start and each call.
+	Start, Call time.Duration
+	Log         *slog.Logger
+}
+
+// GPU is a running GPU plugin. It is safe for concurrent use.
+type GPU struct {
+	gpu      contract.GPU
+	client   *plugin.Client
+	end      context.CancelFunc
+	lifeline *os.File
+	call     time.Duration
+}
+
+var _ contract.GPU = (*GPU)(nil)
+
+// StartGPU starts a GPU plugin whose binary has the configured checksum.
+func StartGPU(ctx context.Context, cfg Config, o Options) (_ *GPU, err error) {
+	if o.Start == 0 {
+		o.Start = DefaultStart
+	}
+	if o.Call == 0 {
+		o.Call = DefaultCall
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	name := filepath.Base(cfg.Path)
+	binary, sum, err := pin(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("start plugin %s: %w", name, err)
+	}
+	defer binary.Close() //nolint:errcheck // a memory file
+	dead, alive, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("start plugin %s: %w", name, err)
+	}
+	defer dead.Close() //nolint:errcheck // the plugin has its own
+	defer func() {
+		if err != nil {
+			_ = alive.Close()
+		}
+	}()
+
+	// The process lives until Close; while it starts, ctx ends it too.
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, end)
+	defer stop()
+	cmd := exec.CommandContext(life, fmt.Sprintf("/proc/self/fd/%d", binary.Fd()), cfg.Args...) // #nosec G204 -- pinned by checksum
+	cmd.Args[0] = cfg.Path
+	cmd.ExtraFiles = []*os.File{dead}
+	cmd.Env = append(append([]string{}, o.Env...), contract.LifelineEnv+"="+strconv.Itoa(3))
+	if o.SocketDir != "" {
+		cmd.Env = append(cmd.Env, plugin.EnvUnixSocketDir+"="+o.SocketDir)
+	}
+	log := &stderrLog{log: o.Log.With("plugin", name)}
+	client := plugin.NewClient(&plugin.ClientConfig{
+		HandshakeConfig:  contract.Handshake(),
+		Plugins:          plugin.PluginSet{contract.GPUName: &contract.GPUPlugin{}},
+		Cmd:              cmd,
+		SecureConfig:     &plugin.SecureConfig{Checksum: sum, Hash: sha256.New()},
+		AutoMTLS:         true,
+		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC},
+		StartTimeout:     o.Start,
+		SkipHostEnv:      true,
+		Stderr:           log,
+		Logger:           hclog.NewNullLogger(),
+	})
+	defer func() {
+		if err != nil {
+			end()
+			client.Kill()
+		}
+	}()
+	rpc, err := client.Client()
+	if err != nil {
+		return nil, fmt.Errorf("start plugin %s: %w%s", name, errors.Join(err, ctx.Err()), log.said())
+	}
+	raw, err := rpc.Dispense(contract.GPUName)
+	if err != nil {
+		return nil, fmt.Errorf("start plugin %s: %w", name, err)
+	}
+	gpu, ok := raw.(contract.GPU)
+	if !ok {
+		return nil, fmt.Errorf("start plugin %s: it serves a %T", name, raw)
+	}
+	return &GPU{gpu: gpu, client: client, end: end, lifeline: alive, call: o.Call}, nil
+}
+
+// pin copies the binary into memory that nobody can write to any more and checks
+// the copy, so that what was checked is what runs, whatever happens at Path.
+func pin(cfg Config) (_ *os.File, sum []byte, err error) {
+	if cfg.SHA256 == "" {
+		return nil, nil, fmt.Errorf("%w: none is configured", ErrChecksum)
+	}
+	want, err := hex.DecodeString(cfg.SHA256)
+	if err != nil || len(want) != sha256.Size {
+		return nil, nil, fmt.Errorf("%w: %.80q: want %d hex digits", ErrChecksum, cfg.SHA256, 2*sha256.Size)
+	}
+	src, err := os.Open(cfg.Path)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer src.Close() //nolint:errcheck // read only
+	fd, err := unix.MemfdCreate(filepath.Base(cfg.Path), unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
+	if errors.Is(err, unix.EINVAL) {
+		// Kernels before 6.3 know no MFD_EXEC and make every memory file executable.
+		fd, err = unix.MemfdCreate(filepath.Base(cfg.Path), unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("memory for the binary: %w", err)
+	}
+	// Away from the low numbers, which in the child are the plugin's own: the
+	// child opens the binary by number after it has taken its descriptors over.
+	high, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, highFD) // #nosec G115 -- a descriptor
+	_ = unix.Close(fd)
+	if err != nil {
+		return nil, nil, fmt.Errorf("memory for the binary: %w", err)
+	}
+	f := os.NewFile(uintptr(high), cfg.Path) // #nosec G115 -- a descriptor
+	defer func() {
+		if err != nil {
+			_ = f.Close()
+		}
+	}()
+	h := sha256.New()
+	n, err := io.Copy(io.MultiWriter(f, h), io.LimitReader(src, maxBinary+1))
+	if err != nil {
+		return nil, nil, fmt.Errorf("read binary: %w", err)
+	}
+	if n > maxBinary {
+		return nil, nil, fmt.Errorf("read binary: more than %d bytes", maxBinary)
+	}
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL); err != nil {
+		return nil, nil, fmt.Errorf("seal the binary: %w", err)
+	}
+	if got := h.Sum(nil); subtle.ConstantTimeCompare(got, want) != 1 {
+		return nil, nil, fmt.Errorf("%w: %s has %x, configured is %s", ErrChecksum, cfg.Path, got, cfg.SHA256)
+	}
+	return f, want, nil
+}
+
+// Checksum returns the checksum of the binary at path in the configuration's form.
+func Checksum(path string) (string, error) {
+	f, err := os.Open(path) // #nosec G304 -- the caller names the binary
+	if err != nil {
+		return "", err
+	}
+	defer f.Close() //nolint:errcheck // read only
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// Inventory asks the plugin for the machine's GPUs.
+func (g *GPU) Inventory(ctx context.Context) (*contract.Inventory, error) {
+	return bounded(ctx, g, func(ctx context.Context) (*contract.Inventory, error) { return g.gpu.Inventory(ctx) })
+}
+
+// Collect asks the plugin for evidence.
+func (g *GPU) Collect(ctx context.Context, nonce [contract.NonceSize]byte, uuids []string) ([]contract.Evidence, error) {
+	return bounded(ctx, g, func(ctx context.Context) ([]contract.Evidence, error) { return g.gpu.Collect(ctx, nonce, uuids) })
+}
+
+// SetReady tells the driver, through the plugin, whether GPUs may take work.
+func (g *GPU) SetReady(ctx context.Context, ready bool) error {
+	_, err := bounded(ctx, g, func(ctx context.Context) (struct{}, error) { return struct{}{}, g.gpu.SetReady(ctx, ready) })
+	return err
+}
+
+// bounded runs one call and names what went wrong with the plugin itself.
+func bounded[T any](ctx context.Context, g *GPU, call func(context.Context) (T, error)) (T, error) {
+	var none T
+	limited, cancel := context.WithTimeout(ctx, g.call)
+	defer cancel()
+	v, err := call(limited)
+	switch {
+	case err == nil:
+		return v, nil
+	case ctx.Err() != nil:
+		return none, fmt.Errorf("%w: %w", ctx.Err(), err)
+	case limited.Err() != nil:
+		return none, fmt.Errorf("%w (%s): %w", ErrTimeout, g.call, err)
+	case status.Code(err) == codes.Unavailable || g.client.Exited():
+		return none, fmt.Errorf("%w: %w", ErrDied, err)
+	default:
+		return none, err
+	}
+}
+
+// Close ends the plugin's process. A plugin has no state to save, so it is not
+// asked; one that hangs is ended like any other.
+func (g *GPU) Close() error {
+	g.end()
+	g.client.Kill()
+	return g.lifeline.Close()
+}

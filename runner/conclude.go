@@ -1,0 +1,160 @@
+package runner
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/journal"
+	"github.com/coffer-run/coffer/runner/sandbox"
+)
+
+// finishTimeout bounds how long a holder may take to scrub and take its leave.
+const finishTimeout = 60 * time.Second
+
+// conclude is stage 10, for every job however it ended: the container goes, the
+// holder scrubs, every receipt goes into a bundle that the session key signs and
+// the evidence log records, and the journal gets its last word.
+func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
+	ctx, cancel := context.WithTimeout(ctx, finishTimeout)
+	defer cancel()
+	a.tell(ctx, j, stageEvent(bundle.StageEvidence, "started", 0, ""))
+	began := time.Now()
+	body, err := a.gather(ctx, j, end)
+	phase, detail := bundle.StepDone, fmt.Sprintf("%d bytes", len(body))
+	if err != nil {
+		phase, detail = bundle.StepFailed, err.Error()
+		a.log.ErrorContext(ctx, "gather evidence", slog.String("job", j.id), slog.Any("error", err))
+		// A job whose evidence is not whole is not complete.
+		if end.State == journal.Succeeded {
+			end.State, end.Stage, end.Reason, end.Message = journal.Failed, string(bundle.StageEvidence), "evidence", err.Error()
+		}
+	}
+	a.tell(ctx, j, stageEvent(bundle.StageEvidence, phase, time.Since(began).Nanoseconds(), detail))
+
+	if len(j.gpus) > 0 {
+		if err := a.GPUs.SetReady(ctx, false); err != nil {
+			a.log.ErrorContext(ctx, "set GPUs not ready", slog.String("job", j.id), slog.Any("error", err))
+		}
+	}
+	if err := a.cleanUp(ctx, j); err != nil {
+		a.log.ErrorContext(ctx, "clean up", slog.String("job", j.id), slog.Any("error", err))
+	}
+	end.Ended = time.Now()
+	if err := a.Journal.End(ctx, end, body); err != nil {
+		a.log.ErrorContext(ctx, "end job", slog.String("job", j.id), slog.Any("error", err))
+	}
+	if row, err := a.Journal.Job(ctx, j.id); err == nil {
+		a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Job{Job: Describe(row)}})
+	}
+	j.feed.close()
+	a.giveBack(j)
+}
+
+// Describe is a job as the API shows it.
+func Describe(row journal.Job) *agentv1.Job {
+	out := &agentv1.Job{
+		Id: row.ID, Name: row.Name, PlanDigest: string(row.PlanDigest), State: string(row.State), Stage: row.Stage, Reason: row.Reason, Message: row.Message,
+		SubmittedUnix: row.Submitted.Unix(), ExitCode: int32(row.ExitCode), Submitter: row.Submitter, //nolint:gosec // an exit code fits
+	}
+	if !row.Ended.IsZero() {
+		out.EndedUnix = row.Ended.Unix()
+	}
+	for _, c := range row.Checks {
+		out.Checks = append(out.Checks, &agentv1.Check{Id: c.ID, Outcome: string(c.Outcome), Expected: c.Expected, Found: c.Found, Hint: c.Hint})
+	}
+	return out
+}
+
+// gather ends the container, lets the holder finish, and builds the bundle.
+func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, error) {
+	if j.sandbox != nil {
+		if err := j.sandbox.Remove(ctx); err != nil {
+			return nil, err
+		}
+		j.sandbox = nil
+	}
+	b := bundle.NewBuilder()
+	errs := []error{
+		b.Add(bundle.JobFile, j.redacted), b.Add(bundle.Plan, j.canonical),
+		b.Add(bundle.VerifierKeys, a.Verifier.JWKS()), b.Add(bundle.BrokerKeys, a.Broker.JWKS()),
+		b.AddJSON(bundle.AgentPart, bundle.Agent{
+			Node: a.Name, Agent: a.Version, Containerd: a.Node.ContainerdVersion(), Runtime: a.Node.Profile().Runtime, Shim: sandbox.Shim, Submitter: j.submitter,
+		}),
+	}
+	if len(j.record.Sandbox) > 0 {
+		errs = append(errs, b.Add(bundle.Sandbox, j.record.Sandbox))
+	}
+	if len(j.record.Evidence) > 0 {
+		errs = append(errs, b.Add(bundle.Evidence, j.record.Evidence))
+	}
+	if j.record.Result != "" {
+		errs = append(errs, b.Add(bundle.Result, []byte(j.record.Result)))
+	}
+	if len(j.record.Releases) > 0 {
+		errs = append(errs, b.AddJSON(bundle.Releases, j.record.Releases))
+	}
+	held, heldErr := a.finish(ctx, j)
+	if heldErr == nil {
+		errs = append(errs,
+			b.AddJSON(bundle.HolderStatus, statusOf(held)), b.AddJSON(bundle.Checkpoints, checkpointsOf(held)), b.AddJSON(bundle.Trace, j.events),
+			b.AddJSON(bundle.LogsDigest, bundle.Logs{Stdout: j.logs[0].stream(), Stderr: j.logs[1].stream(), Cut: held.LogCut}))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	if j.checkpoints.StartUnixNano != 0 {
+		j.step(j.checkpoints)
+	}
+	statement, err := b.Statement(j.id, j.digest, bundle.Outcome{
+		State: bundle.State(end.State), ExitCode: end.ExitCode, Stage: bundle.Stage(end.Stage), Reason: end.Reason, Checks: end.Checks,
+	}, j.timeline)
+	if err != nil {
+		return nil, err
+	}
+	var signature []byte
+	if heldErr == nil && j.holder != nil {
+		if signature, err = j.holder.Sign(ctx, statement); err != nil {
+			return nil, fmt.Errorf("sign bundle: %w", err)
+		}
+	}
+	token, entries, err := a.Broker.LogBundle(ctx, j.id, plan.Sum(statement))
+	if err != nil {
+		// Kept without the log's word: verification says so.
+		out, ferr := b.Finish(signature, nil)
+		return out, errors.Join(fmt.Errorf("log bundle: %w", err), ferr)
+	}
+	out, err := b.Finish(signature, &bundle.Log{Receipt: token, Entries: entries})
+	if err != nil {
+		return nil, err
+	}
+	if heldErr != nil && j.holder != nil {
+		return out, heldErr
+	}
+	return out, nil
+}
+
+// finish has the holder close and scrub everything, and drains its last lines.
+func (a *Agent) finish(ctx context.Context, j *Job) (holdapi.Status, error) {
+	if j.holder == nil {
+		return holdapi.Status{}, errors.New("no holder ran")
+	}
+	st, err := j.holder.Finish(ctx)
+	close(j.finished)
+	if err != nil {
+		return holdapi.Status{}, fmt.Errorf("finish holder: %w", err)
+	}
+	j.pumps.Wait()
+	return st, nil
+}
+
+func digestOf(sum []byte) plan.Digest {
+	return plan.Digest("sha384:" + hex.EncodeToString(sum))
+}

@@ -1,0 +1,166 @@
+// Package holder starts a job's holder process and keeps watch over it. The
+// holder outlives the agent; an agent that comes back attaches to it.
+//
+// Trusted: the holder's binary, as measured at the agent's start. No key passes
+// through this package.
+package holder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
+)
+
+const (
+	startTimeout = 10 * time.Second
+	exitTimeout  = 10 * time.Second
+	logName      = "holder.log"
+)
+
+// Config says what to start.
+type Config struct {
+	// Path is the holder's binary.
+	Path string
+	// RunDir is the job's run directory; it must exist and belong to the agent.
+	RunDir   string
+	JobID    string
+	UID, GID int
+	// LogBytes is the job's output budget.
+	LogBytes int64
+	// Join puts the process into the job's cgroup before it holds anything.
+	Join func(pid int) error
+}
+
+// Holder is a running holder process.
+type Holder struct {
+	*holdapi.Client
+	// Hello is who the holder is.
+	Hello  holdapi.Hello
+	runDir string
+	lost   chan struct{}
+	pidfd  int
+}
+
+// Start runs a holder in a session and a network namespace of its own and waits
+// until it answers. On an error nothing is left running.
+func Start(ctx context.Context, c Config) (_ *Holder, err error) {
+	stderr, err := os.OpenFile(filepath.Join(c.RunDir, logName), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("start holder: %w", err)
+	}
+	defer stderr.Close()
+	cmd := exec.Command(c.Path, "--run", c.RunDir, "--job", c.JobID, "--uid", strconv.Itoa(c.UID), "--gid", strconv.Itoa(c.GID), //nolint:gosec,noctx // the configured holder; it must outlive ctx
+		"--log-bytes", strconv.FormatInt(c.LogBytes, 10))
+	cmd.Env = []string{}
+	cmd.Dir = c.RunDir
+	cmd.Stdout, cmd.Stderr = stderr, stderr
+	// A network namespace of its own has no interface that is up: the holder
+	// cannot reach anything, whatever it links.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: syscall.CLONE_NEWNET}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start holder: %w", err)
+	}
+	exited := make(chan struct{})
+	go func() {
+		defer close(exited)
+		_ = cmd.Wait() // the holder's end is noticed through its pidfd
+	}()
+	defer func() {
+		if err != nil {
+			_ = cmd.Process.Kill()
+			<-exited
+			err = errors.Join(err, holdapi.Cleanup(c.RunDir))
+		}
+	}()
+	if err := c.Join(cmd.Process.Pid); err != nil {
+		return nil, fmt.Errorf("start holder: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		h, err := Attach(ctx, c.RunDir, c.JobID)
+		if err == nil {
+			return h, nil
+		}
+		select {
+		case <-exited:
+			return nil, fmt.Errorf("start holder: it ended at once; see %s", filepath.Join(c.RunDir, logName))
+		case <-ctx.Done():
+			return nil, fmt.Errorf("start holder: no answer: %w", err)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// Attach connects to a holder that runs already and checks that it is the job's.
+func Attach(ctx context.Context, runDir, jobID string) (*Holder, error) {
+	client, err := holdapi.Dial(ctx, runDir)
+	if err != nil {
+		return nil, fmt.Errorf("attach to holder: %w", err)
+	}
+	hello, err := client.Hello(ctx)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("attach to holder: %w", err), client.Close())
+	}
+	if hello.JobID != jobID {
+		return nil, errors.Join(fmt.Errorf("attach to holder: it holds job %q, want %q", hello.JobID, jobID), client.Close())
+	}
+	fd, err := unix.PidfdOpen(hello.Pid, 0)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("attach to holder: process %d: %w", hello.Pid, err), client.Close())
+	}
+	h := &Holder{Client: client, Hello: hello, runDir: runDir, lost: make(chan struct{}), pidfd: fd}
+	go h.watch()
+	return h, nil
+}
+
+// watch waits for the process to end. A pidfd becomes readable then, for
+// children and strangers alike (pidfd_open(2)).
+func (h *Holder) watch() {
+	defer close(h.lost)
+	for {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(h.pidfd), Events: unix.POLLIN}}, -1) //nolint:gosec // a descriptor fits
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	_ = unix.Close(h.pidfd)
+}
+
+// Lost is closed when the holder's process is gone.
+func (h *Holder) Lost() <-chan struct{} { return h.lost }
+
+// End tells the holder to exit, kills it if it does not, and removes what a dead
+// holder leaves behind. It is safe to call for a holder that is gone.
+func (h *Holder) End(ctx context.Context, log *slog.Logger) error {
+	select {
+	case <-h.lost:
+	default:
+		if err := h.Exit(ctx); err != nil {
+			log.WarnContext(ctx, "holder did not take its leave", slog.Any("error", err))
+		}
+		select {
+		case <-h.lost:
+		case <-time.After(exitTimeout):
+			if err := unix.Kill(h.Hello.Pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("kill holder: %w", err)
+			}
+			<-h.lost
+		}
+	}
+	return errors.Join(h.Close(), holdapi.Cleanup(h.runDir))
+}
+
+// Detach drops the connection and leaves the holder running.
+func (h *Holder) Detach() error { return h.Close() }

@@ -1,0 +1,343 @@
+// Package journal records how far each job has come, so that an agent that was
+// killed finds its jobs again. It is a hint and never authority: whoever reads
+// an entry rechecks it against containerd, the holder and the broker, and an old
+// copy put back in its place opens nothing.
+//
+// It holds no key, no environment value and no line that a job printed.
+package journal
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	_ "modernc.org/sqlite" // the driver
+
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/plan"
+)
+
+// State is where a job stands.
+type State string
+
+// States. The last four are final.
+const (
+	Queued    State = "queued"
+	Running   State = "running"
+	Succeeded State = "succeeded"
+	Failed    State = "failed"
+	Refused   State = "refused"
+	Cancelled State = "cancelled"
+)
+
+// Final reports whether a job in state s will not change any more.
+func (s State) Final() bool {
+	return s == Succeeded || s == Failed || s == Refused || s == Cancelled
+}
+
+// Job is one row.
+type Job struct {
+	ID             string
+	Name           string
+	IdempotencyKey string
+	// FileDigest is that of the job file as submitted; JobFile has its
+	// environment values replaced by digests.
+	FileDigest plan.Digest
+	JobFile    []byte
+	Plan       []byte
+	PlanDigest plan.Digest
+	Submitter  string
+	State      State
+	Stage      string
+	Reason     string
+	Message    string
+	Checks     check.List
+	Submitted  time.Time
+	Ended      time.Time
+	ExitCode   int
+}
+
+// Entry is what a stage left behind: values that the next stages and the bundle
+// need, all of them public or signed.
+type Entry struct {
+	Stage string
+	At    time.Time
+	Data  []byte
+}
+
+// ErrNotFound means that the journal knows no such job.
+var ErrNotFound = errors.New("no such job")
+
+// ErrConflict means that an idempotency key was used before with another job
+// file, or that a job was not in the stage from which it should move.
+var ErrConflict = errors.New("conflict")
+
+// Journal is an open journal. Its methods may be called concurrently; SQLite
+// sees one writer.
+type Journal struct {
+	db *sql.DB
+}
+
+const schema = `
+CREATE TABLE IF NOT EXISTS jobs (
+	id TEXT PRIMARY KEY, name TEXT NOT NULL, idempotency_key TEXT, file_digest TEXT NOT NULL,
+	job_file BLOB NOT NULL, plan BLOB NOT NULL, plan_digest TEXT NOT NULL, submitter TEXT NOT NULL,
+	state TEXT NOT NULL, stage TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', message TEXT NOT NULL DEFAULT '',
+	checks TEXT NOT NULL DEFAULT 'null', submitted INTEGER NOT NULL, ended INTEGER NOT NULL DEFAULT 0, exit_code INTEGER NOT NULL DEFAULT 0,
+	bundle BLOB
+) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS jobs_key ON jobs (submitter, idempotency_key) WHERE idempotency_key <> '';
+CREATE TABLE IF NOT EXISTS entries (
+	job TEXT NOT NULL REFERENCES jobs (id), seq INTEGER NOT NULL, stage TEXT NOT NULL, at INTEGER NOT NULL, data BLOB NOT NULL,
+	PRIMARY KEY (job, seq)
+) STRICT;
+CREATE TABLE IF NOT EXISTS events (
+	job TEXT NOT NULL REFERENCES jobs (id), seq INTEGER NOT NULL, at INTEGER NOT NULL, body BLOB NOT NULL,
+	PRIMARY KEY (job, seq)
+) STRICT;`
+
+const version = 1
+
+// Open opens the journal at path and creates it if there is none.
+func Open(path string) (*Journal, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open journal: %w", err)
+	}
+	if err := f.Close(); err != nil {
+		return nil, fmt.Errorf("open journal: %w", err)
+	}
+	db, err := sql.Open("sqlite", "file:"+path+"?_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=foreign_keys(1)&_pragma=busy_timeout(5000)&_txlock=immediate")
+	if err != nil {
+		return nil, fmt.Errorf("open journal: %w", err)
+	}
+	db.SetMaxOpenConns(1)
+	j := &Journal{db: db}
+	if err := j.migrate(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open journal %s: %w", path, err), db.Close())
+	}
+	return j, nil
+}
+
+func (j *Journal) migrate() error {
+	var v int
+	if err := j.db.QueryRow("PRAGMA user_version").Scan(&v); err != nil {
+		return err
+	}
+	if v != 0 && v != version {
+		return fmt.Errorf("it has schema version %d, this agent reads %d", v, version)
+	}
+	if _, err := j.db.Exec(schema); err != nil {
+		return err
+	}
+	_, err := j.db.Exec(fmt.Sprintf("PRAGMA user_version = %d", version))
+	return err
+}
+
+// Close closes the journal.
+func (j *Journal) Close() error { return j.db.Close() }
+
+// Submit records a new job, or finds the one that the same submitter submitted
+// under the same idempotency key.
+func (j *Journal) Submit(ctx context.Context, job Job) (Job, bool, error) {
+	tx, err := j.db.BeginTx(ctx, nil)
+	if err != nil {
+		return Job{}, false, fmt.Errorf("submit job: %w", err)
+	}
+	defer tx.Rollback() //nolint:errcheck // no effect after a commit
+	if job.IdempotencyKey != "" {
+		old, err := scan(tx.QueryRowContext(ctx, selectJob+" WHERE submitter = ? AND idempotency_key = ?", job.Submitter, job.IdempotencyKey))
+		switch {
+		case err == nil && old.FileDigest == job.FileDigest:
+			return old, false, nil
+		case err == nil:
+			return Job{}, false, fmt.Errorf("submit job: idempotency key %q was used with another job file: %w", job.IdempotencyKey, ErrConflict)
+		case !errors.Is(err, ErrNotFound):
+			return Job{}, false, err
+		}
+	}
+	if _, err := tx.ExecContext(ctx, `INSERT INTO jobs (id, name, idempotency_key, file_digest, job_file, plan, plan_digest, submitter, state, stage, submitted)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, job.ID, job.Name, job.IdempotencyKey, job.FileDigest, job.JobFile, job.Plan, job.PlanDigest, job.Submitter,
+		job.State, job.Stage, job.Submitted.UnixNano()); err != nil {
+		return Job{}, false, fmt.Errorf("submit job: %w", err)
+	}
+	if err := tx.Commit(); err != nil {
+		return Job{}, false, fmt.Errorf("submit job: %w", err)
+	}
+	return job, true, nil
+}
+
+// Enter moves a job that is not in a final state to a stage.
+func (j *Journal) Enter(ctx context.Context, id, stage string) error {
+	return j.update(ctx, id, "UPDATE jobs SET state = ?, stage = ? WHERE id = ? AND ended = 0", Running, stage, id)
+}
+
+// Leave records what a stage produced. data is encoded as JSON.
+func (j *Journal) Leave(ctx context.Context, id, stage string, data any) error {
+	b, err := json.Marshal(data)
+	if err != nil {
+		return fmt.Errorf("journal %s: %w", stage, err)
+	}
+	return j.update(ctx, id, `INSERT INTO entries (job, seq, stage, at, data)
+		SELECT id, (SELECT count(*) + 1 FROM entries WHERE job = jobs.id), ?, ?, ? FROM jobs WHERE id = ? AND ended = 0`, stage, time.Now().UnixNano(), b, id)
+}
+
+// End gives a job its final state. A job ends once.
+func (j *Journal) End(ctx context.Context, job Job, bundle []byte) error {
+	if !job.State.Final() {
+		return fmt.Errorf("end job %s: %q is not a final state", job.ID, job.State)
+	}
+	checks, err := json.Marshal(job.Checks)
+	if err != nil {
+		return fmt.Errorf("end job %s: %w", job.ID, err)
+	}
+	return j.update(ctx, job.ID, `UPDATE jobs SET state = ?, stage = ?, reason = ?, message = ?, checks = ?, ended = ?, exit_code = ?, bundle = ?
+		WHERE id = ? AND ended = 0`, job.State, job.Stage, job.Reason, job.Message, string(checks), job.Ended.UnixNano(), job.ExitCode, bundle, job.ID)
+}
+
+func (j *Journal) update(ctx context.Context, id, query string, args ...any) error {
+	r, err := j.db.ExecContext(ctx, query, args...)
+	if err != nil {
+		return fmt.Errorf("journal job %s: %w", id, err)
+	}
+	n, err := r.RowsAffected()
+	if err != nil {
+		return fmt.Errorf("journal job %s: %w", id, err)
+	}
+	if n != 1 {
+		return fmt.Errorf("journal job %s: it is unknown or has ended: %w", id, ErrConflict)
+	}
+	return nil
+}
+
+const selectJob = `SELECT id, name, coalesce(idempotency_key, ''), file_digest, job_file, plan, plan_digest, submitter, state, stage, reason, message, checks, submitted, ended, exit_code FROM jobs`
+
+func scan(row interface{ Scan(...any) error }) (Job, error) {
+	var job Job
+	var checks string
+	var submitted, ended int64
+	err := row.Scan(&job.ID, &job.Name, &job.IdempotencyKey, &job.FileDigest, &job.JobFile, &job.Plan, &job.PlanDigest, &job.Submitter,
+		&job.State, &job.Stage, &job.Reason, &job.Message, &checks, &submitted, &ended, &job.ExitCode)
+	if errors.Is(err, sql.ErrNoRows) {
+		return Job{}, ErrNotFound
+	}
+	if err != nil {
+		return Job{}, fmt.Errorf("read journal: %w", err)
+	}
+	if err := json.Unmarshal([]byte(checks), &job.Checks); err != nil {
+		return Job{}, fmt.Errorf("read journal: job %s: %w", job.ID, err)
+	}
+	job.Submitted = time.Unix(0, submitted)
+	if ended != 0 {
+		job.Ended = time.Unix(0, ended)
+	}
+	return job, nil
+}
+
+// Job returns one job.
+func (j *Journal) Job(ctx context.Context, id string) (Job, error) {
+	return scan(j.db.QueryRowContext(ctx, selectJob+" WHERE id = ?", id))
+}
+
+// Jobs returns up to limit jobs older than the job named before, newest first.
+// Job ids sort by time; an empty before starts at the newest.
+func (j *Journal) Jobs(ctx context.Context, before string, limit int) ([]Job, error) {
+	return j.query(ctx, selectJob+" WHERE ? = '' OR id < ? ORDER BY id DESC LIMIT ?", before, before, limit)
+}
+
+// Unfinished returns every job that has not ended, oldest first.
+func (j *Journal) Unfinished(ctx context.Context) ([]Job, error) {
+	return j.query(ctx, selectJob+" WHERE ended = 0 ORDER BY id")
+}
+
+func (j *Journal) query(ctx context.Context, query string, args ...any) ([]Job, error) {
+	rows, err := j.db.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	defer rows.Close()
+	var out []Job
+	for rows.Next() {
+		job, err := scan(rows)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, job)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	return out, nil
+}
+
+// Entry decodes what stage left behind for a job into v.
+func (j *Journal) Entry(ctx context.Context, id, stage string, v any) error {
+	var b []byte
+	err := j.db.QueryRowContext(ctx, "SELECT data FROM entries WHERE job = ? AND stage = ? ORDER BY seq DESC LIMIT 1", id, stage).Scan(&b)
+	if errors.Is(err, sql.ErrNoRows) {
+		return fmt.Errorf("job %s left nothing in stage %s: %w", id, stage, ErrNotFound)
+	}
+	if err != nil {
+		return fmt.Errorf("read journal: %w", err)
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("read journal: job %s, stage %s: %w", id, stage, err)
+	}
+	return nil
+}
+
+// Bundle returns a job's evidence bundle, or ErrNotFound if it has none.
+func (j *Journal) Bundle(ctx context.Context, id string) ([]byte, error) {
+	var b []byte
+	err := j.db.QueryRowContext(ctx, "SELECT bundle FROM jobs WHERE id = ? AND bundle IS NOT NULL", id).Scan(&b)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, ErrNotFound
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	return b, nil
+}
+
+// Event is one thing that happened to a job, kept so that a watcher can resume.
+type Event struct {
+	Sequence uint64
+	At       time.Time
+	Body     []byte
+}
+
+// AddEvent appends an event under the given sequence number, which must be new.
+func (j *Journal) AddEvent(ctx context.Context, id string, e Event) error {
+	_, err := j.db.ExecContext(ctx, "INSERT INTO events (job, seq, at, body) VALUES (?, ?, ?, ?)", id, e.Sequence, e.At.UnixNano(), e.Body)
+	if err != nil {
+		return fmt.Errorf("journal event %d of job %s: %w", e.Sequence, id, err)
+	}
+	return nil
+}
+
+// Events returns up to limit events of a job after a sequence number.
+func (j *Journal) Events(ctx context.Context, id string, after uint64, limit int) ([]Event, error) {
+	rows, err := j.db.QueryContext(ctx, "SELECT seq, at, body FROM events WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?", id, after, limit)
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	defer rows.Close()
+	var out []Event
+	for rows.Next() {
+		var e Event
+		var at int64
+		if err := rows.Scan(&e.Sequence, &at, &e.Body); err != nil {
+			return nil, fmt.Errorf("read journal: %w", err)
+		}
+		e.At = time.Unix(0, at)
+		out = append(out, e)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	return out, nil
+}

@@ -1,0 +1,97 @@
+package remote
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+
+	verifierv1 "github.com/coffer-run/coffer/attest/api/verifier/v1"
+	"github.com/coffer-run/coffer/attest/api/verifier/v1/verifierv1connect"
+	"github.com/coffer-run/coffer/attest/evidence"
+	"github.com/coffer-run/coffer/attest/receipt"
+)
+
+// Verifier is a client of the verifier.
+type Verifier struct {
+	client verifierv1connect.VerifierServiceClient
+	keys   receipt.Keys
+	id     string
+	jwks   []byte
+}
+
+// NewVerifier returns a client. It calls nothing yet.
+func NewVerifier(s Service) (*Verifier, error) {
+	if err := s.validate("verifier"); err != nil {
+		return nil, err
+	}
+	keys, err := receipt.ParseKeys(s.ID, s.JWKS)
+	if err != nil {
+		return nil, err
+	}
+	return &Verifier{client: verifierv1connect.NewVerifierServiceClient(s.HTTP, s.URL), keys: keys, id: s.ID, jwks: s.JWKS}, nil
+}
+
+// ID is the verifier's name, which evidence binds.
+func (v *Verifier) ID() string { return v.id }
+
+// JWKS are the keys by which the node checks results.
+func (v *Verifier) JWKS() []byte { return v.jwks }
+
+// Challenge asks for a nonce.
+func (v *Verifier) Challenge(ctx context.Context) (string, error) {
+	r, err := persist(ctx, "verifier", "ask for a nonce", func(ctx context.Context) (*connect.Response[verifierv1.ChallengeResponse], error) {
+		return v.client.Challenge(ctx, connect.NewRequest(&verifierv1.ChallengeRequest{}))
+	})
+	if err != nil {
+		return "", err
+	}
+	if r.Msg.GetVerifierId() != v.id {
+		return "", fmt.Errorf("ask for a nonce: the verifier calls itself %.80q, configured is %q", r.Msg.GetVerifierId(), v.id)
+	}
+	return r.Msg.GetNonce(), nil
+}
+
+// Activate opens a credential in the TPM that holds the keys it is for.
+type Activate func(ctx context.Context, credentialBlob, encryptedSecret []byte) (secret []byte, err error)
+
+// Enrol ties the attestation key to the endorsement key's certificate and
+// returns the verifier's credential for it.
+func (v *Verifier) Enrol(ctx context.Context, ekChain [][]byte, akPublic []byte, activate Activate) (string, error) {
+	begun, err := persist(ctx, "verifier", "begin enrolment", func(ctx context.Context) (*connect.Response[verifierv1.BeginEnrolmentResponse], error) {
+		return v.client.BeginEnrolment(ctx, connect.NewRequest(&verifierv1.BeginEnrolmentRequest{EkChain: ekChain, AkPublic: akPublic}))
+	})
+	if err != nil {
+		return "", err
+	}
+	secret, err := activate(ctx, begun.Msg.GetCredentialBlob(), begun.Msg.GetEncryptedSecret())
+	if err != nil {
+		return "", fmt.Errorf("activate credential: %w", err)
+	}
+	done, err := persist(ctx, "verifier", "finish enrolment", func(ctx context.Context) (*connect.Response[verifierv1.FinishEnrolmentResponse], error) {
+		return v.client.FinishEnrolment(ctx, connect.NewRequest(&verifierv1.FinishEnrolmentRequest{Enrolment: begun.Msg.GetEnrolment(), Secret: secret}))
+	})
+	if err != nil {
+		return "", err
+	}
+	return done.Msg.GetAkCredential(), nil
+}
+
+// Appraise hands evidence over once and checks the result that comes back. It
+// does not repeat the call: the nonce is used up when the answer is lost, and
+// the caller attests again. token is the signed result, also where it refuses.
+func (v *Verifier) Appraise(ctx context.Context, env []byte, want receipt.Expect) (verified receipt.Verified, token string, err error) {
+	if len(env) > evidence.MaxSize {
+		return receipt.Verified{}, "", fmt.Errorf("appraise: evidence of %d bytes is too large", len(env))
+	}
+	r, err := once(ctx, "verifier", "appraise", func(ctx context.Context) (*connect.Response[verifierv1.AppraiseResponse], error) {
+		return v.client.Appraise(ctx, connect.NewRequest(&verifierv1.AppraiseRequest{Evidence: env, Audience: want.Audience}))
+	})
+	if err != nil {
+		return receipt.Verified{}, "", err
+	}
+	token = r.Msg.GetResult()
+	verified, err = receipt.VerifyResult(v.keys, token, want, time.Now())
+	return verified, token, err
+}

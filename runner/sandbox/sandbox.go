@@ -1,0 +1,579 @@
+// Package sandbox runs jobs in containers under gVisor through containerd. It
+// describes each sandbox before it starts, so that evidence can speak of it.
+//
+// Trusted: containerd, the shim and runsc as measured at the agent's start.
+// Checked: their digests and the specification, at creation and again before
+// the start. Not trusted: the job, its image, and anything it writes.
+package sandbox
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha512"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/api/types/runc/options"
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/plan"
+)
+
+const (
+	// Namespace is the containerd namespace of coffer's jobs and images.
+	Namespace = "coffer"
+	// Shim is the containerd runtime that starts runsc. The runc shim serves
+	// single containers; see docs/design.
+	Shim = "io.containerd.runc.v2"
+
+	snapshotter = "overlayfs"
+	wrapperName = "runsc"
+	traceName   = "trace.json"
+	runscRoot   = "runsc-root"
+
+	// killTimeout is how long a killed sandbox may take to be gone.
+	killTimeout = 10 * time.Second
+)
+
+// runtimeFlags are what every runsc of a job runs with. Changing one changes the
+// profile's digest and with it every plan.
+var runtimeFlags = []string{
+	"--platform=systrap",
+	"--network=none",
+	"--overlay2=none",
+	"--file-access-mounts=shared",
+	"--host-uds=none",
+	"--host-fifo=none",
+}
+
+// Config says where a node's parts are.
+type Config struct {
+	// Containerd is the socket.
+	Containerd string
+	// Runsc and ShimPath are the binaries.
+	Runsc    string
+	ShimPath string
+	// Cgroup is the group under which every job has its own.
+	Cgroup string
+	// ImageStore says where image content lies: "disk" or "tmpfs".
+	ImageStore string
+}
+
+// Node is a connection to containerd, and the profile of the sandboxes it makes.
+type Node struct {
+	cfg     Config
+	client  *containerd.Client
+	profile plan.Profile
+	version string
+}
+
+// Open connects to containerd, digests the runtime's binaries and fixes the profile.
+func Open(ctx context.Context, cfg Config) (*Node, error) {
+	if cfg.ImageStore != "disk" && cfg.ImageStore != "tmpfs" {
+		return nil, fmt.Errorf("open sandbox node: image store %q: want disk or tmpfs", cfg.ImageStore)
+	}
+	runtime, err := runscVersion(ctx, cfg.Runsc)
+	if err != nil {
+		return nil, err
+	}
+	t, err := trace("")
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{cfg: cfg, profile: plan.Profile{
+		Version: plan.SandboxVersion, Shim: Shim, Runtime: runtime, RuntimeFlags: runtimeFlags, Trace: plan.Sum(t), Rules: Rules, ImageStore: cfg.ImageStore,
+	}}
+	if n.profile.RuntimeDigest, err = FileDigest(cfg.Runsc); err != nil {
+		return nil, err
+	}
+	if n.profile.ShimDigest, err = FileDigest(cfg.ShimPath); err != nil {
+		return nil, err
+	}
+	n.client, err = containerd.New(cfg.Containerd, containerd.WithDefaultNamespace(Namespace), containerd.WithTimeout(10*time.Second))
+	if err != nil {
+		return nil, fmt.Errorf("connect to containerd at %s: %w", cfg.Containerd, err)
+	}
+	v, err := n.client.Version(ctx)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("ask containerd at %s for its version: %w", cfg.Containerd, err), n.client.Close())
+	}
+	n.version = v.Version
+	return n, nil
+}
+
+// Close closes the connection. Sandboxes go on running.
+func (n *Node) Close() error { return n.client.Close() }
+
+// Profile returns the rules of this node's sandboxes.
+func (n *Node) Profile() plan.Profile { return n.profile }
+
+// ContainerdVersion returns what containerd says of itself.
+func (n *Node) ContainerdVersion() string { return n.version }
+
+// runscVersion returns the first line of `runsc --version`.
+func runscVersion(ctx context.Context, path string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, path, "--version").Output() //nolint:gosec // the configured runtime
+	if err != nil {
+		return "", fmt.Errorf("ask %s for its version: %w", path, err)
+	}
+	line, _, _ := strings.Cut(string(out), "\n")
+	return strings.TrimSpace(line), nil
+}
+
+// FileDigest returns the SHA-384 of a file.
+func FileDigest(path string) (plan.Digest, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", fmt.Errorf("digest: %w", err)
+	}
+	defer f.Close()
+	h := sha512.New384()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", fmt.Errorf("digest %s: %w", path, err)
+	}
+	return plan.Digest("sha384:" + hex.EncodeToString(h.Sum(nil))), nil
+}
+
+// Image is an image of the node's store, pinned by digest.
+type Image struct {
+	Name string
+	// Digest is that of the manifest, "sha256:<hex>".
+	Digest string
+}
+
+// Image finds an image by name, or by name@digest, in which case the stored
+// digest must be the one asked for.
+func (n *Node) Image(ctx context.Context, ref string) (Image, error) {
+	name, want, pinned := strings.Cut(ref, "@")
+	img, err := n.client.ImageService().Get(ctx, name)
+	if errdefs.IsNotFound(err) {
+		return Image{}, fmt.Errorf("image %q is not in this node's store: import it first", name)
+	}
+	if err != nil {
+		return Image{}, fmt.Errorf("find image %q: %w", name, err)
+	}
+	got := img.Target.Digest.String()
+	if pinned && got != want {
+		var l check.List
+		l.Fail("image.digest", want, got, "the image under this name is another one")
+		return Image{}, check.Refuse("admit", l)
+	}
+	return Image{Name: name, Digest: got}, nil
+}
+
+// Request is what a sandbox is made from.
+type Request struct {
+	JobID string
+	Plan  plan.Plan
+	Image Image
+	// Env are the values, in the order of Plan.Env.
+	Env   []string
+	Binds []Bind
+	// RunDir is the job's run directory, with the holder's sockets and pipes.
+	RunDir string
+	// TraceSocket, Stdout and Stderr are the holder's.
+	TraceSocket    string
+	Stdout, Stderr string
+}
+
+// Sandbox is a created container. Its description is fixed; Recheck says
+// whether the machine still agrees with it.
+type Sandbox struct {
+	node        *Node
+	job         string
+	runDir      string
+	description []byte
+	container   containerd.Container
+	task        containerd.Task
+	exit        <-chan containerd.ExitStatus
+}
+
+// Create makes the container and its runtime process, not yet started. The
+// job's cgroup must exist. On an error nothing is left behind.
+func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
+	image, err := n.client.GetImage(ctx, r.Image.Name)
+	if err != nil {
+		return nil, fmt.Errorf("create sandbox: image %s: %w", r.Image.Name, err)
+	}
+	if got := image.Target().Digest.String(); got != r.Plan.Image {
+		var l check.List
+		l.Fail("sandbox.image", r.Plan.Image, got, "the image changed after the plan was made")
+		return nil, check.Refuse("sandbox", l)
+	}
+	if len(r.Env) != len(r.Plan.Env) {
+		return nil, errors.New("create sandbox: environment does not match the plan")
+	}
+	env := make([]string, 0, len(r.Env))
+	for i, v := range r.Env {
+		if plan.Sum([]byte(v)) != r.Plan.Env[i].ValueDigest {
+			return nil, fmt.Errorf("create sandbox: the value of %s does not match the plan", r.Plan.Env[i].Name)
+		}
+		env = append(env, r.Plan.Env[i].Name+"="+v)
+	}
+	spec, err := buildSpec(r.Plan, env, r.Binds, JobCgroup(n.cfg.Cgroup, r.JobID))
+	if err != nil {
+		return nil, err
+	}
+	traceFile := filepath.Join(r.RunDir, traceName)
+	tc, err := trace(r.TraceSocket)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(traceFile, tc, 0o600); err != nil {
+		return nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	argv := append([]string{n.cfg.Runsc}, runtimeFlags...)
+	argv = append(argv, "--pod-init-config="+traceFile)
+	wrapper := filepath.Join(r.RunDir, wrapperName)
+	if err := os.WriteFile(wrapper, wrapperScript(argv), 0o700); err != nil { //nolint:gosec // the shim executes it
+		return nil, fmt.Errorf("create sandbox: %w", err)
+	}
+
+	redacted, err := redactEnv(spec, r.Plan)
+	if err != nil {
+		return nil, err
+	}
+	d := plan.Sandbox{Version: plan.SandboxVersion, JobID: r.JobID, Image: r.Plan.Image, Profile: n.profile, Wrapper: argv, Trace: tc, Spec: redacted}
+	description, err := d.Canonical()
+	if err != nil {
+		return nil, err
+	}
+	s := &Sandbox{node: n, job: r.JobID, runDir: r.RunDir, description: description}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Remove(context.WithoutCancel(ctx)))
+		}
+	}()
+	s.container, err = n.client.NewContainer(ctx, containerID(r.JobID),
+		containerd.WithImage(image), containerd.WithSnapshotter(snapshotter),
+		// A writable layer, because the runtime makes the mount points in it
+		// before the root becomes read-only to the job.
+		containerd.WithNewSnapshot(containerID(r.JobID), image),
+		containerd.WithRuntime(Shim, &options.Options{BinaryName: wrapper, Root: filepath.Join(r.RunDir, runscRoot)}),
+		containerd.WithSpec(spec))
+	if err != nil {
+		return nil, fmt.Errorf("create container: %w", err)
+	}
+	s.task, err = s.container.NewTask(ctx, pipes(r.Stdout, r.Stderr))
+	if err != nil {
+		return nil, fmt.Errorf("create sandbox process: %w", err)
+	}
+	if s.exit, err = s.task.Wait(context.WithoutCancel(ctx)); err != nil {
+		return nil, fmt.Errorf("watch sandbox process: %w", err)
+	}
+	return s, nil
+}
+
+// Adopt finds the sandbox of a job that an earlier agent created. description
+// is the journal's; Recheck says whether it still holds.
+func (n *Node) Adopt(ctx context.Context, jobID, runDir string, description []byte) (*Sandbox, error) {
+	c, err := n.client.LoadContainer(ctx, containerID(jobID))
+	if err != nil {
+		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
+	}
+	t, err := c.Task(ctx, nil)
+	if err != nil {
+		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
+	}
+	exit, err := t.Wait(context.WithoutCancel(ctx))
+	if err != nil {
+		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
+	}
+	return &Sandbox{node: n, job: jobID, runDir: runDir, description: description, container: c, task: t, exit: exit}, nil
+}
+
+// Forget removes what is left of a job's container when nobody holds its Sandbox.
+func (n *Node) Forget(ctx context.Context, jobID, runDir string) error {
+	s := &Sandbox{node: n, job: jobID, runDir: runDir}
+	c, err := n.client.LoadContainer(ctx, containerID(jobID))
+	switch {
+	case errdefs.IsNotFound(err):
+	case err != nil:
+		return fmt.Errorf("forget job %s: %w", jobID, err)
+	default:
+		s.container = c
+		if t, err := c.Task(ctx, nil); err == nil {
+			s.task = t
+		} else if !errdefs.IsNotFound(err) {
+			return fmt.Errorf("forget job %s: %w", jobID, err)
+		}
+	}
+	return s.Remove(ctx)
+}
+
+// containerID is lower case, as containerd's identifiers are.
+func containerID(jobID string) string { return "job-" + strings.ToLower(jobID) }
+
+// wrapperScript runs the runtime with the job's flags: containerd's runc shim
+// knows a binary's name, not its flags, and the runtime must not take flags from
+// the specification (--allow-flag-override stays off).
+func wrapperScript(argv []string) []byte {
+	var b bytes.Buffer
+	b.WriteString("#!/bin/sh\nexec")
+	for _, a := range argv {
+		b.WriteString(" '" + strings.ReplaceAll(a, "'", `'\''`) + "'")
+	}
+	b.WriteString(" \"$@\"\n")
+	return b.Bytes()
+}
+
+// pipes hands the holder's pipes to the shim. The agent reads neither: the
+// holder keeps the logs, and keeps them when the agent is gone.
+func pipes(stdout, stderr string) cio.Creator {
+	return func(string) (cio.IO, error) {
+		return holderIO{cio.Config{Stdout: stdout, Stderr: stderr}}, nil
+	}
+}
+
+type holderIO struct{ config cio.Config }
+
+func (h holderIO) Config() cio.Config { return h.config }
+func (h holderIO) Cancel()            {}
+func (h holderIO) Wait()              {}
+func (h holderIO) Close() error       { return nil }
+
+// Description returns the canonical description whose digest evidence binds.
+func (s *Sandbox) Description() []byte { return s.description }
+
+// Digest returns the digest of the description.
+func (s *Sandbox) Digest() plan.Digest { return plan.Sum(s.description) }
+
+// Recheck compares the description with what the machine would run now: the
+// specification that containerd holds and the one in the runtime's bundle, the
+// runtime's flags, the trace configuration and the binaries. Every difference is
+// in the *check.Refusal.
+func (s *Sandbox) Recheck(ctx context.Context, p plan.Plan) error {
+	d, err := plan.ParseSandbox(s.description)
+	if err != nil {
+		return err
+	}
+	var l check.List
+	equal := func(id string, want, got plan.Digest) {
+		l.Equal(id, string(want), string(got), "somebody changed the sandbox after it was attested")
+	}
+	wrapper, err := os.ReadFile(filepath.Join(s.runDir, wrapperName))
+	if err != nil {
+		return fmt.Errorf("recheck sandbox: %w", err)
+	}
+	equal("sandbox.flags", plan.Sum(wrapperScript(d.Wrapper)), plan.Sum(wrapper))
+	tc, err := os.ReadFile(filepath.Join(s.runDir, traceName))
+	if err != nil {
+		return fmt.Errorf("recheck sandbox: %w", err)
+	}
+	// The description is canonical; so must the file be to compare.
+	canonical, err := plan.Canonical(json.RawMessage(tc))
+	if err != nil {
+		return fmt.Errorf("recheck sandbox: trace configuration: %w", err)
+	}
+	want, err := plan.Canonical(d.Trace)
+	if err != nil {
+		return err
+	}
+	equal("sandbox.trace", plan.Sum(want), plan.Sum(canonical))
+	runsc, err := FileDigest(s.node.cfg.Runsc)
+	if err != nil {
+		return err
+	}
+	equal("sandbox.runtime", d.Profile.RuntimeDigest, runsc)
+	shim, err := FileDigest(s.node.cfg.ShimPath)
+	if err != nil {
+		return err
+	}
+	equal("sandbox.shim", d.Profile.ShimDigest, shim)
+
+	wantSpec, err := plan.Canonical(d.Spec)
+	if err != nil {
+		return err
+	}
+	held, err := s.container.Spec(ctx)
+	if err != nil {
+		return fmt.Errorf("recheck sandbox: %w", err)
+	}
+	bundle, err := s.bundleSpec()
+	if err != nil {
+		return err
+	}
+	for id, spec := range map[string]*specs.Spec{"sandbox.spec": held, "sandbox.bundle": bundle} {
+		got, err := describeSpec(spec, p)
+		if err != nil {
+			return err
+		}
+		equal(id, plan.Sum(wantSpec), got)
+	}
+	if len(l.Failed()) > 0 {
+		return check.Refuse("start", l)
+	}
+	return nil
+}
+
+func describeSpec(spec *specs.Spec, p plan.Plan) (plan.Digest, error) {
+	if spec.Process == nil || len(spec.Process.Env) < len(p.Env) {
+		return plan.Sum(nil), nil
+	}
+	values := spec.Process.Env[len(spec.Process.Env)-len(p.Env):]
+	for i, kv := range values {
+		name, value, _ := strings.Cut(kv, "=")
+		if name != p.Env[i].Name || plan.Sum([]byte(value)) != p.Env[i].ValueDigest {
+			return plan.Sum(nil), nil
+		}
+	}
+	redacted, err := redactEnv(spec, p)
+	if err != nil {
+		return "", err
+	}
+	c, err := plan.Canonical(redacted)
+	if err != nil {
+		return "", err
+	}
+	return plan.Sum(c), nil
+}
+
+// bundleSpec reads config.json of the runtime bundle, by way of the task's
+// working directory, which the shim makes its own.
+func (s *Sandbox) bundleSpec() (*specs.Spec, error) {
+	dir, err := s.bundleDir()
+	if err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "config.json"))
+	if err != nil {
+		return nil, fmt.Errorf("recheck sandbox: %w", err)
+	}
+	var spec specs.Spec
+	if err := json.Unmarshal(b, &spec); err != nil {
+		return nil, fmt.Errorf("recheck sandbox: runtime bundle: %w", err)
+	}
+	// containerd writes the snapshot's place into the bundle.
+	if spec.Root != nil {
+		spec.Root.Path = "rootfs"
+	}
+	return &spec, nil
+}
+
+// bundleDir finds the bundle from runsc's own record of the container, which
+// names the folder that it was created from.
+func (s *Sandbox) bundleDir() (string, error) {
+	root := filepath.Join(s.runDir, runscRoot, Namespace)
+	matches, err := filepath.Glob(filepath.Join(root, containerID(s.job)+"*.state"))
+	if err != nil || len(matches) != 1 {
+		return "", fmt.Errorf("recheck sandbox: %d state files of the runtime in %s, want 1", len(matches), root)
+	}
+	b, err := os.ReadFile(matches[0])
+	if err != nil {
+		return "", fmt.Errorf("recheck sandbox: %w", err)
+	}
+	var state struct {
+		BundleDir string `json:"bundleDir"`
+	}
+	if err := json.Unmarshal(b, &state); err != nil || state.BundleDir == "" {
+		return "", errors.New("recheck sandbox: the runtime's state names no bundle")
+	}
+	return state.BundleDir, nil
+}
+
+// Pid returns the process of the sandbox.
+func (s *Sandbox) Pid() int { return int(s.task.Pid()) }
+
+// Start lets the container's first process run.
+func (s *Sandbox) Start(ctx context.Context) error {
+	if err := s.task.Start(ctx); err != nil {
+		return fmt.Errorf("start container: %w", err)
+	}
+	return nil
+}
+
+// Exited is closed or sends when the container has ended.
+func (s *Sandbox) Exited() <-chan containerd.ExitStatus { return s.exit }
+
+// Stop asks the container to end and kills it after grace.
+func (s *Sandbox) Stop(ctx context.Context, grace time.Duration) error {
+	if grace > 0 {
+		if err := s.task.Kill(ctx, syscall.SIGTERM); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("stop container: %w", err)
+		}
+		t := time.NewTimer(grace)
+		defer t.Stop()
+		select {
+		case <-s.exit:
+			return nil
+		case <-t.C:
+		case <-ctx.Done():
+		}
+	}
+	if err := s.task.Kill(context.WithoutCancel(ctx), syscall.SIGKILL, containerd.WithKillAll); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("kill container: %w", err)
+	}
+	return nil
+}
+
+// Remove kills and deletes everything of the sandbox; what is gone already is
+// no error.
+func (s *Sandbox) Remove(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 30*time.Second)
+	defer cancel()
+	var errs []error
+	if s.task != nil {
+		errs = append(errs, s.end(ctx))
+	}
+	if s.container != nil {
+		if err := s.container.Delete(ctx, containerd.WithSnapshotCleanup); err != nil && !errdefs.IsNotFound(err) {
+			errs = append(errs, fmt.Errorf("delete container: %w", err))
+		}
+	}
+	// With --network=none runsc keeps a network namespace mounted in its root.
+	ns := filepath.Join(s.runDir, runscRoot, Namespace, "null-netns")
+	if err := unix.Unmount(ns, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		errs = append(errs, fmt.Errorf("unmount %s: %w", ns, err))
+	}
+	return errors.Join(errs...)
+}
+
+// end kills the sandbox if it still runs and deletes its process. runsc reports
+// a kill that comes too late as an error of its own, so only the end counts.
+func (s *Sandbox) end(ctx context.Context) error {
+	st, err := s.task.Status(ctx)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err == nil && st.Status != containerd.Stopped {
+		exit, werr := s.task.Wait(ctx)
+		kerr := s.task.Kill(ctx, syscall.SIGKILL, containerd.WithKillAll)
+		if werr == nil {
+			select {
+			case <-exit:
+			case <-time.After(killTimeout):
+				return fmt.Errorf("kill sandbox process: it is still there after %s: %w", killTimeout, kerr)
+			}
+		}
+	}
+	if _, err := s.task.Delete(ctx); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("delete sandbox process: %w", err)
+	}
+	return nil
+}
+
+// ExitCode turns an exit status into the code people know.
+func ExitCode(st containerd.ExitStatus) (int, error) {
+	code, _, err := st.Result()
+	if err != nil {
+		return 0, fmt.Errorf("exit status of the container: %w", err)
+	}
+	return int(code), nil
+}

@@ -1,0 +1,298 @@
+// Package server answers the agent's API for engineers, schedulers and auditors.
+//
+// Trusted: the identity that Identify reads from a verified client certificate.
+// Checked: the role for each call, and sizes. Not trusted: job files.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"regexp"
+	"slices"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coffer-run/coffer/attest/api/refusal"
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/runner"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
+	"github.com/coffer-run/coffer/runner/jobspec"
+	"github.com/coffer-run/coffer/runner/journal"
+	"github.com/coffer-run/coffer/runner/remote"
+)
+
+const (
+	maxRequest  = jobspec.MaxSize + 4<<10
+	defaultPage = 50
+	maxPage     = 500
+	eventPage   = 1000
+)
+
+// Identify says who sent a request.
+type Identify func(*http.Request) (role, name string, err error)
+
+// GPUInfo is what Capacity says of the GPUs.
+type GPUInfo struct {
+	Driver string
+	CCMode string
+}
+
+// New returns the API's handler.
+func New(agent *runner.Agent, gpu GPUInfo, identify Identify, log *slog.Logger) (http.Handler, error) {
+	if agent == nil || identify == nil || log == nil {
+		return nil, errors.New("agent server: a part is missing")
+	}
+	s := &server{agent: agent, gpu: gpu}
+	path, h := agentv1connect.NewAgentServiceHandler(s, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(&guard{log}))
+	mux := http.NewServeMux()
+	mux.Handle(path, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		role, name, err := identify(r)
+		if err != nil {
+			http.Error(w, "who are you? "+err.Error(), http.StatusUnauthorized)
+			return
+		}
+		h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, caller{role, name})))
+	}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) })
+	return mux, nil
+}
+
+type callerKey struct{}
+
+type caller struct{ role, name string }
+
+func (c caller) String() string { return c.role + "/" + c.name }
+
+// allowed lists which roles may make which call. A call that is not listed is
+// nobody's.
+var allowed = map[string][]string{
+	agentv1connect.AgentServicePlanProcedure:     {"engineer", "owner", "auditor"},
+	agentv1connect.AgentServiceSubmitProcedure:   {"engineer"},
+	agentv1connect.AgentServiceGetProcedure:      {"engineer", "owner", "operator", "auditor"},
+	agentv1connect.AgentServiceListProcedure:     {"engineer", "owner", "operator", "auditor"},
+	agentv1connect.AgentServiceWatchProcedure:    {"engineer"},
+	agentv1connect.AgentServiceCancelProcedure:   {"engineer", "operator"},
+	agentv1connect.AgentServiceBundleProcedure:   {"engineer", "owner", "auditor"},
+	agentv1connect.AgentServiceCapacityProcedure: {"engineer", "owner", "operator", "auditor"},
+}
+
+// guard refuses calls by role and turns errors into codes.
+type guard struct{ log *slog.Logger }
+
+func (g *guard) check(ctx context.Context, procedure string) error {
+	c, ok := ctx.Value(callerKey{}).(caller)
+	if !ok {
+		return connect.NewError(connect.CodeUnauthenticated, errors.New("no identity"))
+	}
+	if !slices.Contains(allowed[procedure], c.role) {
+		return connect.NewError(connect.CodePermissionDenied, fmt.Errorf("role %s may not do this", c.role))
+	}
+	return nil
+}
+
+func (g *guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		if err := g.check(ctx, req.Spec().Procedure); err != nil {
+			return nil, err
+		}
+		res, err := next(ctx, req)
+		if err != nil {
+			g.log.WarnContext(ctx, "call failed", slog.String("call", req.Spec().Procedure), slog.Any("error", err))
+			return nil, coded(err)
+		}
+		return res, nil
+	}
+}
+
+func (g *guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
+}
+
+func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		if err := g.check(ctx, conn.Spec().Procedure); err != nil {
+			return err
+		}
+		if err := next(ctx, conn); err != nil {
+			return coded(err)
+		}
+		return nil
+	}
+}
+
+func coded(err error) error {
+	var already *connect.Error
+	var refused *check.Refusal
+	var away *remote.Unavailable
+	var file *jobspec.Error
+	switch {
+	case errors.As(err, &refused):
+		return refusal.Encode(refused)
+	case errors.As(err, &file):
+		return connect.NewError(connect.CodeInvalidArgument, err)
+	case errors.Is(err, journal.ErrNotFound):
+		return connect.NewError(connect.CodeNotFound, err)
+	case errors.Is(err, journal.ErrConflict):
+		return connect.NewError(connect.CodeAlreadyExists, err)
+	case errors.As(err, &away):
+		return connect.NewError(connect.CodeUnavailable, err)
+	case errors.As(err, &already) && already.Code() != connect.CodeUnknown:
+		return connect.NewError(already.Code(), err)
+	default:
+		return connect.NewError(connect.CodeFailedPrecondition, err)
+	}
+}
+
+type server struct {
+	agent *runner.Agent
+	gpu   GPUInfo
+}
+
+func (s *server) Plan(ctx context.Context, r *connect.Request[agentv1.PlanRequest]) (*connect.Response[agentv1.PlanResponse], error) {
+	d, p, err := s.agent.Plan(ctx, r.Msg.GetJobFile())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&agentv1.PlanResponse{PlanDigest: string(d), Plan: p}), nil
+}
+
+var keyForm = regexp.MustCompile(`^[!-~]{0,128}$`)
+
+func (s *server) Submit(ctx context.Context, r *connect.Request[agentv1.SubmitRequest]) (*connect.Response[agentv1.SubmitResponse], error) {
+	if !keyForm.MatchString(r.Msg.GetIdempotencyKey()) {
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("idempotency key: want at most 128 printable ASCII characters without spaces"))
+	}
+	c, _ := ctx.Value(callerKey{}).(caller)
+	row, err := s.agent.Submit(ctx, c.String(), r.Msg.GetJobFile(), r.Msg.GetIdempotencyKey())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&agentv1.SubmitResponse{Job: runner.Describe(row)}), nil
+}
+
+func (s *server) Get(ctx context.Context, r *connect.Request[agentv1.GetRequest]) (*connect.Response[agentv1.GetResponse], error) {
+	row, err := s.agent.Journal.Job(ctx, r.Msg.GetId())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&agentv1.GetResponse{Job: runner.Describe(row)}), nil
+}
+
+func (s *server) List(ctx context.Context, r *connect.Request[agentv1.ListRequest]) (*connect.Response[agentv1.ListResponse], error) {
+	n := int(r.Msg.GetPageSize())
+	switch {
+	case n < 0:
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("page size: want 0 or more"))
+	case n == 0:
+		n = defaultPage
+	}
+	n = min(n, maxPage)
+	rows, err := s.agent.Journal.Jobs(ctx, r.Msg.GetPageToken(), n+1)
+	if err != nil {
+		return nil, err
+	}
+	out := &agentv1.ListResponse{}
+	if len(rows) > n {
+		rows = rows[:n]
+		out.NextPageToken = rows[n-1].ID
+	}
+	for _, row := range rows {
+		out.Jobs = append(out.Jobs, runner.Describe(row))
+	}
+	return connect.NewResponse(out), nil
+}
+
+// Watch sends what is in memory, or, for a job that an earlier agent ended, what
+// is in the journal, and ends when nothing more can come.
+func (s *server) Watch(ctx context.Context, r *connect.Request[agentv1.WatchRequest], out *connect.ServerStream[agentv1.WatchResponse]) error {
+	id, after := r.Msg.GetId(), r.Msg.GetAfterSequence()
+	if _, err := s.agent.Journal.Job(ctx, id); err != nil {
+		return err
+	}
+	feed := s.agent.Feed(id)
+	if feed == nil {
+		return s.watchJournal(ctx, id, after, out)
+	}
+	for {
+		events, closed, more := feed.After(after)
+		for _, e := range events {
+			if err := out.Send(e); err != nil {
+				return err
+			}
+			after = e.GetSequence()
+		}
+		if closed && len(events) == 0 {
+			return nil
+		}
+		if closed {
+			continue
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (s *server) watchJournal(ctx context.Context, id string, after uint64, out *connect.ServerStream[agentv1.WatchResponse]) error {
+	for {
+		events, err := s.agent.Journal.Events(ctx, id, after, eventPage)
+		if err != nil || len(events) == 0 {
+			return err
+		}
+		for _, e := range events {
+			var w agentv1.WatchResponse
+			if err := proto.Unmarshal(e.Body, &w); err != nil {
+				return fmt.Errorf("event %d of job %s: %w", e.Sequence, id, err)
+			}
+			if err := out.Send(&w); err != nil {
+				return err
+			}
+			after = e.Sequence
+		}
+	}
+}
+
+func (s *server) Cancel(ctx context.Context, r *connect.Request[agentv1.CancelRequest]) (*connect.Response[agentv1.CancelResponse], error) {
+	row, err := s.agent.Cancel(ctx, r.Msg.GetId())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&agentv1.CancelResponse{Job: runner.Describe(row)}), nil
+}
+
+func (s *server) Bundle(ctx context.Context, r *connect.Request[agentv1.BundleRequest]) (*connect.Response[agentv1.BundleResponse], error) {
+	row, err := s.agent.Journal.Job(ctx, r.Msg.GetId())
+	if err != nil {
+		return nil, err
+	}
+	if !row.State.Final() {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("job %s is %s: its bundle is there when it has ended", row.ID, row.State))
+	}
+	b, err := s.agent.Journal.Bundle(ctx, row.ID)
+	if err != nil {
+		return nil, fmt.Errorf("bundle of job %s: %w", row.ID, err)
+	}
+	if len(b) > bundle.MaxSize {
+		return nil, fmt.Errorf("bundle of job %s has %d bytes", row.ID, len(b))
+	}
+	return connect.NewResponse(&agentv1.BundleResponse{Bundle: b}), nil
+}
+
+func (s *server) Capacity(_ context.Context, _ *connect.Request[agentv1.CapacityRequest]) (*connect.Response[agentv1.CapacityResponse], error) {
+	running, queued, gpus := s.agent.Load()
+	cpus, memory, err := machine()
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&agentv1.CapacityResponse{
+		CpuMillis: cpus, MemoryBytes: memory, Gpus: int32(gpus), GpuDriver: s.gpu.Driver, GpuCcMode: s.gpu.CCMode, Running: int32(running), Queued: int32(queued), //nolint:gosec // small counts
+	}), nil
+}

@@ -1,0 +1,118 @@
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/check"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/journal"
+	"github.com/coffer-run/coffer/runner/remote"
+)
+
+// stage runs one stage between two journal entries and tells the watchers. f
+// returns what the next stage takes, and a few words for people.
+func stage[T any](ctx context.Context, a *Agent, j *Job, name bundle.Stage, f func(context.Context, *Job) (T, string, error)) (T, error) {
+	var zero T
+	if err := context.Cause(ctx); err != nil {
+		return zero, err
+	}
+	j.at = name
+	if err := a.Journal.Enter(ctx, j.id, string(name)); err != nil {
+		return zero, err
+	}
+	a.tell(ctx, j, stageEvent(name, "started", 0, ""))
+	began := time.Now()
+	v, detail, err := f(ctx, j)
+	step := bundle.Step{Stage: name, StartUnixNano: began.UnixNano(), Nanos: time.Since(began).Nanoseconds(), Outcome: bundle.StepDone}
+	if err != nil {
+		// A cancelled context is how a job is told to end; its cause is the reason.
+		if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.Canceled) {
+			err = cause
+		}
+		step.Outcome, detail = bundle.StepFailed, err.Error()
+	}
+	j.step(step)
+	a.tell(ctx, j, stageEvent(name, step.Outcome, step.Nanos, detail))
+	a.log.InfoContext(ctx, "stage", slog.String("job", j.id), slog.String("stage", string(name)), slog.String("outcome", step.Outcome), slog.Duration("took", time.Duration(step.Nanos)))
+	if err != nil {
+		return zero, fmt.Errorf("%s: %w", name, err)
+	}
+	return v, nil
+}
+
+// step records how a stage went; a stage that is repeated counts as it went last.
+func (j *Job) step(s bundle.Step) {
+	for i := range j.timeline {
+		if j.timeline[i].Stage == s.Stage {
+			j.timeline[i] = s
+			return
+		}
+	}
+	j.timeline = append(j.timeline, s)
+}
+
+// tell passes an event on. A watcher that misses one still finds the truth in
+// the journal, so a failure here fails no job.
+func (a *Agent) tell(ctx context.Context, j *Job, e *agentv1.WatchResponse) {
+	if err := j.feed.add(context.WithoutCancel(ctx), e); err != nil {
+		a.log.ErrorContext(ctx, "record event", slog.String("job", j.id), slog.Any("error", err))
+	}
+}
+
+func stageEvent(name bundle.Stage, phase string, nanos int64, detail string) *agentv1.WatchResponse {
+	return &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Stage{Stage: &agentv1.StageEvent{Stage: string(name), Phase: phase, DurationNanos: nanos, Detail: detail}}}
+}
+
+// Ways in which a job ends that no stage reports as a refusal.
+var (
+	errHolderLost = errors.New("its holder process died, and with it the keys and the memory they opened")
+	errTraceLost  = errors.New("the runtime's trace went silent")
+	errRestarted  = errors.New("the agent was restarted before the job had started; submit it again")
+)
+
+// exitError is a job that ended by itself, not well.
+type exitError struct{ code int }
+
+func (e *exitError) Error() string { return fmt.Sprintf("it exited with code %d", e.code) }
+
+// outcome turns the way a job ended into its state, reason code and sentence.
+func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
+	out := journal.Job{ID: j.id, Stage: string(j.at), ExitCode: j.exitCode, State: journal.Failed}
+	if j.at == "" {
+		out.Stage = string(bundle.StageAdmit)
+	}
+	var refused *check.Refusal
+	var away *remote.Unavailable
+	var exit *exitError
+	switch {
+	case err == nil:
+		out.State = journal.Succeeded
+		return out
+	case errors.Is(err, errCancelled):
+		out.State, out.Reason = journal.Cancelled, "cancelled"
+	case errors.As(err, &refused):
+		out.State, out.Reason, out.Checks = journal.Refused, refused.Stage+"-refused", refused.Checks
+	case errors.Is(err, errDeadline):
+		out.Reason = "deadline"
+	case errors.As(err, &exit):
+		out.Reason = "exit-code"
+	case errors.Is(err, errHolderLost):
+		out.Reason = "holder-lost"
+	case errors.Is(err, errTraceLost):
+		out.Reason = "trace-lost"
+	case errors.Is(err, errRestarted):
+		out.Reason = "agent-restarted"
+	case errors.As(err, &away):
+		out.Reason = away.Service + "-unavailable"
+	default:
+		out.Reason = "internal"
+	}
+	out.Message = err.Error()
+	a.log.WarnContext(ctx, "job did not succeed", slog.String("job", j.id), slog.String("stage", out.Stage), slog.String("reason", out.Reason), slog.Any("error", err))
+	return out
+}

@@ -1,0 +1,129 @@
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/plan"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/holder"
+	"github.com/coffer-run/coffer/runner/journal"
+)
+
+// takeUp continues what an earlier agent left. A job that had started goes on if
+// its holder and its container are still there and the sandbox is still the one
+// that was attested; every other job is ended with its stage and cleaned up. The
+// journal decides none of this: it only says where to look.
+func (a *Agent) takeUp(ctx context.Context) error {
+	rows, err := a.Journal.Unfinished(ctx)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		j, started, err := a.rebuild(ctx, row)
+		if err != nil {
+			return fmt.Errorf("take up job %s: %w", row.ID, err)
+		}
+		r, err := a.adopt(ctx, j, started)
+		a.log.InfoContext(ctx, "took up job", slog.String("job", row.ID), slog.String("stage", row.Stage), slog.Bool("goes on", err == nil))
+		a.launch(j, func(ctx context.Context) error {
+			if err != nil {
+				return err
+			}
+			return a.watch(ctx, j, r)
+		})
+	}
+	return nil
+}
+
+// rebuild makes a Job from its row, and says whether it had started.
+func (a *Agent) rebuild(ctx context.Context, row journal.Job) (*Job, bool, error) {
+	p, err := plan.Parse(row.Plan)
+	if err != nil {
+		return nil, false, err
+	}
+	j := newJob(row.ID, row.Submitter)
+	j.plan, j.canonical, j.digest, j.redacted, j.at = p, row.Plan, plan.Sum(row.Plan), row.JobFile, bundle.Stage(row.Stage)
+	j.runDir = a.jobDir(row.ID)
+	j.feed = newFeed(row.ID, a.Journal)
+	started := false
+	for _, s := range []bundle.Stage{bundle.StageStart, bundle.StageRelease, bundle.StageVerify, bundle.StageCollect, bundle.StageSandbox} {
+		err := a.Journal.Entry(ctx, row.ID, string(s), &j.record)
+		if errors.Is(err, journal.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return nil, false, err
+		}
+		started = s == bundle.StageStart
+		break
+	}
+	return j, started, a.replay(ctx, j)
+}
+
+// maxReplay bounds the events of a job that are read back.
+const maxReplay = 100_000
+
+// replay reads a job's events back: its timeline, and which checkpoints its
+// watchers know of.
+func (a *Agent) replay(ctx context.Context, j *Job) error {
+	events, err := a.Journal.Events(ctx, j.id, 0, maxReplay)
+	if err != nil {
+		return err
+	}
+	for _, e := range events {
+		var w agentv1.WatchResponse
+		if err := proto.Unmarshal(e.Body, &w); err != nil {
+			return fmt.Errorf("event %d: %w", e.Sequence, err)
+		}
+		if s := w.GetStage(); s != nil && s.GetPhase() != "started" {
+			j.step(bundle.Step{
+				Stage: bundle.Stage(s.GetStage()), StartUnixNano: w.GetTimeUnixNano() - s.GetDurationNanos(), Nanos: s.GetDurationNanos(), Outcome: s.GetPhase(),
+			})
+		}
+		if c := w.GetCheckpoint(); c != nil {
+			j.seen = max(j.seen, c.GetSequence())
+		}
+		j.feed.events = append(j.feed.events, &w)
+		j.feed.last = w.GetSequence()
+	}
+	return nil
+}
+
+// adopt attaches to what of a job still runs. It always takes the slot and the
+// GPUs that the job has, so that nobody else gets them before it is cleaned up.
+func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error) {
+	select {
+	case a.slots <- struct{}{}:
+		j.slot = true
+	default:
+		return running{}, errors.New("more jobs are left over than this agent runs")
+	}
+	n := min(j.plan.Resources.GPUs, len(a.free))
+	j.gpus, a.free = a.free[:n:n], a.free[n:]
+
+	h, err := holder.Attach(ctx, j.runDir, j.id)
+	if err == nil {
+		j.holder = h
+	}
+	if !started {
+		return running{}, errRestarted
+	}
+	if err != nil {
+		return running{}, errors.Join(errHolderLost, err)
+	}
+	box, err := a.Node.Adopt(ctx, j.id, j.runDir, j.record.Sandbox)
+	if err != nil {
+		return running{}, err
+	}
+	j.sandbox = box
+	if err := box.Recheck(ctx, j.plan); err != nil {
+		return running{}, err
+	}
+	return running{&created{sandbox: box, holder: h}}, nil
+}

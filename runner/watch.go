@@ -1,0 +1,216 @@
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash"
+	"log/slog"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/sandbox"
+)
+
+const (
+	// stopGrace is how long a job that must end may take for it.
+	stopGrace = 5 * time.Second
+	// pollWait bounds one wait for log lines or events.
+	pollWait = time.Second
+	// maxEvents bounds the trace events that go into a bundle.
+	maxEvents = 4096
+)
+
+// watch is stage 9: the job runs, its lines and checkpoints are passed on, and
+// whatever must end it ends it.
+func (a *Agent) watch(ctx context.Context, j *Job, r running) error {
+	_, err := stage(ctx, a, j, bundle.StageRun, func(ctx context.Context, j *Job) (struct{}, string, error) {
+		ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(j.plan.Resources.MaxSeconds)*time.Second, errDeadline)
+		defer cancel()
+		a.pump(j)
+		code, err := a.wait(ctx, j, r)
+		j.exitCode = code
+		return struct{}{}, fmt.Sprintf("exit code %d", code), err
+	})
+	return err
+}
+
+// wait waits for the first of the ways in which a job ends.
+func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
+	end := func(reason error) (int, error) {
+		stop := context.WithoutCancel(ctx)
+		if err := r.box.sandbox.Stop(stop, stopGrace); err != nil {
+			return 0, errors.Join(reason, err)
+		}
+		return 0, reason
+	}
+	kill := func(reason error) (int, error) {
+		return 0, errors.Join(reason, r.box.sandbox.Stop(context.WithoutCancel(ctx), 0))
+	}
+	select {
+	case st := <-r.box.sandbox.Exited():
+		return exited(st)
+	case <-r.box.holder.Lost():
+		// A job whose keeper died may be reading half a file; it gets no grace.
+		return kill(errHolderLost)
+	case <-j.traceLost:
+		// The runtime closes its trace when it ends, so an end comes first.
+		select {
+		case st := <-r.box.sandbox.Exited():
+			return exited(st)
+		case <-time.After(2 * time.Second):
+			return kill(errTraceLost)
+		}
+	case <-ctx.Done():
+		cause := context.Cause(ctx)
+		if errors.Is(cause, errShutdown) {
+			return 0, cause
+		}
+		return end(cause)
+	}
+}
+
+func exited(st containerd.ExitStatus) (int, error) {
+	code, err := sandbox.ExitCode(st)
+	if err != nil {
+		return 0, err
+	}
+	if code != 0 {
+		return code, &exitError{code}
+	}
+	return 0, nil
+}
+
+// pump passes the holder's lines and events on until the holder says that there
+// will be no more. The pumps end by themselves; conclude waits for them.
+func (a *Agent) pump(j *Job) {
+	// The pumps outlive the run: the last lines come after it. Only a shutdown
+	// of the agent, or the holder's end, ends them early.
+	ctx := a.ctx
+	for _, stream := range []string{"stdout", "stderr"} {
+		j.pumps.Go(func() {
+			if err := a.pumpLog(ctx, j, stream); err != nil && ctx.Err() == nil {
+				a.log.WarnContext(ctx, "follow log", slog.String("job", j.id), slog.String("stream", stream), slog.Any("error", err))
+			}
+		})
+	}
+	j.pumps.Go(func() {
+		if err := a.pumpEvents(ctx, j); err != nil && ctx.Err() == nil {
+			a.log.WarnContext(ctx, "follow events", slog.String("job", j.id), slog.Any("error", err))
+		}
+	})
+}
+
+func (a *Agent) pumpLog(ctx context.Context, j *Job, stream string) error {
+	c, err := holdapi.Dial(ctx, j.runDir)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	d := &j.logs[0]
+	if stream == "stderr" {
+		d = &j.logs[1]
+	}
+	for {
+		chunk, err := c.Logs(ctx, holdapi.Logs{Stream: stream, Offset: d.bytes, WaitMillis: pollWait.Milliseconds()})
+		if err != nil {
+			return err
+		}
+		if len(chunk.Data) > 0 {
+			a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Log{Log: &agentv1.LogEvent{Stream: stream, Data: chunk.Data, Offset: chunk.Offset}}})
+			d.add(chunk.Data)
+		}
+		if chunk.EOF {
+			return nil
+		}
+	}
+}
+
+func (a *Agent) pumpEvents(ctx context.Context, j *Job) error {
+	c, err := holdapi.Dial(ctx, j.runDir)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	var last uint64
+	for {
+		events, err := c.Events(ctx, holdapi.Events{After: last, WaitMillis: pollWait.Milliseconds()})
+		if err != nil {
+			return err
+		}
+		for _, e := range events {
+			last = e.Sequence
+			a.event(ctx, j, e)
+		}
+		// finished is closed once the holder has been told to finish; what was
+		// there then has been read when a wait comes back empty.
+		select {
+		case <-j.finished:
+			if len(events) == 0 {
+				return nil
+			}
+		default:
+		}
+	}
+}
+
+func (a *Agent) event(ctx context.Context, j *Job, e holdapi.Event) {
+	ev := bundle.Event{Sequence: e.Sequence, UnixNano: e.UnixNano, Kind: e.Kind, Detail: e.Detail, Process: e.Process, Digest: e.Digest}
+	if c := e.Checkpoint; c != nil {
+		if j.seen < c.Sequence {
+			j.seen = c.Sequence
+			a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Checkpoint{Checkpoint: &agentv1.CheckpointEvent{
+				Sequence: c.Sequence, Name: c.Name, Digest: string(c.Digest), Bytes: c.Bytes,
+			}}})
+			// One row for all commits: when the first was made, and what all took.
+			if j.checkpoints.StartUnixNano == 0 {
+				j.checkpoints = bundle.Step{Stage: bundle.StageCheckpoint, StartUnixNano: e.UnixNano - c.Nanos, Outcome: bundle.StepDone}
+			}
+			j.checkpoints.Nanos += c.Nanos
+		}
+	}
+	if len(j.events) < maxEvents {
+		j.events = append(j.events, ev)
+	}
+	if e.Kind == bundle.EventTraceLost {
+		select {
+		case <-j.traceLost:
+		default:
+			close(j.traceLost)
+		}
+	}
+}
+
+// logDigest digests what one stream carried, without keeping it.
+type logDigest struct {
+	bytes int64
+	hash  hash.Hash
+}
+
+func (d *logDigest) add(b []byte) {
+	d.bytes += int64(len(b))
+	_, _ = d.hash.Write(b) // a hash does not fail
+}
+
+func (d *logDigest) stream() bundle.Stream {
+	return bundle.Stream{Bytes: d.bytes, Digest: digestOf(d.hash.Sum(nil))}
+}
+
+func checkpointsOf(st holdapi.Status) []bundle.Checkpoint {
+	out := make([]bundle.Checkpoint, 0, len(st.Checkpoints))
+	for _, c := range st.Checkpoints {
+		out = append(out, bundle.Checkpoint(c))
+	}
+	return out
+}
+
+func statusOf(st holdapi.Status) bundle.Status {
+	return bundle.Status{
+		Started: st.Started, TraceLost: st.TraceLost, Execs: st.Execs, Dropped: st.Dropped, RegionBytes: st.RegionBytes, Scrubbed: st.Scrubbed,
+		LogBytes: st.LogBytes, LogCut: st.LogCut, Checkpoints: checkpointsOf(st),
+	}
+}
