@@ -64,7 +64,7 @@ images-verify: deps ## build the numpy image twice from nothing and compare the 
 
 .PHONY: demo
 demo: deps build image-torch ## run a sealed training job and three attacks on this machine, from nothing (as root)
-	@examples/demo.sh
+	@COFFER_CACHE='$(CACHE)' examples/demo.sh
 
 .PHONY: lint
 lint: ## run go vet and golangci-lint

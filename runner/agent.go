@@ -277,7 +277,7 @@ func (a *Agent) Submit(ctx context.Context, submitter string, file []byte, key s
 			return journal.Job{}, err
 		}
 	}
-	a.launch(j, func(ctx context.Context) error {
+	a.launch(j, func(ctx context.Context) error { //nolint:contextcheck // a job outlives the call that submits it
 		if err := a.acquire(ctx, j); err != nil {
 			return err
 		}

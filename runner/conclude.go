@@ -101,16 +101,16 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	if len(j.record.Releases) > 0 {
 		errs = append(errs, b.AddJSON(bundle.Releases, j.record.Releases))
 	}
-	held, heldErr := a.finish(ctx, j)
+	held, commits, heldErr := a.finish(ctx, j)
 	if heldErr == nil {
 		errs = append(errs,
-			b.AddJSON(bundle.HolderStatus, statusOf(held)), b.AddJSON(bundle.Checkpoints, checkpointsOf(held)), b.AddJSON(bundle.Trace, j.events),
+			b.AddJSON(bundle.HolderStatus, statusOf(held)), b.AddJSON(bundle.Checkpoints, checkpointsOf(commits)), b.AddJSON(bundle.Trace, j.events),
 			b.AddJSON(bundle.LogsDigest, bundle.Logs{Stdout: j.logs[0].stream(), Stderr: j.logs[1].stream(), Cut: held.LogCut}))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	if j.checkpoints.StartUnixNano != 0 {
+	if heldErr == nil && j.checkpoints.StartUnixNano != 0 {
 		j.step(j.checkpoints)
 	}
 	statement, err := b.Statement(j.id, j.digest, bundle.Outcome{
@@ -142,17 +142,22 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 }
 
 // finish has the holder close and scrub everything, and drains its last lines.
-func (a *Agent) finish(ctx context.Context, j *Job) (holdapi.Status, error) {
+// The commits are all that the job made; the status has the newest only.
+func (a *Agent) finish(ctx context.Context, j *Job) (holdapi.Status, []holdapi.Checkpoint, error) {
 	if j.holder == nil {
-		return holdapi.Status{}, errors.New("no holder ran")
+		return holdapi.Status{}, nil, errors.New("no holder ran")
 	}
 	st, err := j.holder.Finish(ctx)
 	close(j.finished)
 	if err != nil {
-		return holdapi.Status{}, fmt.Errorf("finish holder: %w", err)
+		return holdapi.Status{}, nil, fmt.Errorf("finish holder: %w", err)
 	}
 	j.pumps.Wait()
-	return st, nil
+	commits, err := j.holder.Checkpoints(ctx)
+	if err != nil {
+		return holdapi.Status{}, nil, fmt.Errorf("list checkpoints: %w", err)
+	}
+	return st, commits, nil
 }
 
 func digestOf(sum []byte) plan.Digest {

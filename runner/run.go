@@ -292,5 +292,5 @@ func (a *Agent) start(ctx context.Context, j *Job, o opened) (running, string, e
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
-	return running{o.box}, "", a.Journal.Leave(ctx, j.id, string(bundle.StageStart), j.record)
+	return running(o), "", a.Journal.Leave(ctx, j.id, string(bundle.StageStart), j.record)
 }

@@ -31,7 +31,7 @@ func (a *Agent) takeUp(ctx context.Context) error {
 		}
 		r, err := a.adopt(ctx, j, started)
 		a.log.InfoContext(ctx, "took up job", slog.String("job", row.ID), slog.String("stage", row.Stage), slog.Bool("goes on", err == nil))
-		a.launch(j, func(ctx context.Context) error {
+		a.launch(j, func(ctx context.Context) error { //nolint:contextcheck // a job outlives the agent's opening
 			if err != nil {
 				return err
 			}

@@ -31,7 +31,7 @@ func (a *Agent) watch(ctx context.Context, j *Job, r running) error {
 	_, err := stage(ctx, a, j, bundle.StageRun, func(ctx context.Context, j *Job) (struct{}, string, error) {
 		ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(j.plan.Resources.MaxSeconds)*time.Second, errDeadline)
 		defer cancel()
-		a.pump(j)
+		a.pump(j) //nolint:contextcheck // the last lines come after the run
 		code, err := a.wait(ctx, j, r)
 		j.exitCode = code
 		return struct{}{}, fmt.Sprintf("exit code %d", code), err
@@ -200,9 +200,9 @@ func (d *logDigest) stream() bundle.Stream {
 	return bundle.Stream{Bytes: d.bytes, Digest: digestOf(d.hash.Sum(nil))}
 }
 
-func checkpointsOf(st holdapi.Status) []bundle.Checkpoint {
-	out := make([]bundle.Checkpoint, 0, len(st.Checkpoints))
-	for _, c := range st.Checkpoints {
+func checkpointsOf(commits []holdapi.Checkpoint) []bundle.Checkpoint {
+	out := make([]bundle.Checkpoint, 0, len(commits))
+	for _, c := range commits {
 		out = append(out, bundle.Checkpoint(c))
 	}
 	return out
@@ -211,6 +211,6 @@ func checkpointsOf(st holdapi.Status) []bundle.Checkpoint {
 func statusOf(st holdapi.Status) bundle.Status {
 	return bundle.Status{
 		Started: st.Started, TraceLost: st.TraceLost, Execs: st.Execs, Dropped: st.Dropped, RegionBytes: st.RegionBytes, Scrubbed: st.Scrubbed,
-		LogBytes: st.LogBytes, LogCut: st.LogCut, Checkpoints: checkpointsOf(st),
+		LogBytes: st.LogBytes, LogCut: st.LogCut, Checkpoints: checkpointsOf(st.Checkpoints),
 	}
 }

@@ -111,14 +111,14 @@ func Vendor() Set {
 // by attest/simulate alone.
 func FromSimulation(s anchorset.Simulation) (Set, error) {
 	set := Set{kind: simulation, paths: &paths{}, arks: map[Product]anchorset.Fingerprint{}, deviceRoot: s.DeviceRoot, rimRoot: s.RIMRoot}
-	real := Vendor()
+	vendors := Vendor()
 	for name, f := range s.ARKs {
 		p := Product(name)
 		if !slices.Contains(Products(), p) {
 			return Set{}, fmt.Errorf("simulation has a root key for the unknown product %.40q", name)
 		}
 		set.arks[p] = f
-		if f == real.arks[p] {
+		if f == vendors.arks[p] {
 			return Set{}, errors.New("simulation names a vendor's root as its own")
 		}
 	}
@@ -126,7 +126,7 @@ func FromSimulation(s anchorset.Simulation) (Set, error) {
 	if len(set.arks) == 0 || s.DeviceRoot == zero || s.RIMRoot == zero {
 		return Set{}, errors.New("simulation lacks a root")
 	}
-	if s.DeviceRoot == real.deviceRoot || s.RIMRoot == real.rimRoot {
+	if s.DeviceRoot == vendors.deviceRoot || s.RIMRoot == vendors.rimRoot {
 		return Set{}, errors.New("simulation names a vendor's root as its own")
 	}
 	return set, nil

@@ -146,7 +146,13 @@ func TestDatabaseEdited(t *testing.T) {
 		sql   string
 		found func(t *testing.T, w *world, g broker.Grant, j *job)
 	}{
-		"key moved to another asset":                       {`UPDATE assets SET wrapped = (SELECT wrapped FROM assets WHERE name = 'weights') WHERE name = 'data'`, noKey},
+		"key moved to another asset": {`UPDATE assets SET wrapped = (SELECT wrapped FROM assets WHERE name = 'weights') WHERE name = 'data'`, noKey},
+		"key moved to another asset of the same kind": {`UPDATE assets SET wrapped = (SELECT wrapped FROM assets WHERE name = 'ckpt-a') WHERE name = 'ckpt-b'`, func(t *testing.T, w *world, _ broker.Grant, j *job) {
+			a, err := j.release(t, w.Broker, w.grant(t, func(n *broker.NewGrant) { n.Assets = []string{"ckpt-b"} }), "ckpt-b")
+			if err == nil || a.Ciphertext != nil {
+				t.Error("the key was released")
+			}
+		}},
 		"asset given to another owner with a grant of his": {`UPDATE assets SET owner = 'bob' WHERE name = 'data'; UPDATE grants SET owner = 'bob'`, noKey},
 		"asset of another owner put into a grant": {`UPDATE grants SET owner = 'bob'`, func(t *testing.T, w *world, g broker.Grant, j *job) {
 			a, err := j.release(t, w.Broker, g, "data")
@@ -158,6 +164,8 @@ func TestDatabaseEdited(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, false)
+			w.asset(t, alice, "ckpt-a", broker.KindCheckpoints)
+			w.asset(t, alice, "ckpt-b", broker.KindCheckpoints)
 			g := w.grant(t, nil)
 			db := must[*sql.DB](t)(sql.Open("sqlite", w.path))
 			defer db.Close()

@@ -174,29 +174,30 @@ func TestForgedEndorsements(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := v.GPUs()[0]
+	good, memory := cached(t, v, simulate.OCSPOptions{}), nvgpu.NewMemory()
 	driver := func(o simulate.RIMOptions) source {
-		return source{ocsp: goodOCSP(v), rim: func(id string) ([]byte, error) {
+		return source{ocsp: good.ocsp, rim: func(id string) ([]byte, error) {
 			if strings.Contains(id, "DRIVER") {
 				return v.DriverRIM(o)
 			}
-			return v.RIM(t.Context(), id)
+			return good.rim(id)
 		}}
 	}
 	// answers is about one certificate of the device's chain; the others are good.
 	answers := func(o simulate.OCSPOptions) source {
-		return source{rim: goodRIM(v), ocsp: func(cert, issuer *x509.Certificate) ([]byte, error) {
+		return source{rim: good.rim, ocsp: func(cert, issuer *x509.Certificate) ([]byte, error) {
 			if strings.Contains(cert.Subject.CommonName, "Provisioner") {
 				return v.OCSPAnswer(cert, issuer, o)
 			}
-			return v.OCSPAnswer(cert, issuer, simulate.OCSPOptions{})
+			return good.ocsp(cert, issuer)
 		}}
 	}
 	signer := func(o simulate.OCSPOptions) source {
-		return source{rim: goodRIM(v), ocsp: func(cert, issuer *x509.Certificate) ([]byte, error) {
+		return source{rim: good.rim, ocsp: func(cert, issuer *x509.Certificate) ([]byte, error) {
 			if strings.Contains(cert.Subject.CommonName, "Signer") {
 				return v.OCSPAnswer(cert, issuer, o)
 			}
-			return v.OCSPAnswer(cert, issuer, simulate.OCSPOptions{})
+			return good.ocsp(cert, issuer)
 		}}
 	}
 	replace := func(old, new string) func(string) string {
@@ -235,13 +236,13 @@ func TestForgedEndorsements(t *testing.T) {
 		{name: "manifest's signer may not sign", src: driver(simulate.RIMOptions{EditSigner: func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyAgreement }}), fails: []string{"gpu.driver-rim-chain"}},
 		{name: "manifest signed by an OCSP responder", src: driver(simulate.RIMOptions{EditSigner: func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageOCSPSigning} }}), fails: []string{"gpu.driver-rim-chain"}},
 		{name: "manifest without its root", src: driver(simulate.RIMOptions{OmitRoot: true}), fails: []string{"gpu.driver-rim-chain"}},
-		{name: "manifest of another simulation", src: source{ocsp: goodOCSP(v), rim: goodRIM(s)}, fails: []string{"gpu.driver-rim-chain", "gpu.vbios-rim-chain"}},
+		{name: "manifest of another simulation", src: source{ocsp: good.ocsp, rim: func(id string) ([]byte, error) { return s.RIM(t.Context(), id) }}, fails: []string{"gpu.driver-rim-chain", "gpu.vbios-rim-chain"}},
 		{name: "changed value", src: driver(simulate.RIMOptions{EditSigned: replace(fmt.Sprintf("%x", simulate.Measurement(7)), fmt.Sprintf("%x", one))}), fails: []string{"gpu.driver-rim-signature"}},
 		{name: "changed digest", src: driver(simulate.RIMOptions{EditSigned: replace("<ds:DigestValue>", "<ds:DigestValue>AAAA")}), fails: []string{nvgpu.CheckDriverRIM}},
 		{name: "changed whitespace", src: driver(simulate.RIMOptions{EditSigned: replace("\n    <ns0:Meta", "\n <ns0:Meta")}), fails: []string{"gpu.driver-rim-signature"}},
-		{name: "no manifest", src: source{ocsp: goodOCSP(v), rim: func(string) ([]byte, error) { return nil, outage }}, fails: []string{nvgpu.CheckDriverRIM, nvgpu.CheckVBIOSRIM}},
-		{name: "no status", src: source{rim: goodRIM(v), ocsp: func(_, _ *x509.Certificate) ([]byte, error) { return nil, outage }}, fails: []string{nvgpu.CheckOCSP, "gpu.driver-rim-ocsp", "gpu.vbios-rim-ocsp"}},
-		{name: "status not DER", src: source{rim: goodRIM(v), ocsp: func(_, _ *x509.Certificate) ([]byte, error) { return []byte("ok"), nil }}, fails: []string{nvgpu.CheckOCSP, "gpu.driver-rim-ocsp", "gpu.vbios-rim-ocsp"}},
+		{name: "no manifest", src: source{ocsp: good.ocsp, rim: func(string) ([]byte, error) { return nil, outage }}, fails: []string{nvgpu.CheckDriverRIM, nvgpu.CheckVBIOSRIM}},
+		{name: "no status", src: source{rim: good.rim, ocsp: func(_, _ *x509.Certificate) ([]byte, error) { return nil, outage }}, fails: []string{nvgpu.CheckOCSP, "gpu.driver-rim-ocsp", "gpu.vbios-rim-ocsp"}},
+		{name: "status not DER", src: source{rim: good.rim, ocsp: func(_, _ *x509.Certificate) ([]byte, error) { return []byte("ok"), nil }}, fails: []string{nvgpu.CheckOCSP, "gpu.driver-rim-ocsp", "gpu.vbios-rim-ocsp"}},
 		{name: "provisioner revoked", src: answers(simulate.OCSPOptions{Status: ocsp.Revoked, Reason: ocsp.KeyCompromise}), fails: []string{nvgpu.CheckOCSP}},
 		{name: "provisioner on hold", src: answers(simulate.OCSPOptions{Status: ocsp.Revoked, Reason: ocsp.CertificateHold}), fails: []string{nvgpu.CheckOCSP}},
 		{name: "provisioner unknown", src: answers(simulate.OCSPOptions{Status: ocsp.Unknown}), fails: []string{nvgpu.CheckOCSP}},
@@ -252,18 +253,18 @@ func TestForgedEndorsements(t *testing.T) {
 		{name: "status named by SHA-1", src: answers(simulate.OCSPOptions{Hash: crypto.SHA1}), fails: []string{nvgpu.CheckOCSP}},
 		{name: "responder without the right to answer", src: answers(simulate.OCSPOptions{EditResponder: func(c *x509.Certificate) { c.ExtKeyUsage = nil }}), fails: []string{nvgpu.CheckOCSP}},
 		{name: "responder expired", src: answers(simulate.OCSPOptions{EditResponder: func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }}), fails: []string{nvgpu.CheckOCSP}},
-		{name: "responder of another issuer", src: source{rim: goodRIM(v), ocsp: func(cert, issuer *x509.Certificate) ([]byte, error) {
+		{name: "responder of another issuer", src: source{rim: good.rim, ocsp: func(cert, issuer *x509.Certificate) ([]byte, error) {
 			if strings.Contains(cert.Subject.CommonName, "Provisioner") {
 				root := parse(t, g.ChainPEM())[4]
 				return v.OCSPAnswer(cert, root, simulate.OCSPOptions{CertIDOf: issuer})
 			}
-			return v.OCSPAnswer(cert, issuer, simulate.OCSPOptions{})
+			return good.ocsp(cert, issuer)
 		}}, fails: []string{nvgpu.CheckOCSP}},
 		{name: "manifest's signer revoked", src: signer(simulate.OCSPOptions{Status: ocsp.Revoked}), fails: []string{"gpu.driver-rim-ocsp", "gpu.vbios-rim-ocsp"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			res := nvgpu.AppraiseWith(t.Context(), evidence(t, g, tt.report), nvgpu.Want{Nonce: nonce}, v.Anchors(), nvgpu.Endorsements{Source: tt.src}, time.Now())
+			res := nvgpu.AppraiseWith(t.Context(), evidence(t, g, tt.report), nvgpu.Want{Nonce: nonce}, v.Anchors(), nvgpu.Endorsements{Source: tt.src, Memory: memory}, time.Now())
 			if tt.fails == nil {
 				if !res.Genuine() {
 					t.Errorf("refused: %v", res.Checks.Failed())
@@ -296,6 +297,7 @@ func TestMalformedManifests(t *testing.T) {
 	after := func(old, new string) simulate.RIMOptions {
 		return simulate.RIMOptions{EditSigned: replace(old, new)}
 	}
+	good, memory := cached(t, v, simulate.OCSPOptions{}), nvgpu.NewMemory()
 	tests := map[string]simulate.RIMOptions{
 		"empty":                      {EditSigned: func(string) string { return "" }},
 		"not XML":                    {EditSigned: func(string) string { return "no" }},
@@ -360,21 +362,21 @@ func TestMalformedManifests(t *testing.T) {
 				if strings.Contains(id, "DRIVER") {
 					return v.DriverRIM(o)
 				}
-				return v.RIM(t.Context(), id)
+				return good.rim(id)
 			}}
-			onlyFails(t, nvgpu.AppraiseWith(t.Context(), ev, nvgpu.Want{Nonce: nonce}, v.Anchors(), nvgpu.Endorsements{Source: src}, time.Now()), nvgpu.CheckDriverRIM)
+			onlyFails(t, nvgpu.AppraiseWith(t.Context(), ev, nvgpu.Want{Nonce: nonce}, v.Anchors(), nvgpu.Endorsements{Source: src, Memory: memory}, time.Now()), nvgpu.CheckDriverRIM)
 		})
 	}
 }
 
-// One byte in 53 of a real manifest: its signer is asked for each, which takes a
+// One byte in 197 of a real manifest: its signer is asked for each, which takes a
 // few milliseconds.
 func TestFlipsOfAManifest(t *testing.T) {
 	v := vectors(t)["h100-550.90.07-complete"]
 	good := vectortest.Read(t, complete+"driver_rim.xml")
-	anchors := anchor.Vendor()
+	anchors, memory := anchor.Vendor(), nvgpu.NewMemory()
 	n := 0
-	for i := 0; i < len(good); i += 53 {
+	for i := 0; i < len(good); i += 197 {
 		b := slices.Clone(good)
 		b[i] ^= 1 << (i % 7)
 		src := source{rim: func(id string) ([]byte, error) {
@@ -384,7 +386,7 @@ func TestFlipsOfAManifest(t *testing.T) {
 			return vectortest.Read(t, complete+"vbios_rim.xml"), nil
 		}}
 		n++
-		res := nvgpu.AppraiseWith(t.Context(), v.ev, v.want, anchors, nvgpu.Endorsements{Source: src}, rimTime)
+		res := nvgpu.AppraiseWith(t.Context(), v.ev, v.want, anchors, nvgpu.Endorsements{Source: src, Memory: memory}, rimTime)
 		if res.Genuine() && res.Claims["measres"] == "success" {
 			// A flip may turn one whitespace of base64 into another; anything
 			// else is in the content.
@@ -406,16 +408,6 @@ func TestNobodyIsAskedAboutStrangers(t *testing.T) {
 		},
 	}
 	onlyFails(t, nvgpu.AppraiseWith(t.Context(), s.ev, s.want, v.Anchors(), nvgpu.Endorsements{Source: src}, now), nvgpu.CheckChain)
-}
-
-func goodRIM(v *simulate.Vendor) func(string) ([]byte, error) {
-	return func(id string) ([]byte, error) { return v.RIM(context.Background(), id) }
-}
-
-func goodOCSP(v *simulate.Vendor) func(cert, issuer *x509.Certificate) ([]byte, error) {
-	return func(cert, issuer *x509.Certificate) ([]byte, error) {
-		return v.OCSP(context.Background(), cert, issuer)
-	}
 }
 
 func parse(t *testing.T, chain []byte) []*x509.Certificate {

@@ -43,16 +43,16 @@ func (m *Memory) rim(b []byte) (*rim, error) {
 	return remember(&m.mu, m.rims, keyOf(b), func() (*rim, error) { return parseRIM(b) })
 }
 
-// remember returns what is known under key, or makes it. It makes nothing while
+// remember returns what is known under key, or verifies it. It verifies nothing while
 // it holds mu: two callers may do the same work, none waits for another's.
-func remember[V any](mu *sync.Mutex, known map[contentKey]*V, key contentKey, make func() (*V, error)) (*V, error) {
+func remember[V any](mu *sync.Mutex, known map[contentKey]*V, key contentKey, verify func() (*V, error)) (*V, error) {
 	mu.Lock()
 	v, ok := known[key]
 	mu.Unlock()
 	if ok {
 		return v, nil
 	}
-	v, err := make()
+	v, err := verify()
 	if err != nil {
 		return nil, err
 	}

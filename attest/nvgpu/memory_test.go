@@ -114,3 +114,17 @@ func BenchmarkAppraise(b *testing.B) {
 		}
 	})
 }
+
+func BenchmarkParse(b *testing.B) {
+	v, err := minted()
+	if err != nil {
+		b.Fatal(err)
+	}
+	r := report(b, v.GPUs()[0], simulate.GPUOptions{})
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := nvgpu.Parse(r); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

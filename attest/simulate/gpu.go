@@ -289,7 +289,7 @@ func (g *GPU) Report(nonce [32]byte, o GPUOptions) ([]byte, error) {
 	var opaque []byte
 	add := func(t uint16, v []byte) {
 		opaque = le.AppendUint16(opaque, t)
-		opaque = le.AppendUint16(opaque, uint16(len(v))) //nolint:gosec // a few hundred bytes
+		opaque = le.AppendUint16(opaque, uint16(len(v)))
 		opaque = append(opaque, v...)
 	}
 	onOff := func(on bool) []byte {
@@ -322,7 +322,7 @@ func (g *GPU) Report(nonce [32]byte, o GPUOptions) ([]byte, error) {
 	add(opaqueVersion, []byte{1, 0})
 	add(opaqueFeatureFlag, le.AppendUint16(nil, o.FeatureFlag))
 	opaque = append(opaque, o.Opaque...)
-	r = le.AppendUint16(r, uint16(len(opaque))) //nolint:gosec // a few hundred bytes
+	r = le.AppendUint16(r, uint16(len(opaque)))
 	r = append(r, opaque...)
 
 	if o.Edit != nil {

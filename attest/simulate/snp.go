@@ -386,8 +386,8 @@ func Table(entries ...Entry) []byte {
 	var head, body []byte
 	for _, e := range entries {
 		head = append(head, e.GUID...)
-		head = binary.LittleEndian.AppendUint32(head, uint32(offset+len(body))) //nolint:gosec // a few kilobytes
-		head = binary.LittleEndian.AppendUint32(head, uint32(len(e.DER)))       //nolint:gosec // a few kilobytes
+		head = binary.LittleEndian.AppendUint32(head, uint32(offset+len(body)))
+		head = binary.LittleEndian.AppendUint32(head, uint32(len(e.DER)))
 		body = append(body, e.DER...)
 	}
 	return append(append(head, make([]byte, 24)...), body...)

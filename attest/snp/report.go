@@ -230,7 +230,7 @@ func (r *Report) parsePolicy(p uint64) error {
 	}
 	bit := func(n uint) bool { return p>>n&1 == 1 }
 	r.Policy = Policy{
-		ABIMinor: uint8(p), ABIMajor: uint8(p >> 8), //nolint:gosec // single bytes of the field
+		ABIMinor: uint8(p), ABIMajor: uint8(p >> 8),
 		SMT: bit(16), MigrationAgent: bit(18), Debug: bit(19), SingleSocket: bit(20), CXL: bit(21),
 		MemAES256XTS: bit(22), RAPLDisabled: bit(23), CiphertextHiding: bit(24), PageSwapDisabled: bit(25),
 	}

@@ -262,7 +262,7 @@ func VerifyJob(origin, job string, entries []Entry) ([]Body, error) {
 			return nil, err
 		case b.Job != job:
 			return nil, fmt.Errorf("log entry %d is of another job", b.Index)
-		case b.JobSequence != uint64(i)+1: //nolint:gosec // an index
+		case b.JobSequence != uint64(i)+1:
 			return nil, fmt.Errorf("log entry %d is number %d of its job, want %d", b.Index, b.JobSequence, i+1)
 		case b.Index == 0 && !bytes.Equal(b.Prev, Genesis(origin).Hash):
 			return nil, fmt.Errorf("log entry 0 does not begin the log of %q", origin)

@@ -230,6 +230,11 @@ func TestReceipt(t *testing.T) {
 	if err := bad.Includes(e); err == nil {
 		t.Error("receipt of another digest includes the entry")
 	}
+	bad = good
+	bad.Job = "b"
+	if err := bad.Includes(e); err == nil {
+		t.Error("receipt of another job includes the entry")
+	}
 }
 
 func TestAppendRefusesIncomplete(t *testing.T) {

@@ -3,6 +3,7 @@ package verifier_test
 import (
 	"context"
 	"crypto/ecdsa"
+	"crypto/hpke"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -12,18 +13,19 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/lestrrat-go/jwx/v2/jwa"
 	"github.com/veraison/ear"
 
 	"github.com/coffer-run/coffer/attest/anchor"
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/verifier"
 	"github.com/coffer-run/coffer/attest/vtpm"
 	"github.com/coffer-run/coffer/attest/vtpm/vtpmtest"
-	"github.com/go-jose/go-jose/v4"
 )
 
 func TestNewRefusesWhatIsUnderSpecified(t *testing.T) {
@@ -299,13 +301,30 @@ func TestCancelledAppraisalLeavesTheNonce(t *testing.T) {
 	}
 }
 
+// The verifier here has vendors' anchors: whatever the fuzzer finds, it cannot
+// be accepted. Device formats have fuzz targets of their own.
 func FuzzAppraise(f *testing.F) {
-	w := newWorld(f)
-	f.Add(w.attester().collect().bytes())
-	keys, err := receipt.ParseKeys(verifierID, w.v.JWKS())
+	w := &world{t: f, now: time.Now(), anchors: anchor.Vendor(), nonce: make([]byte, verifier.NonceKeySize), signer: newSigner(f, verifierID)}
+	var err error
+	if w.policy, err = policy.Named("production"); err != nil {
+		f.Fatal(err)
+	}
+	w.v = w.verifier(nil)
+	if w.tpm, err = vtpmtest.New(w.now); err != nil {
+		f.Fatal(err)
+	}
+	rk, err := hpke.MLKEM768X25519().GenerateKey()
 	if err != nil {
 		f.Fatal(err)
 	}
+	a := &attester{world: w, noSNP: true, e: evidence.Envelope{
+		Version: evidence.Version, VerifierID: verifierID, Nonce: w.challenge(), JobID: "job-1", Plan: w.plan(nil), Sandbox: w.sandbox(nil),
+		RecipientKey: rk.PublicKey().Bytes(), SessionKey: sessionKey(f), Failures: []evidence.Failure{{Source: "gpu", Message: "lost"}},
+	}}
+	a.collect()
+	a.e.SNP = &evidence.SNP{Report: make([]byte, 1184)}
+	a.e.GPUs = []evidence.GPU{{UUID: "GPU-0", Report: make([]byte, 600), Chain: []byte("-----BEGIN CERTIFICATE-----")}}
+	f.Add(a.bytes())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		token, r, err := w.v.Appraise(context.Background(), b, audience)
 		if err != nil {
@@ -314,9 +333,8 @@ func FuzzAppraise(f *testing.F) {
 			}
 			return
 		}
-		want := receipt.Expect{Audience: audience, AnyJob: true, AllowSimulated: true}
-		if _, err := receipt.VerifyResult(keys, token, want, w.now); err == nil && len(r.Submods) != 3 {
-			t.Fatal("accepted without all devices")
+		if len(r.AllChecks().Failed()) == 0 {
+			t.Fatal("accepted")
 		}
 	})
 }

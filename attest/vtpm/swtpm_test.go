@@ -251,7 +251,7 @@ func (s *swtpm) extend(t *testing.T, events []vtpm.Event) {
 func TestRealTPM(t *testing.T) {
 	s := startSWTPM(t)
 	now := time.Now()
-	anchors, err := simulatedAnchors(t).WithEKRoots(anchor.Software, s.root)
+	anchors, err := anchor.Vendor().WithEKRoots(anchor.Discrete, s.root)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -274,7 +274,7 @@ func TestRealTPM(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if e.Class != anchor.Software || !e.Simulated {
+			if e.Class != anchor.Discrete || e.Simulated {
 				t.Errorf("class %q, simulated %v", e.Class, e.Simulated)
 			}
 			secret, err := s.activate(t, ek, ak, e.CredentialBlob, e.EncryptedSecret)
@@ -295,7 +295,7 @@ func TestRealTPM(t *testing.T) {
 			if f := res.Checks.Failed(); len(f) > 0 {
 				t.Fatalf("genuine quote refused: %+v", f)
 			}
-			if len(res.Events) != len(events) || res.Class != "software" || !res.Simulated {
+			if len(res.Events) != len(events) || res.Class != "discrete" || res.Simulated {
 				t.Errorf("result %+v", res)
 			}
 		})

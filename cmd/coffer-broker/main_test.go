@@ -130,7 +130,10 @@ func TestRefusesToStart(t *testing.T) {
 		"verifier without key": {func(_ *testing.T, dir string, c *Config) { c.Verifiers[0].JWKSFile = filepath.Join(dir, "none") }, "keys of verifier"},
 		"no signing key":       {func(_ *testing.T, dir string, c *Config) { c.KeyFile = filepath.Join(dir, "none") }, "no such file"},
 		"key for all to read":  {func(t *testing.T, _ string, c *Config) { check(t, os.Chmod(c.KEKFile, 0o644)) }, "chmod 600"},
-		"owner key is the kek": {func(_ *testing.T, _ string, c *Config) { c.KEKFile = c.OwnerWrapKeyFile; c.OwnerWrapKeyFile = c.KeyFile }, "not an ML-KEM"},
+		"owner key is the kek": {func(_ *testing.T, _ string, c *Config) {
+			c.KEKFile = c.OwnerWrapKeyFile
+			c.OwnerWrapKeyFile = c.KeyFile
+		}, "not an ML-KEM"},
 		"kek of another size": {func(t *testing.T, dir string, c *Config) {
 			c.KEKFile = filepath.Join(dir, "short")
 			check(t, keyfile.CreateSecret(c.KEKFile, 16))

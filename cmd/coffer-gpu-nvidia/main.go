@@ -18,7 +18,7 @@ import (
 
 func main() { daemon.Main(run) }
 
-func run(_ context.Context, args []string, _ io.Reader, _, stderr io.Writer) error {
+func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) error {
 	fs := flag.NewFlagSet("coffer-gpu-nvidia", flag.ContinueOnError)
 	fs.SetOutput(stderr)
 	emulated := fs.String("emulated", "", "use the GPUs of the device emulator at `socket`")
@@ -30,7 +30,7 @@ func run(_ context.Context, args []string, _ io.Reader, _, stderr io.Writer) err
 	}
 	lib := gonvml.New()
 	if *emulated != "" {
-		lib = nvml.New(emulate.Dial(*emulated))
+		lib = nvml.New(ctx, emulate.Dial(*emulated))
 	}
 	p, err := nvidia.Open(lib, *emulated != "")
 	if err != nil {

@@ -52,7 +52,7 @@ func TestConformance(t *testing.T) {
 	socket := emulatetest.Devices(t, v, server.Config{GPUs: 2})
 
 	t.Run("in process", func(t *testing.T) {
-		p, err := nvidia.Open(nvml.New(emulate.Dial(socket)), true)
+		p, err := nvidia.Open(nvml.New(t.Context(), emulate.Dial(socket)), true)
 		if err != nil {
 			t.Fatal(err)
 		}

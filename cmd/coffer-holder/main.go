@@ -71,6 +71,6 @@ func parse(args []string) (hold.Config, error) {
 	case *uid == 0 || *gid == 0 || *uid > maxID || *gid > maxID:
 		return hold.Config{}, errors.New("--uid and --gid must name a user that is not root")
 	}
-	cfg.UID, cfg.GID = uint32(*uid), uint32(*gid) //nolint:gosec // bounded above
+	cfg.UID, cfg.GID = uint32(*uid), uint32(*gid)
 	return cfg, nil
 }

@@ -47,8 +47,9 @@ func (c *cli) agent(role string) (agentv1connect.AgentServiceClient, error) {
 
 type brokerClient = brokerv1connect.BrokerServiceClient
 
-func (c *cli) broker(role string) (brokerClient, error) {
-	h, e, err := c.dial(role, daemon.RoleBroker)
+// broker returns a client of the broker, as the stack's owner.
+func (c *cli) broker() (brokerClient, error) {
+	h, e, err := c.dial(daemon.RoleOwner, daemon.RoleBroker)
 	if err != nil {
 		return nil, err
 	}

@@ -39,8 +39,8 @@ type fakeStack struct {
 	dir    string
 	agent  *fakeAgent
 	broker *fakeBroker
-	// stopAgent ends the agent's listener; startAgent brings it back.
-	stopAgent, startAgent func()
+	// stopAgent ends the agent's listener.
+	stopAgent func()
 	// seen is told of everything on standard output.
 	seen func(string)
 }
@@ -53,8 +53,10 @@ type fakeAgent struct {
 	events []*agentv1.WatchResponse
 	// hold keeps a stream open after the last event, until closed.
 	hold chan struct{}
-	// cut ends a stream after that many events, once.
+	// cut ends a stream after that many events, once; abort does it as a killed
+	// agent would.
 	cut     int
+	abort   bool
 	refuse  *check.Refusal
 	keys    []string
 	callers []string
@@ -112,6 +114,9 @@ func (a *fakeAgent) Watch(ctx context.Context, r *connect.Request[agentv1.WatchR
 	for _, e := range a.events {
 		if e.GetSequence() <= r.Msg.GetAfterSequence() {
 			continue
+		}
+		if cut > 0 && sent == cut && a.abort {
+			panic(http.ErrAbortHandler)
 		}
 		if cut > 0 && sent == cut {
 			return connect.NewError(connect.CodeUnavailable, errors.New("shutting down"))
@@ -186,19 +191,17 @@ func newFakeStack(t *testing.T) *fakeStack {
 			t.Fatal(err)
 		}
 	}
-	serve := func(role, name string, h http.Handler, port int) (int, func()) {
+	serve := func(role, name string, h http.Handler) (int, func()) {
 		cfg, err := pki.Files(dir, role, name).Server()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if port == 0 {
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			port = l.Addr().(*net.TCPAddr).Port
-			_ = l.Close()
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
 		}
+		port := l.Addr().(*net.TCPAddr).Port
+		_ = l.Close()
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan error, 1)
 		addr := fmt.Sprintf("127.0.0.1:%d", port)
@@ -225,11 +228,10 @@ func newFakeStack(t *testing.T) *fakeStack {
 		s.agent.mu.Unlock()
 		mux.ServeHTTP(w, r)
 	})
-	agentPort, stop := serve("agent", "node-1", handler, 0)
+	agentPort, stop := serve("agent", "node-1", handler)
 	s.stopAgent = stop
-	s.startAgent = func() { _, s.stopAgent = serve("agent", "node-1", handler, agentPort) }
 	_, bh := brokerv1connect.NewBrokerServiceHandler(s.broker)
-	brokerPort, stopBroker := serve("broker", "broker", bh, 0)
+	brokerPort, stopBroker := serve("broker", "broker", bh)
 	t.Cleanup(func() { s.stopAgent(); stopBroker() })
 	info := fmt.Sprintf(`{"version":"coffer.run/stack/v1","ports":{"verifier":1,"broker":%d,"agent":%d},"bin":"","tools":""}`, brokerPort, agentPort)
 	if err := os.WriteFile(filepath.Join(s.dir, "stack.json"), []byte(info), 0o600); err != nil {
@@ -345,12 +347,13 @@ func TestSubmitWatchOutcomes(t *testing.T) {
 				{Id: "snp.signature", Outcome: "pass"},
 				{Id: "snp.debug", Outcome: "fail", Expected: "off", Found: "on\x1b[2J"},
 			}}, exitRefused,
-			[]string{"refused at verify: 2 checks failed", "gpu0.nonce\n    expected  aa\n    found     bb\n    hint      attest again", "on?[2J", "the verifier refused"},
+			[]string{"refused at verify: 2 checks failed", "gpu0.nonce\n    expected  aa\n    found     bb\n    hint      attest again", "on?[2J"},
 		},
-		"failed":         {&agentv1.Job{State: stateFailed, Stage: "start", Reason: "exit", Message: "exit code 3"}, exitFailed, []string{"failed at start (exit): exit code 3"}},
-		"cancelled":      {&agentv1.Job{State: stateCancelled, Stage: "start"}, exitFailed, []string{"cancelled at start"}},
-		"an odd stream":  {&agentv1.Job{State: "running"}, exitUnknown, []string{"still running"}},
-		"unknown states": {&agentv1.Job{State: "\x1b"}, exitUnknown, []string{"still ?"}},
+		"refused without a check": {&agentv1.Job{State: stateRefused, Stage: "admit", Message: "no"}, exitRefused, []string{"refused at admit: no"}},
+		"failed":                  {&agentv1.Job{State: stateFailed, Stage: "start", Reason: "exit", Message: "exit code 3"}, exitFailed, []string{"failed at start (exit): exit code 3"}},
+		"cancelled":               {&agentv1.Job{State: stateCancelled, Stage: "start"}, exitFailed, []string{"cancelled at start"}},
+		"an odd stream":           {&agentv1.Job{State: "running"}, exitUnknown, []string{"still running"}},
+		"unknown states":          {&agentv1.Job{State: "\x1b"}, exitUnknown, []string{"still ?"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newFakeStack(t)
@@ -400,14 +403,18 @@ func (b *tap) Write(p []byte) (int, error) {
 }
 
 func TestWatchSurvivesARestartOfTheAgent(t *testing.T) {
-	s := newFakeStack(t)
-	s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", State: stateSucceeded}
-	s.agent.events = []*agentv1.WatchResponse{logged(1, "stdout", "a\n"), logged(2, "stdout", "b\n"), logged(3, "stdout", "c\n")}
-	s.agent.cut = 2
-	r := s.coffer(t.Context(), "logs", "-f", "job-1")
-	r.want(t, 0, "the node agent is away")
-	if r.stdout != "a\nb\nc\n" {
-		t.Errorf("got %q", r.stdout)
+	for name, abort := range map[string]bool{"stopped": false, "killed": true} {
+		t.Run(name, func(t *testing.T) {
+			s := newFakeStack(t)
+			s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", State: stateSucceeded}
+			s.agent.events = []*agentv1.WatchResponse{logged(1, "stdout", "a\n"), logged(2, "stdout", "b\n"), logged(3, "stdout", "c\n")}
+			s.agent.cut, s.agent.abort = 2, abort
+			r := s.coffer(t.Context(), "logs", "-f", "job-1")
+			r.want(t, 0, "the node agent is away")
+			if r.stdout != "a\nb\nc\n" {
+				t.Errorf("got %q", r.stdout)
+			}
+		})
 	}
 }
 
@@ -544,7 +551,7 @@ func TestPrintableAndLines(t *testing.T) {
 	b.Reset()
 	l := &lines{w: &b, mark: "> "}
 	for _, part := range []string{"10%\r50%\r100%\r\nx", strings.Repeat("y", maxLine), "\n"} {
-		if _, err := l.Write([]byte(part)); err != nil {
+		if err := l.write([]byte(part)); err != nil {
 			t.Fatal(err)
 		}
 	}

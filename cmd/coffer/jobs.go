@@ -471,7 +471,7 @@ func (c *cli) events(ctx context.Context, a agentv1connect.AgentServiceClient, i
 		switch {
 		case err == nil:
 			return nil
-		case ctx.Err() != nil || connect.CodeOf(err) != connect.CodeUnavailable || !isRemote(err):
+		case ctx.Err() != nil || !away(err):
 			return c.explain("follow job "+id, serverAgent, err)
 		case last != seen:
 			lost = time.Time{}
@@ -493,10 +493,11 @@ func (c *cli) events(ctx context.Context, a agentv1connect.AgentServiceClient, i
 	}
 }
 
-// isRemote reports whether an error came from the call, not from do.
-func isRemote(err error) bool {
+// away reports whether a stream broke because the agent ended: it said that it
+// is about to, or the connection broke, which is an error that no server sent.
+func away(err error) bool {
 	var ce *connect.Error
-	return errors.As(err, &ce)
+	return errors.As(err, &ce) && (ce.Code() == connect.CodeUnavailable || !connect.IsWireError(err))
 }
 
 // stream reads one stream of events until it ends.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -157,23 +158,23 @@ type lines struct {
 	held []byte
 }
 
-func (l *lines) Write(b []byte) (int, error) {
+func (l *lines) write(b []byte) error {
 	l.held = append(l.held, b...)
 	for {
-		i := strings.IndexByte(string(l.held), '\n')
+		i := bytes.IndexByte(l.held, '\n')
 		switch {
 		case i >= 0:
 			if err := l.line(l.held[:i]); err != nil {
-				return 0, err
+				return err
 			}
 			l.held = l.held[i+1:]
 		case len(l.held) >= maxLine:
 			if err := l.line(l.held[:maxLine]); err != nil {
-				return 0, err
+				return err
 			}
 			l.held = l.held[maxLine:]
 		default:
-			return len(b), nil
+			return nil
 		}
 	}
 }

@@ -19,7 +19,6 @@ import (
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/keys"
 	"github.com/coffer-run/coffer/enclave/seal"
-	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/stack"
 )
 
@@ -108,7 +107,7 @@ func (c *cli) seal(ctx context.Context, src, name string, kind brokerv1.AssetKin
 	if _, err := os.Lstat(out); err == nil {
 		return &exitError{code: exitUsage, text: out + " exists: name a new folder with --out"}
 	}
-	b, err := c.broker(daemon.RoleOwner)
+	b, err := c.broker()
 	if err != nil {
 		return err
 	}
@@ -126,7 +125,7 @@ func (c *cli) seal(ctx context.Context, src, name string, kind brokerv1.AssetKin
 			return &exitError{code: exitFailed, text: fmt.Sprintf("asset %s exists already: choose another name", name)}
 		}
 	}
-	if err := os.MkdirAll(filepath.Dir(filepath.Clean(out)), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(filepath.Clean(out)), 0o750); err != nil {
 		return err
 	}
 	key := keys.GenerateDataKey()
@@ -250,7 +249,7 @@ created like this; datasets and weights come with coffer seal.`,
 		if err := checkAssetName(cmd, args[0]); err != nil {
 			return err
 		}
-		b, err := c.broker(daemon.RoleOwner)
+		b, err := c.broker()
 		if err != nil {
 			return err
 		}
@@ -273,7 +272,7 @@ func (c *cli) assetsListCmd() *cobra.Command {
 	}
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		b, err := c.broker(daemon.RoleOwner)
+		b, err := c.broker()
 		if err != nil {
 			return err
 		}
@@ -362,7 +361,7 @@ digest of a job file. Evidence of an emulated machine counts only with
 				return err
 			}
 		}
-		b, err := c.broker(daemon.RoleOwner)
+		b, err := c.broker()
 		if err != nil {
 			return err
 		}
@@ -402,7 +401,7 @@ func (c *cli) grantsListCmd() *cobra.Command {
 				return usagef(cmd, "--plan: %s", err)
 			}
 		}
-		b, err := c.broker(daemon.RoleOwner)
+		b, err := c.broker()
 		if err != nil {
 			return err
 		}
@@ -456,7 +455,7 @@ have obtained already stay with those jobs until they end.`,
 		if clean(reason) != reason || len(reason) > 256 {
 			return usagef(cmd, "--reason: want one line of at most 256 bytes, %s given", strconv.Itoa(len(reason)))
 		}
-		b, err := c.broker(daemon.RoleOwner)
+		b, err := c.broker()
 		if err != nil {
 			return err
 		}

@@ -37,21 +37,21 @@ func (c *cli) watch(ctx context.Context, a agentv1connect.AgentServiceClient, id
 			if e.GetLog().GetStream() == "stderr" {
 				w = errs
 			}
-			_, err := w.Write(e.GetLog().GetData())
-			return err
+			return w.write(e.GetLog().GetData())
 		case e.GetStage() != nil:
 			s := e.GetStage()
-			outcome := ""
+			outcome, detail := "", clean(s.GetDetail())
 			switch s.GetPhase() {
 			case "done":
 				outcome = "ok"
 			case "failed":
-				outcome = "failed"
+				// Why comes at the end, in full.
+				outcome, detail = "failed", ""
 			default:
 				// The line comes when the stage has ended, with its time.
 				return nil
 			}
-			line := fmt.Sprintf("  %-10s %-6s %8s  %s", clean(s.GetStage()), outcome, took(time.Duration(s.GetDurationNanos())), clean(s.GetDetail()))
+			line := fmt.Sprintf("  %-10s %-6s %8s  %s", clean(s.GetStage()), outcome, took(time.Duration(s.GetDurationNanos())), detail)
 			return say("%s\n", strings.TrimRight(line, " "))
 		case e.GetCheckpoint() != nil:
 			k := e.GetCheckpoint()
@@ -86,13 +86,12 @@ func (c *cli) outcome(j *agentv1.Job) error {
 		_, err := fmt.Fprintf(c.stdout, "succeeded. Evidence: `coffer evidence get %s -o %s.json`\n", id, id)
 		return err
 	case stateRefused:
-		if err := printRefusal(c.stdout, j.GetStage(), failedChecks(j)); err != nil {
-			return err
-		}
-		if j.GetMessage() != "" {
-			if _, err := fmt.Fprintln(c.stdout, clean(j.GetMessage())); err != nil {
+		if failed := failedChecks(j); len(failed) > 0 {
+			if err := printRefusal(c.stdout, j.GetStage(), failed); err != nil {
 				return err
 			}
+		} else if _, err := fmt.Fprintf(c.stdout, "refused at %s: %s\n", clean(orDash(j.GetStage())), clean(orDash(j.GetMessage()))); err != nil {
+			return err
 		}
 		return &exitError{code: exitRefused}
 	case stateFailed, stateCancelled:

@@ -191,7 +191,9 @@ func (g gpuSource) UUIDs(ctx context.Context) ([]string, error) {
 	return out, nil
 }
 
-func (g gpuSource) SetReady(ctx context.Context, ready bool) error { return g.plugin.SetReady(ctx, ready) }
+func (g gpuSource) SetReady(ctx context.Context, ready bool) error {
+	return g.plugin.SetReady(ctx, ready)
+}
 
 // renewAfter is half of an attestation key credential's life.
 const renewAfter = 12 * time.Hour

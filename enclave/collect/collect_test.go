@@ -63,7 +63,7 @@ func newNode(t *testing.T) *node {
 	t.Helper()
 	n := &node{vendor: emulatetest.Vendor(t), machine: emulatetest.NewTPM(t), log: filepath.Join(t.TempDir(), "log")}
 	socket := emulatetest.Devices(t, n.vendor, server.Config{GPUs: 2})
-	p, err := nvidia.Open(nvml.New(emulate.Dial(socket)), true)
+	p, err := nvidia.Open(nvml.New(t.Context(), emulate.Dial(socket)), true)
 	if err != nil {
 		t.Fatal(err)
 	}

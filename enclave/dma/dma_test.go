@@ -33,6 +33,16 @@ func filled(t *testing.T, size int64, chunk int) *Region {
 	return r
 }
 
+func roFD(t *testing.T, r *Region) int {
+	t.Helper()
+	fd, err := r.ReadOnlyFD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	return fd
+}
+
 func TestRegionHoldsWhatWasFilled(t *testing.T) {
 	for _, size := range []int64{0, 1, 4096, 10_000, 1 << 20} {
 		r := filled(t, size, 4096)
@@ -50,7 +60,7 @@ func TestRegionHoldsWhatWasFilled(t *testing.T) {
 
 func TestRegionRefusesWriters(t *testing.T) {
 	r := filled(t, 8192, 4096)
-	ro := r.ReadOnlyFD()
+	ro := roFD(t, r)
 	path := fmt.Sprintf("/proc/self/fd/%d", ro)
 	for name, write := range map[string]func() error{
 		"pwrite":    func() error { _, err := unix.Pwrite(ro, []byte("x"), 0); return err },
@@ -105,11 +115,11 @@ func TestRegionRefusesWriters(t *testing.T) {
 
 func TestScrub(t *testing.T) {
 	r := filled(t, 3<<20+17, 1<<20)
-	dup, err := unix.Dup(r.ReadOnlyFD())
+	fd, err := r.ReadOnlyFD()
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := os.NewFile(uintptr(dup), "dup")
+	f := os.NewFile(uintptr(fd), "kept")
 	defer f.Close()
 	before := make([]byte, 1)
 	if _, err := f.ReadAt(before, 2<<20); err != nil || before[0] != 3 {
@@ -124,6 +134,9 @@ func TestScrub(t *testing.T) {
 	}
 	if _, err := r.ReadAt(before, 0); !errors.Is(err, ErrClosed) {
 		t.Errorf("scrubbed region reads: %v", err)
+	}
+	if _, err := r.ReadOnlyFD(); !errors.Is(err, ErrClosed) {
+		t.Errorf("scrubbed region hands out descriptors: %v", err)
 	}
 	if err := r.Fill(context.Background(), 4096, 1, nil); !errors.Is(err, ErrClosed) {
 		t.Errorf("scrubbed region fills: %v", err)

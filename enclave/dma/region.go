@@ -66,7 +66,7 @@ func New(name string, size int64) (_ *Region, err error) {
 		if err := unix.Madvise(r.mem, unix.MADV_DONTDUMP); err != nil {
 			return nil, fmt.Errorf("keep region out of core dumps: %w", err)
 		}
-		// Locking also faults every page in.
+		prefault(r.mem)
 		if err := unix.Mlock(r.mem); err != nil {
 			return nil, fmt.Errorf("lock region of %d bytes (is RLIMIT_MEMLOCK or the memory limit too small?): %w", size, err)
 		}
@@ -86,9 +86,21 @@ func New(name string, size int64) (_ *Region, err error) {
 // Size is in bytes.
 func (r *Region) Size() int64 { return r.size }
 
-// ReadOnlyFD is a descriptor that cannot write. It is the region's: a caller
-// that keeps it longer than the region duplicates it.
-func (r *Region) ReadOnlyFD() int { return int(r.ro.Fd()) }
+// ReadOnlyFD returns a new descriptor that cannot write. It is the caller's to
+// close, and outlives the region: then it reads zeros.
+func (r *Region) ReadOnlyFD() (int, error) {
+	// The lock keeps Close away: a number that was given back may be anything.
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if r.scrubbed.Load() {
+		return -1, ErrClosed
+	}
+	fd, err := unix.FcntlInt(r.ro.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("duplicate region descriptor: %w", err)
+	}
+	return fd, nil
+}
 
 // ReadAt implements io.ReaderAt. A scrubbed region refuses: its zeros are no content.
 func (r *Region) ReadAt(p []byte, off int64) (int, error) {
@@ -193,6 +205,26 @@ func (r *Region) Close() error {
 		}
 	}
 	return err
+}
+
+// prefault has several cores fault pages in, which is slower than the cipher. A
+// kernel that cannot (before 5.14), or a limit that is reached, shows when the
+// pages are locked.
+func prefault(mem []byte) {
+	const piece = 16 << 20
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), (len(mem)+piece-1)/piece) {
+		wg.Go(func() {
+			for {
+				at := int(next.Add(piece)) - piece
+				if at >= len(mem) || unix.Madvise(mem[at:min(at+piece, len(mem))], unix.MADV_POPULATE_WRITE) != nil {
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func allZero(b []byte) bool {

@@ -32,6 +32,8 @@ type eventLog struct {
 	// news is closed and replaced when the list grows.
 	news    chan struct{}
 	dropped int64
+	// over: nothing will follow, so nobody need wait.
+	over bool
 }
 
 func newEventLog(now func() time.Time) *eventLog {
@@ -64,6 +66,15 @@ func (l *eventLog) add(e holdapi.Event) {
 	l.news = make(chan struct{})
 }
 
+// close ends every wait.
+func (l *eventLog) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.over = true
+	close(l.news)
+	l.news = make(chan struct{})
+}
+
 func (l *eventLog) after(ctx context.Context, seq uint64, wait time.Duration) []holdapi.Event {
 	t := time.NewTimer(min(wait, maxWait))
 	defer t.Stop()
@@ -84,8 +95,11 @@ func (l *eventLog) after(ctx context.Context, seq uint64, wait time.Duration) []
 			l.mu.Unlock()
 			return out
 		}
-		news := l.news
+		news, over := l.news, l.over
 		l.mu.Unlock()
+		if over {
+			return nil
+		}
 		select {
 		case <-ctx.Done():
 			return nil

@@ -182,6 +182,7 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 	if h.ckptFS, err = mountCheckpoints(h.path(holdapi.CheckpointsName), cfg.UID, cfg.GID, h.commit, time.Now); err != nil {
 		return nil, err
 	}
+	h.log.InfoContext(ctx, "holder is ready", "passthrough", h.inputFS.passthrough)
 	return h, nil
 }
 
@@ -292,7 +293,7 @@ func (h *Holder) deliver(d holdapi.Deliver) error {
 }
 
 // input takes a sealed folder. root becomes the holder's.
-func (h *Holder) input(in holdapi.Input, root *os.Root) (err error) {
+func (h *Holder) input(ctx context.Context, in holdapi.Input, root *os.Root) (err error) {
 	defer func() {
 		if err != nil {
 			_ = root.Close()
@@ -323,7 +324,7 @@ func (h *Holder) input(in holdapi.Input, root *os.Root) (err error) {
 		return fail(holdapi.CodeFull, "more than %d inputs", maxInputs)
 	}
 	h.inputs = append(h.inputs, &heldInput{Input: in, root: root, folder: folder})
-	h.inputFS.addInput(in.Name)
+	h.inputFS.addInput(ctx, in.Name)
 	return nil
 }
 
@@ -355,7 +356,7 @@ func (h *Holder) setSink(s holdapi.Sink, root *os.Root) (err error) {
 
 // decrypt fills the regions of all inputs, once. A second call waits for the
 // first and has its answer.
-func (h *Holder) decrypt() (holdapi.Decrypted, error) {
+func (h *Holder) decrypt(ctx context.Context) (holdapi.Decrypted, error) {
 	h.mu.Lock()
 	if h.state != notDecrypted {
 		filled := h.filled
@@ -383,7 +384,7 @@ func (h *Holder) decrypt() (holdapi.Decrypted, error) {
 	h.mu.Unlock()
 
 	start := time.Now()
-	res, err := h.fill(inputs, work)
+	res, err := h.fill(ctx, inputs, work)
 	res.Nanos = time.Since(start).Nanoseconds()
 
 	h.mu.Lock()
@@ -394,7 +395,7 @@ func (h *Holder) decrypt() (holdapi.Decrypted, error) {
 		// Nothing of an input that was damaged is kept.
 		for _, r := range h.regions {
 			if serr := r.Scrub(); serr != nil {
-				h.log.Error("scrub after failed decryption", "error", serr)
+				h.log.ErrorContext(ctx, "scrub after failed decryption", "error", serr)
 			}
 		}
 	}
@@ -402,7 +403,7 @@ func (h *Holder) decrypt() (holdapi.Decrypted, error) {
 	return h.result, h.failure
 }
 
-func (h *Holder) fill(inputs []*heldInput, work map[*heldInput]*keys.DataKey) (holdapi.Decrypted, error) {
+func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldInput]*keys.DataKey) (holdapi.Decrypted, error) {
 	var res holdapi.Decrypted
 	type placed struct {
 		input, name string
@@ -426,7 +427,7 @@ func (h *Holder) fill(inputs []*heldInput, work map[*heldInput]*keys.DataKey) (h
 		}
 	}
 	for _, f := range files {
-		h.inputFS.addFile(f.input, f.name, f.region)
+		h.inputFS.addFile(ctx, f.input, f.name, f.region)
 	}
 	return res, nil
 }
@@ -462,6 +463,10 @@ func (h *Holder) commit(name string, files []seal.Source) error {
 }
 
 func (h *Holder) sealCommit(name string, files []seal.Source) error {
+	// A checkpoint is the job's own, or it is none.
+	if err := h.trace.waitStart(h.ending.Done(), h.cfg.StartWait); err != nil {
+		return err
+	}
 	start := time.Now()
 	h.mu.Lock()
 	sink := h.sink
@@ -539,13 +544,14 @@ func (h *Holder) finish(ctx context.Context) (holdapi.Status, error) {
 
 	err := h.release(ctx)
 	if err != nil {
-		h.log.Error("finish", "error", err)
+		h.log.ErrorContext(ctx, "finish", "error", err)
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.scrubbed = err == nil
 	h.final = h.current()
 	close(h.finished)
+	h.events.close()
 	if err != nil {
 		return h.final, &apiError{holdapi.CodeIO, err}
 	}

@@ -13,6 +13,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -53,8 +55,11 @@ func holderBinary(t *testing.T) string {
 			return
 		}
 		build.path = filepath.Join(dir, "coffer-holder")
-		c := exec.Command("go", "build", "-o", build.path, "github.com/coffer-run/coffer/cmd/coffer-holder")
-		c.Env = append(os.Environ(), "CGO_ENABLED=0")
+		args := []string{"build", "-o", build.path}
+		if bi, ok := debug.ReadBuildInfo(); ok && slices.Contains(bi.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+			args = append(args, "-race")
+		}
+		c := exec.Command("go", append(args, "github.com/coffer-run/coffer/cmd/coffer-holder")...)
 		if out, err := c.CombinedOutput(); err != nil {
 			build.err = fmt.Errorf("%w: %s", err, out)
 		}
@@ -112,6 +117,11 @@ func start(t *testing.T, args ...string) *holder {
 	t.Cleanup(func() {
 		_ = h.cmd.Process.Kill()
 		_ = h.cmd.Wait()
+		for l := range strings.Lines(h.log.String()) {
+			if !strings.HasPrefix(l, `{"time":`) {
+				t.Errorf("the holder said: %s", l)
+			}
+		}
 		if err := holdapi.Cleanup(run); err != nil {
 			t.Error(err)
 		}
@@ -583,6 +593,7 @@ func TestLogs(t *testing.T) {
 
 func TestCheckpointFiles(t *testing.T) {
 	h := start(t)
+	h.trace().start()
 	ctx := t.Context()
 	key := keys.GenerateDataKey()
 	sink := t.TempDir()
@@ -688,6 +699,186 @@ func TestCheckpointFiles(t *testing.T) {
 	must(t, err)
 	if st.RegionBytes != 0 {
 		t.Errorf("%d bytes are held after everything was committed", st.RegionBytes)
+	}
+}
+
+func TestFullSink(t *testing.T) {
+	h := start(t)
+	h.trace().start()
+	ctx := t.Context()
+	key := keys.GenerateDataKey()
+	sink := t.TempDir()
+	must(t, unix.Mount("tmpfs", sink, "tmpfs", 0, "size=2m"))
+	t.Cleanup(func() { _ = unix.Unmount(sink, unix.MNT_DETACH) })
+	must(t, h.deliver(key, "ckpt"))
+	must(t, h.c.Sink(ctx, holdapi.Sink{Asset: "ckpt", Plan: planDigest, MaxBytes: 8 << 20}, sink))
+	root := h.path("checkpoints")
+	commit := func(name string, n int) error {
+		must(t, os.WriteFile(filepath.Join(root, name+".tmp"), pattern(n), 0o600))
+		return os.Rename(filepath.Join(root, name+".tmp"), filepath.Join(root, name))
+	}
+	must(t, commit("first", 500_000))
+	if err := commit("second", 3<<20); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("commit to a full disk: %v", err)
+	}
+	es, err := os.ReadDir(sink)
+	if err != nil || len(es) != 1 {
+		t.Errorf("sink holds %v, %v", es, err)
+	}
+	// What was not sealed is still there, and can be made smaller and tried again.
+	b, err := os.ReadFile(filepath.Join(root, "second.tmp"))
+	if err != nil || !bytes.Equal(b, pattern(3<<20)) {
+		t.Errorf("uncommitted file: %d bytes, %v", len(b), err)
+	}
+	must(t, commit("second", 400_000))
+	st, err := h.c.Status(ctx)
+	must(t, err)
+	if len(st.Checkpoints) != 2 || st.Checkpoints[1].Sequence != 2 || st.Checkpoints[1].Parent != st.Checkpoints[0].Digest {
+		t.Fatalf("%+v", st.Checkpoints)
+	}
+	openSealed(t, key, "ckpt", filepath.Join(sink, st.Checkpoints[0].Folder()), st.Checkpoints[0].Digest, map[string][]byte{"first": pattern(500_000)})
+	openSealed(t, key, "ckpt", filepath.Join(sink, st.Checkpoints[1].Folder()), st.Checkpoints[1].Digest, map[string][]byte{"second": pattern(400_000)})
+	evs, err := h.c.Events(ctx, holdapi.Events{})
+	must(t, err)
+	if len(evs) != 4 || evs[2].Kind != "checkpoint-error" || !strings.Contains(evs[2].Detail, "no space") {
+		t.Errorf("%+v", evs)
+	}
+}
+
+// A job with more commits than a status shows.
+func TestManyCheckpoints(t *testing.T) {
+	h := start(t)
+	h.trace().start()
+	ctx := t.Context()
+	must(t, h.deliver(keys.GenerateDataKey(), "ckpt"))
+	must(t, h.c.Sink(ctx, holdapi.Sink{Asset: "ckpt", Plan: planDigest, MaxBytes: 1 << 20}, t.TempDir()))
+	const n = 130
+	name := h.path("checkpoints", strings.Repeat("n", 128))
+	for range n {
+		must(t, os.WriteFile(name+".tmp", []byte("x"), 0o600))
+		must(t, os.Rename(name+".tmp", name))
+	}
+	st, err := h.c.Finish(ctx)
+	must(t, err)
+	all, err := h.c.Checkpoints(ctx)
+	must(t, err)
+	if len(st.Checkpoints) != 100 || st.Checkpoints[99].Sequence != n || len(all) != n {
+		t.Fatalf("status has %d, all are %d", len(st.Checkpoints), len(all))
+	}
+	parent := plan.Digest("")
+	for i, c := range all {
+		if c.Sequence != uint64(i+1) || c.Parent != parent {
+			t.Fatalf("commit %d: %+v", i, c)
+		}
+		parent = c.Digest
+	}
+}
+
+// What is written before the container is seen to start is not the job's.
+func TestCheckpointBeforeTheStart(t *testing.T) {
+	h := start(t)
+	must(t, h.deliver(keys.GenerateDataKey(), "ckpt"))
+	must(t, h.c.Sink(t.Context(), holdapi.Sink{Asset: "ckpt", Plan: planDigest, MaxBytes: 1 << 20}, t.TempDir()))
+	must(t, os.WriteFile(h.path("checkpoints/x.tmp"), []byte("x"), 0o600))
+	renamed := make(chan error)
+	go func() { renamed <- os.Rename(h.path("checkpoints/x.tmp"), h.path("checkpoints/x")) }()
+	time.Sleep(200 * time.Millisecond)
+	st, err := h.c.Finish(t.Context())
+	if err != nil || len(st.Checkpoints) != 0 {
+		t.Errorf("%+v %v", st.Checkpoints, err)
+	}
+	if err := <-renamed; err == nil {
+		t.Error("committed before the start")
+	}
+}
+
+// A key released for one plan seals no checkpoint of another.
+func TestCheckpointOfAnotherPlan(t *testing.T) {
+	h := start(t)
+	h.trace().start()
+	must(t, h.deliver(keys.GenerateDataKey(), "ckpt"))
+	must(t, h.c.Sink(t.Context(), holdapi.Sink{Asset: "ckpt", Plan: plan.Sum([]byte("other")), MaxBytes: 8 << 20}, t.TempDir()))
+	must(t, os.WriteFile(h.path("checkpoints/x.tmp"), []byte("x"), 0o600))
+	if err := os.Rename(h.path("checkpoints/x.tmp"), h.path("checkpoints/x")); !errors.Is(err, unix.EIO) {
+		t.Errorf("%v", err)
+	}
+}
+
+// A job that still has an input open when it is over keeps zeros.
+func TestFinishUnderAReader(t *testing.T) {
+	h := start(t)
+	ctx := t.Context()
+	key := keys.GenerateDataKey()
+	want := pattern(3 << 20)
+	dir, digest := sealed(t, key, "a", map[string][]byte{"f": want})
+	must(t, h.c.Input(ctx, holdapi.Input{Name: "in", Asset: "a", Digest: digest}, dir))
+	must(t, h.deliver(key, "a"))
+	_, err := h.c.Decrypt(ctx)
+	must(t, err)
+	h.trace().start()
+	h.waitStarted()
+	f, err := os.Open(h.path("inputs/in/f"))
+	must(t, err)
+	defer f.Close()
+	m, err := unix.Mmap(int(f.Fd()), 0, len(want), unix.PROT_READ, unix.MAP_SHARED)
+	must(t, err)
+	defer func() { _ = unix.Munmap(m) }()
+	if !bytes.Equal(m, want) {
+		t.Error("the map differs")
+	}
+	st, err := h.c.Finish(ctx)
+	if err != nil || !st.Scrubbed {
+		t.Errorf("%+v %v", st, err)
+	}
+	if !bytes.Equal(m, make([]byte, len(want))) {
+		t.Error("the map still shows plaintext")
+	}
+	b := make([]byte, 100)
+	if n, err := f.ReadAt(b, 0); err == nil && !bytes.Equal(b[:n], make([]byte, n)) {
+		t.Error("the descriptor still reads plaintext")
+	}
+	if _, err := os.ReadDir(h.path("inputs")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("inputs after finish: %v", err)
+	}
+}
+
+func TestTerminated(t *testing.T) {
+	h := start(t)
+	second := exec.Command(holderBinary(t), "--run", h.run, "--job", "job-2", "--uid", "1", "--gid", "1", "--log-bytes", "1")
+	if out, err := second.CombinedOutput(); err == nil {
+		t.Errorf("a second holder started in the same folder: %s", out)
+	}
+	if hi, err := h.c.Hello(t.Context()); err != nil || hi.JobID != jobID {
+		t.Errorf("the first holder suffered: %+v %v", hi, err)
+	}
+	must(t, h.cmd.Process.Signal(syscall.SIGTERM))
+	must(t, h.cmd.Wait())
+	if es, err := os.ReadDir(h.run); err != nil || len(es) != 0 {
+		t.Errorf("left behind: %v %v", es, err)
+	}
+}
+
+func TestFlags(t *testing.T) {
+	dir := t.TempDir()
+	good := []string{"--run", dir, "--job", "j", "--uid", "1", "--gid", "1", "--log-bytes", "1"}
+	for name, args := range map[string][]string{
+		"none":               nil,
+		"root as the job":    append(slices.Clone(good), "--uid", "0"),
+		"an argument":        append(slices.Clone(good), "x"),
+		"no log":             append(slices.Clone(good), "--log-bytes", "0"),
+		"an unknown flag":    append(slices.Clone(good), "--x"),
+		"a folder for all":   good,
+		"a folder not there": append(slices.Clone(good), "--run", dir+"/x"),
+	} {
+		c := exec.Command(holderBinary(t), args...)
+		var out, log bytes.Buffer
+		c.Stdout, c.Stderr = &out, &log
+		if err := c.Run(); err == nil {
+			t.Errorf("%s: started", name)
+		}
+		if out.Len() > 0 || !strings.Contains(log.String(), `"holder ended"`) {
+			t.Errorf("%s: said %q and %q", name, out.String(), log.String())
+		}
 	}
 }
 

@@ -130,21 +130,21 @@ func mountInputs(path string, uid, gid uint32, wait func(<-chan struct{}) error,
 	return t, nil
 }
 
-func (t *inputTree) newDir(parent *inputDir, name string, gated bool) *inputDir {
+func (t *inputTree) newDir(ctx context.Context, parent *inputDir, name string, gated bool) *inputDir {
 	d := &inputDir{t: t, gated: gated}
-	parent.AddChild(name, parent.NewPersistentInode(context.Background(), d, fs.StableAttr{Mode: syscall.S_IFDIR}), false)
+	parent.AddChild(name, parent.NewPersistentInode(ctx, d, fs.StableAttr{Mode: syscall.S_IFDIR}), false)
 	return d
 }
 
 // addInput makes the empty folder of an input.
-func (t *inputTree) addInput(name string) {
+func (t *inputTree) addInput(ctx context.Context, name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.dirs[name] = t.newDir(t.root, name, true)
+	t.dirs[name] = t.newDir(ctx, t.root, name, true)
 }
 
 // addFile puts a region under an input's folder. name was checked by seal.
-func (t *inputTree) addFile(input, name string, r *dma.Region) {
+func (t *inputTree) addFile(ctx context.Context, input, name string, r *dma.Region) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	d, at := t.dirs[input], input
@@ -153,13 +153,13 @@ func (t *inputTree) addFile(input, name string, r *dma.Region) {
 		at = path.Join(at, p)
 		next := t.dirs[at]
 		if next == nil {
-			next = t.newDir(d, p, true)
+			next = t.newDir(ctx, d, p, true)
 			t.dirs[at] = next
 		}
 		d = next
 	}
 	f := &inputFile{t: t, region: r}
-	d.AddChild(parts[len(parts)-1], d.NewPersistentInode(context.Background(), f, fs.StableAttr{Mode: syscall.S_IFREG}), false)
+	d.AddChild(parts[len(parts)-1], d.NewPersistentInode(ctx, f, fs.StableAttr{Mode: syscall.S_IFREG}), false)
 }
 
 // gate waits for the container's start.
@@ -252,21 +252,27 @@ func (f *inputFile) Open(ctx context.Context, flags uint32) (fs.FileHandle, uint
 	if e := f.t.openHandle(); e != 0 {
 		return nil, 0, e
 	}
-	if f.t.passthrough {
-		return &inputHandle{f}, 0, 0
+	if f.t.passthrough && f.region.Size() > 0 {
+		fd, err := f.region.ReadOnlyFD()
+		if err != nil {
+			f.t.closeHandle()
+			return nil, 0, syscall.EIO
+		}
+		return &inputHandle{f: f, fd: fd}, 0, 0
 	}
 	// Reads come here, and must not leave plaintext in a page cache that nobody
 	// scrubs.
-	return &inputHandle{f}, fuse.FOPEN_DIRECT_IO, 0
+	return &inputHandle{f: f, fd: -1}, fuse.FOPEN_DIRECT_IO, 0
 }
 
-type inputHandle struct{ f *inputFile }
-
-// PassthroughFd lets the kernel read the region itself. An empty region has
-// nothing to read.
-func (h *inputHandle) PassthroughFd() (int, bool) {
-	return h.f.region.ReadOnlyFD(), h.f.region.Size() > 0
+type inputHandle struct {
+	f *inputFile
+	// fd is the region's memory, or negative.
+	fd int
 }
+
+// PassthroughFd lets the kernel read the region itself.
+func (h *inputHandle) PassthroughFd() (int, bool) { return h.fd, h.fd >= 0 }
 
 func (h *inputHandle) Read(_ context.Context, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
 	if off >= h.f.region.Size() {
@@ -281,5 +287,8 @@ func (h *inputHandle) Read(_ context.Context, dest []byte, off int64) (fuse.Read
 
 func (h *inputHandle) Release(context.Context) syscall.Errno {
 	h.f.t.closeHandle()
+	if h.fd >= 0 {
+		_ = unix.Close(h.fd)
+	}
 	return 0
 }

@@ -41,19 +41,19 @@ func (h *Holder) Serve(ctx context.Context) error {
 		c, err := l.AcceptUnix()
 		if err != nil {
 			if ctx.Err() == nil {
-				h.log.Error("control socket", "error", err)
+				h.log.ErrorContext(ctx, "control socket", "error", err)
 			}
 			break
 		}
 		select {
 		case slots <- struct{}{}:
 		default:
-			h.log.Warn("control connection refused: too many", "limit", maxConns)
+			h.log.WarnContext(ctx, "control connection refused: too many", "limit", maxConns)
 			_ = c.Close()
 			continue
 		}
 		if err := samePeer(c); err != nil {
-			h.log.Warn("control connection refused", "error", err)
+			h.log.WarnContext(ctx, "control connection refused", "error", err)
 			_ = c.Close()
 			<-slots
 			continue
@@ -120,7 +120,7 @@ func (h *Holder) conn(ctx context.Context, c *net.UnixConn, stop func()) {
 		}
 		out, err := json.Marshal(res)
 		if err != nil || len(out) > holdapi.MaxMessage {
-			h.log.Error("answer does not fit", "bytes", len(out), "error", err)
+			h.log.ErrorContext(ctx, "answer does not fit", "bytes", len(out), "error", err)
 			out = []byte(`{"error":"answer does not fit","code":"io"}`)
 		}
 		if _, err := c.Write(out); err != nil {
@@ -191,7 +191,7 @@ func (h *Holder) answer(ctx context.Context, b []byte, fds []*os.File) (res hold
 	case holdapi.OpInput:
 		var root *os.Root
 		if root, err = openFolder(fds[0]); err == nil {
-			err = h.input(*q.Input, root)
+			err = h.input(ctx, *q.Input, root)
 		}
 	case holdapi.OpSink:
 		var root *os.Root
@@ -200,7 +200,7 @@ func (h *Holder) answer(ctx context.Context, b []byte, fds []*os.File) (res hold
 		}
 	case holdapi.OpDecrypt:
 		var d holdapi.Decrypted
-		if d, err = h.decrypt(); err == nil {
+		if d, err = h.decrypt(ctx); err == nil {
 			res.Decrypt = &d
 		}
 	case holdapi.OpStatus:

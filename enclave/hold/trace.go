@@ -50,8 +50,8 @@ type trace struct {
 	tasks     int64
 	ended     bool
 	uncounted bool
-	execs   int64
-	dropped int64
+	execs     int64
+	dropped   int64
 }
 
 func listenTrace(path string, events *eventLog, grace time.Duration, log *slog.Logger) (*trace, error) {
@@ -241,8 +241,18 @@ func (t *trace) message(b []byte) error {
 		}
 		t.mu.Unlock()
 	case pb.MessageType_MESSAGE_SENTRY_CLONE:
+		var m pb.CloneInfo
+		if err := proto.Unmarshal(body, &m); err != nil {
+			return fmt.Errorf("sentry/clone: %w", err)
+		}
+		t.session(m.ContextData, "a new task")
 		t.count(1)
 	case pb.MessageType_MESSAGE_SENTRY_TASK_EXIT:
+		var m pb.TaskExit
+		if err := proto.Unmarshal(body, &m); err != nil {
+			return fmt.Errorf("sentry/task_exit: %w", err)
+		}
+		t.session(m.ContextData, "the end of a task")
 		t.count(-1)
 	case pb.MessageType_MESSAGE_SENTRY_EXEC:
 		var m pb.ExecveInfo
@@ -277,6 +287,19 @@ func (t *trace) message(b []byte) error {
 	default:
 	}
 	return nil
+}
+
+// session records tasks that an operator put into the sandbox from outside. Their
+// first program needs no execve that a trace could show, so whatever else shows
+// such a task counts.
+func (t *trace) session(c *pb.ContextData, what string) {
+	if !c.GetIsExecSession() {
+		return
+	}
+	t.mu.Lock()
+	t.uncounted = true
+	t.mu.Unlock()
+	t.events.add(holdapi.Event{Kind: "operator-exec", Detail: what, Process: c.GetProcessName(), UnixNano: c.GetTimeNs()})
 }
 
 // count follows the living tasks, so that the end of the last one is told from a

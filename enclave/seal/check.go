@@ -62,7 +62,7 @@ func (f *Folder) checkFile(ctx context.Context, s SealedFile) error {
 	}
 	leaves := make([]leaf, 1+l.chunks)
 	h := newLeafHasher()
-	buf := make([]byte, max(PayloadOffset, l.chunkSize+TagSize))
+	buf := make([]byte, max(PayloadOffset, l.maxChunk()))
 	if _, err := io.ReadFull(r, buf[:PayloadOffset]); err != nil {
 		return fmt.Errorf("read header: %w", err)
 	}

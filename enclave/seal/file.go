@@ -60,7 +60,7 @@ type Worker struct {
 
 // Worker returns a new worker on f.
 func (f *File) Worker() *Worker {
-	return &Worker{f: f, buf: make([]byte, f.layout.chunkSize+TagSize)}
+	return &Worker{f: f, buf: make([]byte, f.layout.maxChunk())}
 }
 
 // ReadChunk decrypts chunk i into dst, which must be exactly as long as the
@@ -150,7 +150,7 @@ func (f *File) checkEnd() error {
 
 // WriteTo decrypts the whole file in order.
 func (f *File) WriteTo(w io.Writer) (int64, error) {
-	b := make([]byte, f.layout.chunkSize)
+	b := make([]byte, min(int64(f.layout.chunkSize), f.layout.size))
 	defer clear(b)
 	wk := f.Worker()
 	var done int64

@@ -82,7 +82,7 @@ func headerWithSalt(key *keys.DataKey, chunkSize int, salt [saltSize]byte) (head
 	}
 	var h header
 	copy(h[:], Magic)
-	binary.BigEndian.PutUint32(h[16:20], uint32(chunkSize)) //nolint:gosec // bounded above
+	binary.BigEndian.PutUint32(h[16:20], uint32(chunkSize))
 	copy(h[saltAt:], salt[:])
 	k, aead, err := fileKey(key, &h)
 	if err != nil {
@@ -164,7 +164,7 @@ func commitment(k, b []byte) []byte {
 // as a moved chunk fails at its place.
 func setNonce(n *[12]byte, i int64, last bool) {
 	*n = [12]byte{}
-	binary.BigEndian.PutUint64(n[3:11], uint64(i)) //nolint:gosec // chunk numbers are not negative
+	binary.BigEndian.PutUint64(n[3:11], uint64(i))
 	if last {
 		n[11] = 1
 	}
@@ -213,5 +213,8 @@ func (l layout) plainLen(i int64) int {
 	}
 	return l.chunkSize
 }
+
+// maxChunk is the longest sealed chunk there is: small files need small buffers.
+func (l layout) maxChunk() int { return int(min(int64(l.chunkSize), l.size)) + TagSize }
 
 func (l layout) offset(i int64) int64 { return PayloadOffset + i*int64(l.chunkSize+TagSize) }

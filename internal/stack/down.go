@@ -56,6 +56,10 @@ func (l Layout) teardown(ctx context.Context, progress func(Step)) error {
 	try := func(name string, do func(context.Context) (string, error)) {
 		errs = append(errs, tell(ctx, progress, step{name, do}))
 	}
+	shims, err := l.shimSockets()
+	if err != nil {
+		return err
+	}
 	for _, p := range slices.Backward(rec.Processes) {
 		if !p.alive() {
 			continue
@@ -91,7 +95,7 @@ func (l Layout) teardown(ctx context.Context, progress func(Step)) error {
 		return count("removed", n), err
 	})
 	try("sockets", func(context.Context) (string, error) {
-		return "", errors.Join(removeTree(l.Run), removeEmpty(runRoot))
+		return "", errors.Join(removeShimSockets(shims), removeTree(l.Run), removeEmpty(runRoot))
 	})
 	if err := errors.Join(errs...); err != nil {
 		return err

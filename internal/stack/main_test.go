@@ -22,7 +22,16 @@ func TestMain(m *testing.M) {
 			return play(ctx, name, args, stderr)
 		})
 	}
-	os.Exit(m.Run())
+	os.Exit(runTests(m))
+}
+
+func runTests(m *testing.M) int {
+	var err error
+	if mintedDir, err = os.MkdirTemp("", "coffer-stack-test-"); err != nil {
+		panic(err)
+	}
+	defer func() { _ = os.RemoveAll(mintedDir) }()
+	return m.Run()
 }
 
 // play answers on the port that the configuration names, and nothing more. It

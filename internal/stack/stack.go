@@ -187,7 +187,7 @@ func (l Layout) claim() error {
 	case err != nil:
 		return err
 	case len(entries) == 0:
-		return os.Chmod(l.Dir, 0o700)
+		return os.Chmod(l.Dir, 0o700) // #nosec G302 -- a folder
 	}
 	if _, err := l.readInfo(); err != nil {
 		var none *NoStackError
@@ -237,7 +237,7 @@ func (s *starter) folders(context.Context) (string, error) {
 		}
 	}
 	// Others may look up their own files below RUN, not list it.
-	return s.Dir, os.Chmod(s.Run, 0o711)
+	return s.Dir, os.Chmod(s.Run, 0o711) // #nosec G302 -- a folder
 }
 
 // once makes dir with do, whole or anew: a folder without the mark was

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -102,6 +103,7 @@ func options(t *testing.T, binName string) Options {
 	for _, f := range o.tools().check() {
 		need(t, f.Outcome == OK, "starting a stack needs the tools: "+f.Found+"; "+f.Advice)
 	}
+	seed(t, o.Dir)
 	o.Progress = func(s Step) {
 		var d *DaemonError
 		if errors.As(s.Err, &d) {
@@ -129,6 +131,35 @@ func traces(t *testing.T, l Layout) []string {
 		t.Fatal(err)
 	}
 	return out
+}
+
+// minted is a folder with devices and a TPM, which take seconds to make; the
+// tests that start stacks begin with a copy.
+var minted = sync.OnceValue(func() error {
+	l, err := NewLayout(mintedDir)
+	if err != nil {
+		return err
+	}
+	s := &starter{Layout: l}
+	for _, do := range []func(context.Context) (string, error){s.devices, s.tpmState} {
+		if _, err := do(context.Background()); err != nil {
+			return err
+		}
+	}
+	return writeJSON(l.infoFile(), info{Version: infoVersion})
+})
+
+// mintedDir is made and removed by TestMain.
+var mintedDir string
+
+func seed(t *testing.T, dir string) {
+	t.Helper()
+	if err := minted(); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("cp", "-a", mintedDir, dir).CombinedOutput(); err != nil {
+		t.Fatalf("copy: %v: %s", err, out)
+	}
 }
 
 func TestUpAndDown(t *testing.T) {
@@ -264,7 +295,7 @@ func leave(t *testing.T, l Layout) {
 }
 
 func TestUpStopsEverythingWhenOneDaemonFails(t *testing.T) {
-	for _, name := range []string{"coffer-emulator", "coffer-broker", "cofferd"} {
+	for _, name := range []string{emulatorName, agentName} {
 		t.Run(name, func(t *testing.T) {
 			o := options(t, "broken-"+name)
 			l, err := NewLayout(o.Dir)
@@ -294,6 +325,7 @@ func TestUpInterrupted(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	seed(t, o.Dir)
 	o.Progress = func(s Step) {
 		if s.Name == verifierName {
 			cancel()

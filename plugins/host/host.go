@@ -61,8 +61,8 @@ type Config struct {
 
 // Options say how. The zero value of each is its default.
 type Options struct {
-	// SocketDir is where the plugin makes its socket; it must be the host's
-	// alone. Empty means the system's folder for temporary files.
+	// SocketDir is where the plugin's socket gets a folder of its own, which is
+	// removed again. Empty means the system's folder for temporary files.
 	SocketDir string
 	// Env is the plugin's whole environment, but for the handshake.
 	Env []string
@@ -77,6 +77,7 @@ type GPU struct {
 	client   *plugin.Client
 	end      context.CancelFunc
 	lifeline *os.File
+	dir      string
 	call     time.Duration
 }
 
@@ -110,6 +111,17 @@ func StartGPU(ctx context.Context, cfg Config, o Options) (_ *GPU, err error) {
 		}
 	}()
 
+	// A plugin that is killed leaves its socket behind.
+	dir, err := os.MkdirTemp(o.SocketDir, "gpu-plugin-")
+	if err != nil {
+		return nil, fmt.Errorf("start plugin %s: %w", name, err)
+	}
+	defer func() {
+		if err != nil {
+			_ = os.RemoveAll(dir)
+		}
+	}()
+
 	// The process lives until Close; while it starts, ctx ends it too.
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, end)
@@ -117,10 +129,7 @@ func StartGPU(ctx context.Context, cfg Config, o Options) (_ *GPU, err error) {
 	cmd := exec.CommandContext(life, fmt.Sprintf("/proc/self/fd/%d", binary.Fd()), cfg.Args...) // #nosec G204 -- pinned by checksum
 	cmd.Args[0] = cfg.Path
 	cmd.ExtraFiles = []*os.File{dead}
-	cmd.Env = append(append([]string{}, o.Env...), contract.LifelineEnv+"="+strconv.Itoa(3))
-	if o.SocketDir != "" {
-		cmd.Env = append(cmd.Env, plugin.EnvUnixSocketDir+"="+o.SocketDir)
-	}
+	cmd.Env = append(append([]string{}, o.Env...), contract.LifelineEnv+"="+strconv.Itoa(3), plugin.EnvUnixSocketDir+"="+dir)
 	log := &stderrLog{log: o.Log.With("plugin", name)}
 	client := plugin.NewClient(&plugin.ClientConfig{
 		HandshakeConfig:  contract.Handshake(),
@@ -152,7 +161,7 @@ func StartGPU(ctx context.Context, cfg Config, o Options) (_ *GPU, err error) {
 	if !ok {
 		return nil, fmt.Errorf("start plugin %s: it serves a %T", name, raw)
 	}
-	return &GPU{gpu: gpu, client: client, end: end, lifeline: alive, call: o.Call}, nil
+	return &GPU{gpu: gpu, client: client, end: end, lifeline: alive, dir: dir, call: o.Call}, nil
 }
 
 // pin copies the binary into memory that nobody can write to any more and checks
@@ -263,5 +272,5 @@ func bounded[T any](ctx context.Context, g *GPU, call func(context.Context) (T, 
 func (g *GPU) Close() error {
 	g.end()
 	g.client.Kill()
-	return g.lifeline.Close()
+	return errors.Join(g.lifeline.Close(), os.RemoveAll(g.dir))
 }

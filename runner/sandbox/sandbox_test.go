@@ -314,7 +314,7 @@ func TestRecheckNamesWhatChanged(t *testing.T) {
 		change   func(*testing.T)
 	}{
 		{"network switched on", "sandbox.flags", swap(filepath.Join(j.runDir, wrapperName), "--network=none", "--network=host")},
-		{"a trace point taken out", "sandbox.trace", swap(filepath.Join(j.runDir, traceName), "sentry/execve", "sentry/clone")},
+		{"a trace point taken out", "sandbox.trace", swap(filepath.Join(j.runDir, traceName), "sentry/execve", "sentry/other")},
 		{"another user in the runtime's bundle", "sandbox.bundle", swap(filepath.Join(bundle, "config.json"), "65532", "0")},
 		{"another runtime", "sandbox.runtime", func(t *testing.T) {
 			old := n.cfg.Runsc

@@ -126,12 +126,14 @@ type traceSink struct {
 // the runtime does not know only warns and runs untraced, so the holder requires
 // container/start to arrive before it hands anything over.
 func trace(endpoint string) ([]byte, error) {
-	who := []string{"time", "container_id", "process_name"}
+	who := []string{"time", "container_id", "process_name", "is_exec_session"}
 	return json.Marshal(traceConfig{Session: traceSession{
 		Name: "Default",
 		Points: []tracePoint{
 			{Name: "container/start", Context: []string{"time", "container_id"}},
-			{Name: "sentry/execve", Optional: []string{"binary_sha256"}, Context: append(who, "credentials", "is_exec_session")},
+			{Name: "sentry/execve", Optional: []string{"binary_sha256"}, Context: who},
+			// Clones and exits tell the end of the last task from a trace that was cut.
+			{Name: "sentry/clone", Context: who},
 			{Name: "sentry/task_exit", Context: who},
 			{Name: "syscall/socket/enter", Context: who},
 			{Name: "syscall/connect/enter", Context: who},

@@ -289,7 +289,7 @@ func asset(a broker.Asset) *brokerv1.Asset {
 func (s *service) grant(g broker.Grant) *brokerv1.Grant {
 	return &brokerv1.Grant{
 		Id: g.ID, Assets: g.Assets, PlanDigest: string(g.Plan), NotBeforeUnix: g.NotBefore.Unix(), NotAfterUnix: g.NotAfter.Unix(),
-		MaxReleases: int32(g.MaxReleases), Used: int32(g.Used), State: g.State(s.b.Now()), Owner: g.Owner, AllowSimulated: g.AllowSimulated, //nolint:gosec // bounded by MaxGrantReleases
+		MaxReleases: int32(g.MaxReleases), Used: int32(g.Used), State: g.State(s.b.Now()), Owner: g.Owner, AllowSimulated: g.AllowSimulated,
 	}
 }
 

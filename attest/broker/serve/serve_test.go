@@ -10,7 +10,6 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
-	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -312,7 +311,7 @@ func TestErrorsOnTheWire(t *testing.T) {
 }
 
 func TestHandlerRefusesIncomplete(t *testing.T) {
-	if _, err := serve.Handler(serve.Options{Log: slog.New(slog.NewTextHandler(io.Discard, nil))}); err == nil {
+	if _, err := serve.Handler(serve.Options{Log: slog.New(slog.DiscardHandler)}); err == nil {
 		t.Error("made")
 	}
 }

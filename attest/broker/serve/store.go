@@ -141,7 +141,7 @@ func OpenStore(ctx context.Context, path, origin string) (*Store, error) {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	// SQLite gives its -wal and -shm files the mode of the database.
-	f, err := os.OpenFile(abs, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600) // #nosec G304 -- the operator names the file
+	f, err := os.OpenFile(abs, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	switch {
 	case err == nil:
 		err = f.Close()
@@ -434,9 +434,9 @@ func (t *tx) JobEntries(ctx context.Context, job string) (n uint64, err error) {
 
 func (t *tx) Entries(ctx context.Context, job string, from uint64, limit int) ([]translog.Entry, error) {
 	if job == "" {
-		return list(ctx, t, scanEntry, qEntries, int64(from), limit) //nolint:gosec // an index
+		return list(ctx, t, scanEntry, qEntries, int64(from), limit)
 	}
-	return list(ctx, t, scanEntry, qJobLog, job, int64(from), limit) //nolint:gosec // an index
+	return list(ctx, t, scanEntry, qJobLog, job, int64(from), limit)
 }
 
 func (t *tx) InsertAsset(ctx context.Context, a broker.Asset) error {
@@ -465,7 +465,7 @@ func revokedAt(g broker.Grant) sql.NullInt64 {
 
 func (t *tx) InsertRelease(ctx context.Context, r broker.Release) error {
 	return t.exec(ctx, iRelease, r.Verifier, r.ResultID, r.Asset, r.ID, r.Grant, r.Attempt, r.JobID, string(r.Plan), string(r.AssetDigest), string(r.Request),
-		r.Enc, r.Ciphertext, r.Time.Unix(), r.NotAfter.Unix(), r.Simulated, int64(r.LogIndex), r.LogHash) //nolint:gosec // an index
+		r.Enc, r.Ciphertext, r.Time.Unix(), r.NotAfter.Unix(), r.Simulated, int64(r.LogIndex), r.LogHash)
 }
 
 func (t *tx) InsertUse(ctx context.Context, u broker.Use) error {
@@ -477,5 +477,5 @@ func (t *tx) InsertCounted(ctx context.Context, grant string, recipient plan.Dig
 }
 
 func (t *tx) InsertEntry(ctx context.Context, e translog.Entry, job string) error {
-	return t.exec(ctx, iEntry, int64(e.Index), job, e.Body, e.Hash) //nolint:gosec // an index
+	return t.exec(ctx, iEntry, int64(e.Index), job, e.Body, e.Hash)
 }

@@ -10,7 +10,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/attest/broker/brokertest"
@@ -189,5 +191,45 @@ func commitForever(t *testing.T, path string) {
 			t.Fatal(err)
 		}
 		fmt.Println("committed", e.Index)
+	}
+}
+
+// TestTwoStoresOnOneFile is a second broker started on the first one's database:
+// their updates must not cross.
+func TestTwoStoresOnOneFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "broker.db")
+	one, two := open(t, path), open(t, path)
+	if err := one.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error {
+		return tx.InsertGrant(ctx, broker.Grant{ID: "g", MaxReleases: 1000, NotBefore: time.Unix(1, 0), NotAfter: time.Unix(2, 0)})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	const each = 25
+	var wg sync.WaitGroup
+	for _, s := range []*serve.Store{one, two} {
+		wg.Go(func() {
+			for range each {
+				if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error {
+					g, err := tx.Grant(ctx, "g")
+					if err != nil {
+						return err
+					}
+					g.Used++
+					return tx.SetGrant(ctx, g)
+				}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := two.View(t.Context(), func(ctx context.Context, r broker.Reader) error {
+		g, err := r.Grant(ctx, "g")
+		if g.Used != 2*each {
+			t.Errorf("%d of %d updates counted", g.Used, 2*each)
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
 	}
 }

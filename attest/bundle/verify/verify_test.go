@@ -344,7 +344,7 @@ func TestTamperFile(t *testing.T) {
 
 	// A sample of single bytes of the file, whatever they are.
 	t.Run("any byte", func(t *testing.T) {
-		step := len(file)/150 + 1
+		step := len(file)/40 + 1
 		for i := 0; i < len(file); i += step {
 			out := bytes.Clone(file)
 			out[i] ^= 1

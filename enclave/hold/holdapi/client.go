@@ -148,6 +148,26 @@ func (c *Client) Events(ctx context.Context, e Events) ([]Event, error) {
 	return res.Events, err
 }
 
+// Checkpoints returns every commit, in order. A Status has the last ones only.
+func (c *Client) Checkpoints(ctx context.Context) ([]Checkpoint, error) {
+	var out []Checkpoint
+	for after := uint64(0); ; {
+		es, err := c.Events(ctx, Events{After: after})
+		if err != nil {
+			return nil, err
+		}
+		if len(es) == 0 {
+			return out, nil
+		}
+		for _, e := range es {
+			if e.Checkpoint != nil {
+				out = append(out, *e.Checkpoint)
+			}
+		}
+		after = es[len(es)-1].Sequence
+	}
+}
+
 // Finish closes mounts, scrubs regions, destroys data keys, and returns the
 // final status. The session key lives on, for the bundle's statement, until Exit.
 func (c *Client) Finish(ctx context.Context) (Status, error) {

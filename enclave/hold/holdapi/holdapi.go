@@ -159,7 +159,8 @@ type Status struct {
 	Scrubbed    bool  `json:"scrubbed"`
 	LogBytes    int64 `json:"logBytes"`
 	// LogCut counts log bytes beyond the budget, which were dropped.
-	LogCut      int64        `json:"logCut"`
+	LogCut int64 `json:"logCut"`
+	// Checkpoints are the last 100 commits; Client.Checkpoints returns all.
 	Checkpoints []Checkpoint `json:"checkpoints,omitempty"`
 }
 
@@ -208,7 +209,7 @@ type Event struct {
 	Sequence uint64 `json:"sequence"`
 	UnixNano int64  `json:"unixNano"`
 	// Kind is "container-start", "exec", "operator-exec", "connect", "ptrace",
-	// "trace-lost", "checkpoint", "input-error".
+	// "trace-lost", "checkpoint", "checkpoint-error", "input-error".
 	Kind       string      `json:"kind"`
 	Detail     string      `json:"detail,omitempty"`
 	Process    string      `json:"process,omitempty"`

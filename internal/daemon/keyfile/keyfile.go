@@ -138,11 +138,11 @@ func Write(path string, b []byte) error {
 }
 
 func read(path string) ([]byte, error) {
-	f, err := os.Open(path) // #nosec G304 -- the configuration names the file
+	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("read key file: %w", err)
 	}
-	defer f.Close() //nolint:errcheck // read only
+	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
 		return nil, fmt.Errorf("read key file: %w", err)

@@ -12,13 +12,13 @@ import (
 	"github.com/coffer-run/coffer/internal/emulate"
 )
 
-// New returns an interface to the emulator's GPUs. Functions that the plugin
-// does not use are not there: calling one panics with its name.
-func New(c *emulate.Client) nvml.Interface {
+// New returns an interface to the emulator's GPUs. NVML has no cancellation: ctx
+// is that of the process, and the client bounds each request. Functions that the
+// plugin does not use are not there: calling one panics with its name.
+func New(ctx context.Context, c *emulate.Client) nvml.Interface {
 	m := &mock.Interface{}
 	gpus := func() (*emulate.GPUs, nvml.Return) {
-		// NVML has no cancellation; the client bounds each request.
-		resp, err := c.Do(context.Background(), emulate.Request{Op: emulate.OpGPUs})
+		resp, err := c.Do(ctx, emulate.Request{Op: emulate.OpGPUs})
 		if err != nil || resp.GPUs == nil {
 			return nil, nvml.ERROR_DRIVER_NOT_LOADED
 		}
@@ -62,7 +62,7 @@ func New(c *emulate.Client) nvml.Interface {
 		return nvml.CC_ACCEPTING_CLIENT_REQUESTS_FALSE, nvml.SUCCESS
 	}
 	m.SystemSetConfComputeGpusReadyStateFunc = func(v uint32) nvml.Return {
-		if _, err := c.Do(context.Background(), emulate.Request{Op: emulate.OpSetReady, Ready: v == nvml.CC_ACCEPTING_CLIENT_REQUESTS_TRUE}); err != nil {
+		if _, err := c.Do(ctx, emulate.Request{Op: emulate.OpSetReady, Ready: v == nvml.CC_ACCEPTING_CLIENT_REQUESTS_TRUE}); err != nil {
 			return nvml.ERROR_UNKNOWN
 		}
 		return nvml.SUCCESS
@@ -82,7 +82,7 @@ func New(c *emulate.Client) nvml.Interface {
 		if i < 0 || i >= len(g.Devices) {
 			return nil, nvml.ERROR_INVALID_ARGUMENT
 		}
-		return device(c, g.Devices[i]), nvml.SUCCESS
+		return device(ctx, c, g.Devices[i]), nvml.SUCCESS
 	}
 	m.DeviceGetHandleByUUIDFunc = func(uuid string) (nvml.Device, nvml.Return) {
 		g, ret := gpus()
@@ -93,12 +93,12 @@ func New(c *emulate.Client) nvml.Interface {
 		if i < 0 {
 			return nil, nvml.ERROR_NOT_FOUND
 		}
-		return device(c, g.Devices[i]), nvml.SUCCESS
+		return device(ctx, c, g.Devices[i]), nvml.SUCCESS
 	}
 	return m
 }
 
-func device(c *emulate.Client, g emulate.GPU) nvml.Device {
+func device(ctx context.Context, c *emulate.Client, g emulate.GPU) nvml.Device {
 	d := &mock.Device{}
 	d.GetUUIDFunc = func() (string, nvml.Return) { return g.UUID, nvml.SUCCESS }
 	d.GetNameFunc = func() (string, nvml.Return) { return g.Name, nvml.SUCCESS }
@@ -122,7 +122,7 @@ func device(c *emulate.Client, g emulate.GPU) nvml.Device {
 		return out, nvml.SUCCESS
 	}
 	d.GetConfComputeGpuAttestationReportFunc = func(r *nvml.ConfComputeGpuAttestationReport) nvml.Return {
-		resp, err := c.Do(context.Background(), emulate.Request{Op: emulate.OpGPUReport, UUID: g.UUID, Nonce: r.Nonce[:]})
+		resp, err := c.Do(ctx, emulate.Request{Op: emulate.OpGPUReport, UUID: g.UUID, Nonce: r.Nonce[:]})
 		if err != nil {
 			return nvml.ERROR_UNKNOWN
 		}

@@ -1,0 +1,189 @@
+package e2e
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestDaemonsKilled kills each daemon with SIGKILL while a job runs. After a
+// restart the job has gone on, or says in which stage it failed.
+func TestDaemonsKilled(t *testing.T) {
+	n := need(t)
+	for _, tt := range []struct{ daemon, state string }{
+		{"cofferd", "succeeded"},
+		{"coffer-verifier", "succeeded"},
+		{"coffer-broker", "succeeded"},
+	} {
+		t.Run(tt.daemon, func(t *testing.T) {
+			id := n.submit(t, n.granted(t, "killed-"+tt.daemon, 4))
+			n.wait(t, id, "running", running)
+			kill(t, n.pid(t, tt.daemon))
+			time.Sleep(300 * time.Millisecond)
+			n.must(t, "restart")
+			s := n.wait(t, id, "ended", ended)
+			if s.State != tt.state {
+				t.Errorf("%+v, want %s", s, tt.state)
+			}
+			path := filepath.Join(t.TempDir(), "bundle.json")
+			n.must(t, "evidence", "get", id, "-o", path)
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if out, err := n.verify(t, b, true); err != nil {
+				t.Errorf("the bundle does not verify: %v\n%s", err, out)
+			}
+		})
+	}
+}
+
+// TestAgentKilledBeforeStart kills the agent as early as it can; the job must
+// then be reported as failed with its stage, and leave nothing.
+func TestAgentKilledBeforeStart(t *testing.T) {
+	n := need(t)
+	for _, pause := range []time.Duration{0, 60 * time.Millisecond, 160 * time.Millisecond, 260 * time.Millisecond, 400 * time.Millisecond} {
+		id := n.submit(t, n.granted(t, "early", 1))
+		time.Sleep(pause)
+		kill(t, n.pid(t, "cofferd"))
+		n.must(t, "restart")
+		s := n.wait(t, id, "ended", ended)
+		t.Logf("killed after %s: %s at %s (%s)", pause, s.State, s.Stage, s.Reason)
+		if s.State != "succeeded" && (s.State != "failed" || s.Reason != "agent-restarted" || s.Stage == "") {
+			t.Errorf("killed after %s: %+v", pause, s)
+		}
+		if _, err := os.Stat(filepath.Join(n.layout.Jobs(), id)); !os.IsNotExist(err) {
+			t.Errorf("killed after %s: the job's run directory is still there", pause)
+		}
+	}
+}
+
+// TestHolderKilled kills the process that holds the keys: its job must stop.
+func TestHolderKilled(t *testing.T) {
+	n := need(t)
+	id := n.submit(t, n.granted(t, "holder", 50))
+	n.wait(t, id, "running", running)
+	kill(t, n.holderPid(t, id))
+	began := time.Now()
+	s := n.wait(t, id, "ended", ended)
+	if s.State != "failed" || s.Reason != "holder-lost" || s.Stage != "run" {
+		t.Errorf("%+v", s)
+	}
+	t.Logf("stopped after %s", time.Since(began).Round(time.Millisecond))
+	if _, err := os.Stat(filepath.Join(n.layout.Jobs(), id)); !os.IsNotExist(err) {
+		t.Error("the job's run directory is still there")
+	}
+}
+
+// TestHolderKilledWhileAgentIsAway kills both; the agent that comes back must
+// notice and stop the job.
+func TestHolderKilledWhileAgentIsAway(t *testing.T) {
+	n := need(t)
+	id := n.submit(t, n.granted(t, "both", 50))
+	n.wait(t, id, "running", running)
+	kill(t, n.pid(t, "cofferd"))
+	kill(t, n.holderPid(t, id))
+	n.must(t, "restart")
+	if s := n.wait(t, id, "ended", ended); s.State != "failed" || s.Reason != "holder-lost" {
+		t.Errorf("%+v", s)
+	}
+}
+
+// holderPid finds a job's holder by its command line.
+func (n *node) holderPid(t *testing.T, job string) int {
+	t.Helper()
+	dirs, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range dirs {
+		b, err := os.ReadFile(d)
+		if err != nil {
+			continue
+		}
+		if args := strings.Split(string(b), "\x00"); filepath.Base(args[0]) == "coffer-holder" && strings.Contains(string(b), job) {
+			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(d)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	t.Fatalf("job %s has no holder", job)
+	return 0
+}
+
+// TestOldJournalGainsNothing puts a journal back that was copied before the
+// job's keys were released. The broker remembers what the journal forgot.
+func TestOldJournalGainsNothing(t *testing.T) {
+	n := need(t)
+	job := n.granted(t, "journal", 1)
+	journal := filepath.Join(n.dir, "agent")
+	old := filepath.Join(t.TempDir(), "agent")
+
+	// The journal as it is when the job has just been taken: before its release.
+	id := n.submit(t, job)
+	copyTree(t, journal, old)
+	if s := n.wait(t, id, "ended", ended); s.State != "succeeded" {
+		t.Fatalf("%+v", s)
+	}
+	kill(t, n.pid(t, "cofferd"))
+	for _, f := range []string{"journal.db", "journal.db-wal", "journal.db-shm"} {
+		if err := os.Remove(filepath.Join(journal, f)); err != nil && !os.IsNotExist(err) {
+			t.Fatal(err)
+		}
+		if b, err := os.ReadFile(filepath.Join(old, f)); err == nil {
+			if err := os.WriteFile(filepath.Join(journal, f), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	n.must(t, "restart")
+	s := n.wait(t, id, "ended", ended)
+	if s.State != "failed" || s.Reason != "agent-restarted" {
+		t.Errorf("the job that the old journal shows as unfinished is %+v", s)
+	}
+	again := n.wait(t, n.submit(t, job), "ended", ended)
+	if again.State != "refused" || again.Stage != "release" || len(again.Checks) == 0 || again.Checks[0].ID != "grant.exhausted" {
+		t.Errorf("the grant that the old journal knows as unused is used again: %+v", again)
+	}
+}
+
+// TestOperatorExecIsSeen runs a program in the container from outside, as the
+// node's root can, and expects the bundle to say so.
+func TestOperatorExecIsSeen(t *testing.T) {
+	n := need(t)
+	id := n.submit(t, n.granted(t, "exec", 6))
+	n.wait(t, id, "running", running)
+	ctr := exec.Command(filepath.Join(os.Getenv("COFFER_TOOLS"), "ctr"), "--address", filepath.Join(filepath.Dir(n.layout.Jobs()), "containerd.sock"),
+		"--namespace", "coffer", "tasks", "exec", "--exec-id", "x", "job-"+strings.ToLower(id), "/usr/bin/python3", "-c", "print(1)")
+	if out, err := ctr.CombinedOutput(); err != nil {
+		t.Fatalf("exec: %v %s", err, out)
+	}
+	n.wait(t, id, "ended", ended)
+	path := filepath.Join(t.TempDir(), "bundle.json")
+	n.must(t, "evidence", "get", id, "-o", path)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := n.verify(t, b, true)
+	if exitCode(err) != 1 || !strings.Contains(out, "trace.operator") {
+		t.Errorf("exit code %d; the bundle does not name the operator's exec:\n%s", exitCode(err), out)
+	}
+}
+
+func TestSecondUpIsRefused(t *testing.T) {
+	n := need(t)
+	out, err := n.coffer("up", "--tools", os.Getenv("COFFER_TOOLS"), "--port-base", "17441")
+	if exitCode(err) == 0 || strings.Count(strings.TrimSpace(out), "\n") > 2 {
+		t.Errorf("a second up: exit code %d: %s", exitCode(err), out)
+	}
+	if n.pid(t, "cofferd") == 0 {
+		t.Error("the stack is gone")
+	}
+}

@@ -1,0 +1,336 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/coffer-run/coffer/internal/stack"
+)
+
+// portBase keeps the tests' stack apart from one that runs on this machine.
+const portBase = 17441
+
+// node is the stack that all tests of this package share.
+type node struct {
+	dir    string
+	bin    string
+	layout stack.Layout
+	// data, model and checkpoints are sealed folders and the sink.
+	data, model, sink string
+	// weights are the initial model's bytes, which nobody else may have.
+	weights []byte
+}
+
+var shared *node
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+// missing says why the tests cannot run, or nothing.
+func missing() string {
+	for _, v := range []string{"COFFER_BIN", "COFFER_TOOLS", "COFFER_IMAGES"} {
+		if os.Getenv(v) == "" {
+			return v + " is not set; run make test"
+		}
+	}
+	if os.Geteuid() != 0 {
+		return "root is needed"
+	}
+	return ""
+}
+
+func run(m *testing.M) int {
+	if why := missing(); why != "" {
+		if os.Getenv("CI") == "true" && os.Geteuid() == 0 {
+			fmt.Fprintln(os.Stderr, "e2e: as root in CI a skip is a failure:", why)
+			return 1
+		}
+		fmt.Fprintln(os.Stderr, "e2e: skipped:", why)
+		return m.Run()
+	}
+	n, err := up()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e: bring up the stack:", err)
+		return 1
+	}
+	shared = n
+	code := m.Run()
+	if err := n.down(); err != nil {
+		fmt.Fprintln(os.Stderr, "e2e: take down the stack:", err)
+		code = max(code, 1)
+	}
+	return code
+}
+
+// need returns the shared node, or skips.
+func need(t *testing.T) *node {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("integration tests are off (-short)")
+	}
+	if shared == nil {
+		t.Skip(missing())
+	}
+	return shared
+}
+
+func up() (_ *node, err error) {
+	n := &node{bin: os.Getenv("COFFER_BIN")}
+	if n.dir, err = os.MkdirTemp("", "coffer-e2e-"); err != nil {
+		return nil, err
+	}
+	if n.layout, err = stack.NewLayout(n.dir); err != nil {
+		return nil, err
+	}
+	out, err := n.coffer("up", "--image", filepath.Join(os.Getenv("COFFER_IMAGES"), "numpy.tar"), "--tools", os.Getenv("COFFER_TOOLS"),
+		"--port-base", fmt.Sprint(portBase), "--faults")
+	if err != nil {
+		return nil, fmt.Errorf("%w\n%s", err, out)
+	}
+	if err := n.seal(); err != nil {
+		return nil, errors.Join(err, n.down())
+	}
+	return n, nil
+}
+
+// seal seals the real data set, and weights that exist nowhere else.
+func (n *node) seal() error {
+	secret, err := os.MkdirTemp("/dev/shm", "coffer-e2e-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(secret)
+	file := filepath.Join(secret, "model.safetensors")
+	if out, err := exec.Command("go", "run", "../../examples/model", "-arch", "mlp", "-seed", fmt.Sprint(time.Now().UnixNano()), "-out", file).CombinedOutput(); err != nil {
+		return fmt.Errorf("make weights: %w: %s", err, out)
+	}
+	if n.weights, err = os.ReadFile(file); err != nil {
+		return err
+	}
+	n.data, n.model, n.sink = filepath.Join(n.dir, "data"), filepath.Join(n.dir, "model"), filepath.Join(n.dir, "sink")
+	if err := os.Mkdir(n.sink, 0o700); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"seal", "/usr/share/datasets/fashion-mnist", "--asset", "data", "--kind", "dataset", "--out", n.data},
+		{"seal", file, "--asset", "model", "--kind", "weights", "--out", n.model},
+		{"assets", "create", "ckpt", "--kind", "checkpoints"},
+	} {
+		if out, err := n.coffer(args...); err != nil {
+			return fmt.Errorf("%v: %w: %s", args, err, out)
+		}
+	}
+	return nil
+}
+
+// down stops the stack and looks for anything that it left behind.
+func (n *node) down() error {
+	out, err := n.coffer("down")
+	if err != nil {
+		return fmt.Errorf("%w\n%s", err, out)
+	}
+	traces, err := n.layout.Traces()
+	if err != nil {
+		return err
+	}
+	if len(traces) > 0 {
+		return fmt.Errorf("left behind: %s", strings.Join(traces, ", "))
+	}
+	return os.RemoveAll(n.dir)
+}
+
+// coffer runs the CLI as its user would.
+func (n *node) coffer(args ...string) (string, error) {
+	cmd := exec.Command(filepath.Join(n.bin, "coffer"), args...)
+	cmd.Env = append(os.Environ(), "COFFER_DIR="+n.dir, "NO_COLOR=1")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := cmd.Run()
+	return out.String(), err
+}
+
+func (n *node) must(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := n.coffer(args...)
+	if err != nil {
+		t.Fatalf("coffer %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// exitCode is what a command ended with.
+func exitCode(err error) int {
+	var e *exec.ExitError
+	if errors.As(err, &e) {
+		return e.ExitCode()
+	}
+	if err != nil {
+		return -1
+	}
+	return 0
+}
+
+// jobFile writes the main job's file, changed as edit says.
+func (n *node) jobFile(t *testing.T, name string, edit func(string) string) string {
+	t.Helper()
+	b, err := os.ReadFile("../../examples/fashion-mnist-numpy/job.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const demo = "file:///var/lib/coffer/demo/"
+	s := strings.NewReplacer(
+		"asset: fashion-mnist\n", "asset: data\n", demo+"fashion-mnist\n", "file://"+n.data+"\n",
+		"asset: fashion-mnist-numpy-model\n", "asset: model\n", demo+"fashion-mnist-numpy-model\n", "file://"+n.model+"\n",
+		"asset: fashion-mnist-numpy-checkpoints\n", "asset: ckpt\n", demo+"fashion-mnist-numpy-checkpoints\n", "file://"+n.sink+"\n",
+		"name: fashion-mnist-numpy\n", "name: "+name+"\n",
+	).Replace(string(b))
+	if strings.Contains(s, demo) {
+		t.Fatalf("the example's job file has changed its shape:\n%s", s)
+	}
+	if edit != nil {
+		changed := edit(s)
+		if changed == s {
+			t.Fatal("the edit changes nothing")
+		}
+		s = changed
+	}
+	path := filepath.Join(t.TempDir(), "job.yaml")
+	if err := os.WriteFile(path, []byte(s), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func (n *node) planDigest(t *testing.T, job string) string {
+	t.Helper()
+	d := regexp.MustCompile(`sha384:[0-9a-f]{96}`).FindString(n.must(t, "plan", job))
+	if d == "" {
+		t.Fatal("coffer plan shows no digest")
+	}
+	return d
+}
+
+// grant lets a plan use everything the main job needs.
+func (n *node) grant(t *testing.T, plan string, releases int) string {
+	t.Helper()
+	out := n.must(t, "grant", "create", "--plan", plan, "--asset", "data", "--asset", "model", "--asset", "ckpt", "--allow-simulated", "--releases", fmt.Sprint(releases))
+	id := regexp.MustCompile(`grant-[a-z0-9]+`).FindString(out)
+	if id == "" {
+		t.Fatalf("no grant in %q", out)
+	}
+	return id
+}
+
+// granted writes the main job under a name of its own, with a grant for it.
+func (n *node) granted(t *testing.T, name string, epochs int) string {
+	t.Helper()
+	job := n.jobFile(t, name, func(s string) string {
+		return strings.Replace(strings.Replace(s, `EPOCHS: "1"`, fmt.Sprintf("EPOCHS: %q", fmt.Sprint(epochs)), 1), "maxDuration: 30m", "maxDuration: 10m", 1)
+	})
+	n.grant(t, n.planDigest(t, job), 1)
+	return job
+}
+
+var jobID = regexp.MustCompile(`\b[0-9A-HJKMNP-TV-Z]{26}\b`)
+
+// submit submits a job and returns its id without waiting for its end.
+func (n *node) submit(t *testing.T, job string) string {
+	t.Helper()
+	out := n.must(t, "submit", job)
+	id := jobID.FindString(out)
+	if id == "" {
+		t.Fatalf("no job in %q", out)
+	}
+	return id
+}
+
+// status is what `coffer status --output json` says.
+type status struct {
+	ID      string `json:"id"`
+	State   string `json:"state"`
+	Stage   string `json:"stage"`
+	Reason  string `json:"reason"`
+	Message string `json:"message"`
+	Checks  []struct {
+		ID string `json:"id"`
+	} `json:"failedChecks"`
+}
+
+func (n *node) status(t *testing.T, id string) status {
+	t.Helper()
+	var s status
+	out := n.must(t, "status", id, "--output", "json")
+	if err := json.Unmarshal([]byte(out), &s); err != nil {
+		t.Fatalf("%v in %q", err, out)
+	}
+	return s
+}
+
+// wait waits until a job satisfies f.
+func (n *node) wait(t *testing.T, id, what string, f func(status) bool) status {
+	t.Helper()
+	for deadline := time.Now().Add(90 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		s := n.status(t, id)
+		if f(s) {
+			return s
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("job %s is not %s after 90 s: %+v", id, what, s)
+		}
+	}
+}
+
+func ended(s status) bool { return s.State != "queued" && s.State != "running" }
+
+func running(s status) bool { return s.Stage == "run" || ended(s) }
+
+// pid returns the process of one of the stack's daemons.
+func (n *node) pid(t *testing.T, name string) int {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(n.dir, "run.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rec struct {
+		Processes []struct {
+			Name string `json:"name"`
+			Pid  int    `json:"pid"`
+		} `json:"processes"`
+	}
+	if err := json.Unmarshal(b, &rec); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range rec.Processes {
+		if p.Name == name {
+			return p.Pid
+		}
+	}
+	t.Fatalf("no process %s in %s", name, b)
+	return 0
+}
+
+func kill(t *testing.T, pid int) {
+	t.Helper()
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err != nil || strings.Contains(string(b), ") Z ") {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("process %d survives SIGKILL", pid)
+		}
+	}
+}
