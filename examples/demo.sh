@@ -62,12 +62,14 @@ say() {
 	step=$((step + 1)) step_began=$EPOCHREALTIME
 	printf '\n[%d/%d] %s\n' "$step" "$steps" "$1"
 }
-indent() { sed -u 's/^/      /'; }
+# Ctrl-C is for coffer: what it writes to must outlive it.
+indent() { (trap "" INT; exec sed -u "s/^/      /"); }
 
 # refused NAME STAGE CHECKS FILE CODE: an attack counts as refused only for the right reason.
 refused() {
 	[[ $5 -eq 3 ]] || fail "attack '$1' was not refused (exit code $5)"
 	grep -q "refused at $2" "$4" || fail "attack '$1' was refused, but not at $2"
+	local by
 	by=$(grep -Exm1 "  ($3)" "$4") || fail "attack '$1' was refused, but not by $3"
 	echo "      REFUSED at $2 by ${by#  }"
 }
@@ -96,7 +98,7 @@ echo "plan $plan" | indent
 coffer grant create --plan "$plan" --asset fashion-mnist --asset fashion-mnist-model --asset fashion-mnist-checkpoints --allow-simulated --releases 4 | indent
 
 say "running examples/fashion-mnist/job.yaml: the way of a job, then training under gVisor"
-coffer submit "$job" --watch | tee "$kept/job.log" | indent
+coffer submit "$job" --watch | tee -i "$kept/job.log" | indent
 accuracy=$(grep -o '"accuracy": [0-9.]*' "$kept/job.log" | tail -1 | cut -d' ' -f2)
 awk -v a="${accuracy:-0}" 'BEGIN { exit !(a > 0.80) }' || fail "accuracy ${accuracy:-unknown} is not above 0.80"
 id=$(sed -n 's/^job \([0-9A-Z]*\) .*/\1/p' "$kept/job.log")
@@ -128,12 +130,12 @@ fi
 build/host/images -cache "${COFFER_CACHE:?run it with make demo}" -out "$kept/changed" -add "$kept/train.py:/app/train.py" torch | indent
 ctr() { "$tools/ctr" --address "/run/coffer/$(printf %s "$dir" | sha256sum | cut -c1-8)/containerd.sock" --namespace coffer "$@"; }
 ctr images tag "$image" "$image-approved" >"$kept/ctr.log" 2>&1
-ctr images import "$kept/changed/torch.tar" >>"$kept/ctr.log" 2>&1 2>&1
+ctr images import "$kept/changed/torch.tar" >>"$kept/ctr.log" 2>&1
 rm -rf "$kept/changed"
 code=0
 coffer submit "$job" --watch >"$kept/attack-1.log" 2>&1 || code=$?
 indent <"$kept/attack-1.log"
-ctr images tag --force "$image-approved" "$image" >>"$kept/ctr.log" 2>&1 2>&1
+ctr images tag --force "$image-approved" "$image" >>"$kept/ctr.log" 2>&1
 refused "changed image" release "grant\.missing" "$kept/attack-1.log" "$code"
 
 say "attack 2: somebody with the node's own identity sends the verifier the first run's evidence again"

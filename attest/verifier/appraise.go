@@ -7,17 +7,13 @@ import (
 	"encoding/hex"
 	"fmt"
 	"strings"
-	"time"
 
-	"github.com/coffer-run/coffer/attest/binding"
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/composite"
 	"github.com/coffer-run/coffer/attest/evidence"
-	"github.com/coffer-run/coffer/attest/nvgpu"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
-	"github.com/coffer-run/coffer/attest/snp"
-	"github.com/coffer-run/coffer/attest/vtpm"
 )
 
 // statement is well-formed evidence, before anything in it is believed.
@@ -26,9 +22,7 @@ type statement struct {
 	plan     plan.Plan
 	sandbox  plan.Sandbox
 	confirm  receipt.Confirmation
-	bound    binding.Bound
-	devices  binding.Devices
-	failures map[string]string
+	evidence *composite.Statement
 }
 
 // parse reads an envelope and the documents in it.
@@ -37,7 +31,7 @@ func parse(b []byte) (*statement, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &statement{Envelope: e, devices: e.Devices(), failures: map[string]string{}}
+	s := &statement{Envelope: e}
 	if !goodName(e.JobID) {
 		return nil, fmt.Errorf("job id: want 1 to %d printable characters without spaces", maxName)
 	}
@@ -54,37 +48,10 @@ func parse(b []byte) (*statement, error) {
 		return nil, fmt.Errorf("recipient key: %w", err)
 	}
 	s.confirm.Recipient = e.RecipientKey
-	if s.bound, err = e.Challenge().Bind(); err != nil {
+	if s.evidence, err = composite.Open(e); err != nil {
 		return nil, err
 	}
-	for _, f := range e.Failures {
-		switch f.Source {
-		case "tpm", "snp", "gpu":
-		default:
-			return nil, fmt.Errorf("failure of %.40q: want tpm, snp or gpu", f.Source)
-		}
-		if was := s.failures[f.Source]; was != "" {
-			f.Message = was + "; " + f.Message
-		}
-		s.failures[f.Source] = clip(f.Message)
-	}
 	return s, nil
-}
-
-// device is the appraisal of one device in the making.
-type device struct {
-	name   string
-	claims map[string]any
-	// genuine are the appraisal's checks, accepted the policy's.
-	genuine  check.List
-	accepted check.List
-	// simulated is true if the chain ended in a simulation's anchor.
-	simulated bool
-	vector    func(func(string) grade) receipt.TrustVector
-}
-
-func (d *device) forPolicy() policy.Device {
-	return policy.Device{Claims: d.claims, Checks: d.genuine, Simulated: d.simulated}
 }
 
 // Appraise judges an evidence envelope for one audience: the broker that will
@@ -116,39 +83,14 @@ func (v *Verifier) Appraise(ctx context.Context, envelope []byte, audience strin
 	pol := v.policy(s.plan.Policy, &l)
 
 	// Is each device genuine, and does it speak of this very challenge?
-	cpu, tpm, gpus := v.appraiseDevices(ctx, s, now)
+	found := s.evidence.Appraise(ctx, composite.Trust{Anchors: v.anchors, CredentialKeys: v.keys, GPUEndorsements: v.endorsements}, now)
 	if err := ctx.Err(); err != nil {
 		return "", receipt.Result{}, err
 	}
-	checkDistinct(s, gpus, &l)
+	l = append(l, found.Checks...)
 
 	// Does the policy accept them?
-	ev := policy.Evidence{WantGPUs: s.plan.Resources.GPUs, Failures: s.failures}
-	all := []*device{}
-	if cpu != nil {
-		d := cpu.forPolicy()
-		ev.SNP, all = &d, append(all, cpu)
-	}
-	if tpm != nil {
-		d := tpm.forPolicy()
-		ev.TPM, all = &d, append(all, tpm)
-	}
-	for _, g := range gpus {
-		ev.GPUs, all = append(ev.GPUs, g.forPolicy()), append(all, g)
-	}
-	decision := pol.Decide(ev)
-	l = append(l, decision.Platform...)
-	if cpu != nil {
-		cpu.accepted = decision.SNP
-	}
-	if tpm != nil {
-		tpm.accepted = decision.TPM
-	}
-	for i, g := range gpus {
-		if i < len(decision.GPUs) {
-			g.accepted = decision.GPUs[i]
-		}
-	}
+	l = append(l, found.Decide(pol, s.plan.Resources.GPUs)...)
 
 	id, err := tokenID()
 	if err != nil {
@@ -163,13 +105,12 @@ func (v *Verifier) Appraise(ctx context.Context, envelope []byte, audience strin
 		Policy: s.plan.Policy, EvidenceDigest: plan.Sum(envelope),
 		// Nothing that a simulation's verifier says counts as real, not even of
 		// evidence whose devices are missing.
-		Simulated: v.anchors.Simulated(), Checks: clipAll(l),
+		Simulated: v.anchors.Simulated() || found.Simulated(), Checks: clipAll(l),
 	}
-	for _, d := range all {
-		r.Simulated = r.Simulated || d.simulated
-		r.Submods[d.name] = d.appraisal(s.plan.Policy, len(l.Failed()) == 0)
+	for _, d := range found.Devices() {
+		r.Submods[d.Name] = appraisal(d, s.plan.Policy, len(l.Failed()) == 0)
 	}
-	if cpu == nil {
+	if found.CPU == nil {
 		// An EAR has at least one submodule, and every policy asks for this one.
 		r.Submods["cpu0"] = receipt.Appraisal{Status: receipt.Contraindicated, Vector: missing(), PolicyID: policyID(s.plan.Policy), Claims: map[string]any{}}
 	}
@@ -210,66 +151,13 @@ func (v *Verifier) policy(want plan.Policy, l *check.List) policy.Policy {
 	return p
 }
 
-// appraiseDevices holds each device's evidence against the one challenge. A
-// device that is not there is nil.
-func (v *Verifier) appraiseDevices(ctx context.Context, s *statement, now time.Time) (cpu, tpm *device, gpus []*device) {
-	var quote, log []byte
-	if t := s.TPM; t != nil {
-		quote, log = t.Quote, t.EventLog
-		r := vtpm.Appraise(vtpm.Evidence{
-			AKPublic: t.AKPublic, AKCredential: t.AKCredential, Quote: t.Quote, Signature: t.Signature, PCRs: t.PCRs, EventLog: t.EventLog,
-		}, vtpm.Want{ExtraData: s.bound.TPMExtraData(s.devices), CredentialKeys: v.keys}, now)
-		tpm = &device{name: "tpm0", claims: r.Claims, genuine: r.Checks, simulated: r.Simulated, vector: tpmVector}
-	}
-	if e := s.SNP; e != nil {
-		r := snp.Appraise(snp.Evidence{Report: e.Report, Certificates: e.Certificates}, snp.Want{ReportData: s.bound.SNPReportData(s.devices, quote, log)}, v.anchors, now)
-		cpu = &device{name: "cpu0", claims: r.Claims, genuine: r.Checks, simulated: r.Simulated, vector: cpuVector}
-		if !r.Genuine() && len(r.Checks.Failed()) == 0 {
-			cpu.genuine.Fail("snp.genuine", "chain and signature checked", "not checked", "report this as a defect")
-		}
-	}
-	for i, g := range s.GPUs {
-		r := nvgpu.AppraiseWith(ctx, nvgpu.Evidence{Report: g.Report, Chain: g.Chain, DriverVersion: g.DriverVersion, VBIOSVersion: g.VBIOSVersion},
-			nvgpu.Want{Nonce: s.bound.GPUNonce()}, v.anchors, v.endorsements, now)
-		d := &device{name: fmt.Sprintf("gpu%d", i), claims: r.Claims, genuine: r.Checks, simulated: r.Simulated, vector: gpuVector}
-		if !r.Genuine() && len(r.Checks.Failed()) == 0 {
-			d.genuine.Fail("gpu.genuine", "chain, nonce and signature checked", "not checked", "report this as a defect")
-		}
-		gpus = append(gpus, d)
-	}
-	return cpu, tpm, gpus
-}
-
-// checkDistinct refuses a GPU that is presented twice, by its certified
-// identity and by the name that the driver gives it.
-func checkDistinct(s *statement, gpus []*device, l *check.List) {
-	if len(gpus) < 2 {
-		return
-	}
-	ids, uuids := map[any]string{}, map[string]string{}
-	for i, g := range gpus {
-		id := g.claims[nvgpu.ClaimUEID]
-		if other, ok := ids[id]; ok && id != nil {
-			l.Fail("gpu.distinct", "different GPUs", g.name+" is "+other+" again", "attest each GPU once")
-			return
-		}
-		uuid := s.GPUs[i].UUID
-		if other, ok := uuids[uuid]; ok {
-			l.Fail("gpu.distinct", "different GPUs", g.name+" is "+other+" again", "attest each GPU once")
-			return
-		}
-		ids[id], uuids[uuid] = g.name, g.name
-	}
-	l.Pass("gpu.distinct", fmt.Sprintf("%d GPUs", len(gpus)))
-}
-
 // appraisal makes a submodule of the result. It affirms only if all checks of
 // the device hold, and those of the whole.
-func (d *device) appraisal(p plan.Policy, whole bool) receipt.Appraisal {
-	checks := clipAll(append(append(check.List(nil), d.genuine...), d.accepted...))
-	a := receipt.Appraisal{Status: receipt.Contraindicated, PolicyID: policyID(p), Claims: d.claims, Checks: checks, Vector: d.vector(grades(checks))}
+func appraisal(d *composite.Device, p plan.Policy, whole bool) receipt.Appraisal {
+	checks := clipAll(append(append(check.List(nil), d.Checks...), d.Accepted...))
+	a := receipt.Appraisal{Status: receipt.Contraindicated, PolicyID: policyID(p), Claims: d.Claims, Checks: checks, Vector: vector(d.Kind, grades(checks))}
 	// A device on which the policy did not speak was not accepted by it.
-	if whole && len(d.accepted) > 0 && len(checks.Failed()) == 0 {
+	if whole && d.Genuine() && len(d.Accepted) > 0 && len(checks.Failed()) == 0 {
 		a.Status = receipt.Affirming
 	}
 	return a

@@ -2,6 +2,7 @@ package verifier
 
 import (
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/composite"
 	"github.com/coffer-run/coffer/attest/receipt"
 )
 
@@ -72,6 +73,19 @@ func broken() receipt.TrustVector {
 // missing is the vector of a device that did not attest.
 func missing() receipt.TrustVector {
 	return receipt.TrustVector{InstanceIdentity: unrecognized, Hardware: unrecognized}
+}
+
+func vector(k composite.Kind, of func(string) grade) receipt.TrustVector {
+	switch k {
+	case composite.CPU:
+		return cpuVector(of)
+	case composite.TPM:
+		return tpmVector(of)
+	case composite.GPU:
+		return gpuVector(of)
+	default:
+		return broken()
+	}
 }
 
 func cpuVector(of func(string) grade) receipt.TrustVector {

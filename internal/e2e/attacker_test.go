@@ -1,10 +1,13 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -18,8 +21,10 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/simulate"
+	"github.com/coffer-run/coffer/attest/verifier"
 	"github.com/coffer-run/coffer/attest/vtpm"
 	"github.com/coffer-run/coffer/enclave/collect"
 	"github.com/coffer-run/coffer/enclave/collect/tpm"
@@ -248,4 +253,68 @@ func (a *attacker) verifierSigner(t *testing.T) *receipt.Signer {
 		t.Fatal(err)
 	}
 	return s
+}
+
+// production starts the production verifier beside the stack's, with a key of
+// its own, and returns an attacker whose TPM is enrolled there and whose plan is
+// under the production policy.
+func (a *attacker) production(t *testing.T) *attacker {
+	t.Helper()
+	dir := t.TempDir()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	const id = "verifier.production.test"
+	key, nonce := filepath.Join(dir, "key.pem"), filepath.Join(dir, "nonce.key")
+	must(keyfile.CreateP384(key))
+	must(keyfile.CreateSecret(nonce, verifier.NonceKeySize))
+	pki := filepath.Join(a.node.dir, "pki")
+	addr := fmt.Sprintf("127.0.0.1:%d", portBase+7)
+	config, err := json.Marshal(map[string]any{
+		"listen": addr, "id": id, "keyFile": key, "nonceKeyFile": nonce,
+		"tls":     daemon.TLS{CA: filepath.Join(pki, "ca.pem"), Cert: filepath.Join(pki, "verifier-verifier.pem"), Key: filepath.Join(pki, "verifier-verifier.key")},
+		"ekRoots": []map[string]string{{"class": "discrete", "file": filepath.Join(a.node.dir, "simulation", simulate.EKRootFile)}},
+	})
+	must(err)
+	path := filepath.Join(dir, "config.json")
+	must(os.WriteFile(path, config, 0o600))
+	var log bytes.Buffer
+	cmd := exec.Command(filepath.Join(a.node.bin, "coffer-verifier"), "--config", path)
+	cmd.Stderr = &log
+	must(cmd.Start())
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if t.Failed() {
+			t.Logf("production verifier: %s", &log)
+		}
+	})
+
+	read, err := keyfile.ReadP384(key)
+	must(err)
+	signer, err := receipt.NewSigner(id, read)
+	must(err)
+	jwks, err := signer.JWKS()
+	must(err)
+	client, err := daemon.TLS{CA: filepath.Join(pki, "ca.pem"), Cert: filepath.Join(pki, "agent-node-1.pem"), Key: filepath.Join(pki, "agent-node-1.key")}.HTTPClient(daemon.RoleVerifier)
+	must(err)
+	p := *a
+	p.verifier, err = remote.NewVerifier(remote.Service{URL: "https://" + addr, ID: id, HTTP: client, JWKS: jwks})
+	must(err)
+	chain, err := a.tpm.EKChain(t.Context())
+	must(err)
+	p.credential, err = p.verifier.Enrol(t.Context(), chain, a.tpm.AKPublic(), a.tpm.Activate)
+	must(err)
+	pl, err := plan.Parse(a.plan)
+	must(err)
+	pol, err := policy.Named("production")
+	must(err)
+	pl.Policy, err = pol.Ref()
+	must(err)
+	p.plan, err = pl.Canonical()
+	must(err)
+	return &p
 }

@@ -247,7 +247,7 @@ func attacks() []attack {
 		{
 			name: "a chip of another maker", does: "signs the CPU report with a chip whose root nobody trusts", stage: "verify", only: "snp.chain",
 			refused: func(t *testing.T, a *attacker) error {
-				v, err := simulate.New(simulate.Options{})
+				v, err := simulate.New(simulate.Options{Fast: true})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -283,6 +283,35 @@ func attacks() []attack {
 					t.Fatal(err)
 				}
 			}),
+		},
+		{
+			name: "simulated evidence, stripped, production verifier", stage: "verify", only: "snp.chain",
+			does: "takes every word of simulation out of emulated evidence and sends it to the production verifier, whose operator even vouches for the software TPM's maker",
+			also: []string{"gpu.chain", "policy.*"},
+			refused: func(t *testing.T, a *attacker) error {
+				v, err := simulate.New(simulate.Options{Plain: true, Fast: true})
+				if err != nil {
+					t.Fatal(err)
+				}
+				p := a.production(t)
+				p.collector.SNP = snpSource(func(d [64]byte) ([]byte, []byte, error) {
+					r, err := v.Chip().Report(d, simulate.SNPOptions{})
+					return r, v.Chip().CertTable(), err
+				})
+				gpu := v.GPUs()[0]
+				p.collector.GPUs = gpuFunc(func(nonce [32]byte) (evidence.GPU, error) {
+					r, err := gpu.Report(nonce, simulate.GPUOptions{})
+					return evidence.GPU{UUID: a.gpus[0], Report: r, Chain: gpu.ChainPEM(), DriverVersion: gpu.DriverVersion(), VBIOSVersion: gpu.VBIOSVersion()}, err
+				})
+				e := p.collect(t, p.request(t))
+				for _, part := range [][]byte{e.SNP.Report, e.SNP.Certificates, e.GPUs[0].Report, e.GPUs[0].Chain} {
+					if bytes.Contains(bytes.ToLower(part), []byte("simulat")) {
+						t.Fatal("the evidence still describes itself as simulated")
+					}
+				}
+				_, _, err = p.appraise(t, e, a.brokerID)
+				return err
+			},
 		},
 		{
 			name: "flipped bit in the GPU report", does: "flips one bit of a measurement in the report that the agent collects", stage: "verify", only: "gpu.signature",
@@ -423,6 +452,14 @@ func attacks() []attack {
 			},
 		},
 	}
+}
+
+// gpuFunc answers for the one GPU there is.
+type gpuFunc func(nonce [32]byte) (evidence.GPU, error)
+
+func (f gpuFunc) Collect(_ context.Context, nonce [32]byte, _ []string) ([]evidence.GPU, error) {
+	g, err := f(nonce)
+	return []evidence.GPU{g}, err
 }
 
 // twice answers with the same GPU two times.

@@ -20,7 +20,7 @@ func TestDaemonsKilled(t *testing.T) {
 		{"coffer-broker", "succeeded"},
 	} {
 		t.Run(tt.daemon, func(t *testing.T) {
-			id := n.submit(t, n.granted(t, "killed-"+tt.daemon, 4))
+			id := n.submit(t, n.granted(t, "killed-"+tt.daemon, 2))
 			n.wait(t, id, "running", running)
 			kill(t, n.pid(t, tt.daemon))
 			time.Sleep(300 * time.Millisecond)
@@ -157,7 +157,7 @@ func TestOldJournalGainsNothing(t *testing.T) {
 // node's root can, and expects the bundle to say so.
 func TestOperatorExecIsSeen(t *testing.T) {
 	n := need(t)
-	id := n.submit(t, n.granted(t, "exec", 6))
+	id := n.submit(t, n.granted(t, "exec", 3))
 	n.wait(t, id, "running", running)
 	ctr := exec.Command(filepath.Join(os.Getenv("COFFER_TOOLS"), "ctr"), "--address", filepath.Join(filepath.Dir(n.layout.Jobs()), "containerd.sock"),
 		"--namespace", "coffer", "tasks", "exec", "--exec-id", "x", "job-"+strings.ToLower(id), "/usr/bin/python3", "-c", "print(1)")

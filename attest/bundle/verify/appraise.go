@@ -1,18 +1,16 @@
 package verify
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
 
-	"github.com/coffer-run/coffer/attest/binding"
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/check"
-	"github.com/coffer-run/coffer/attest/nvgpu"
+	"github.com/coffer-run/coffer/attest/composite"
 	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
-	"github.com/coffer-run/coffer/attest/snp"
-	"github.com/coffer-run/coffer/attest/vtpm"
 )
 
 // evidenceGroup appraises the raw evidence again. For a job that the verifier
@@ -81,102 +79,56 @@ func (v *verification) simulated(g *check.List) {
 // that need its nonce key and its memory.
 func (v *verification) appraise() check.List {
 	var l check.List
-	e := v.env
 	l.Skip("nonce.fresh", "that the nonce was the verifier's own and unused: only it can tell, and its result says so")
-	bound, err := e.Challenge().Bind()
+	s, err := composite.Open(v.env)
 	if err != nil {
 		l.Fail("evidence.binding", "a complete challenge", err.Error(), "")
 		return l
 	}
-	d := e.Devices()
-	seen := policy.Evidence{Failures: map[string]string{}}
-	for _, f := range e.Failures {
-		seen.Failures[f.Source] = f.Message
-	}
-	if e.SNP == nil {
-		// Without it nothing but keys that anyone can make would stand behind
-		// the session key.
-		l.Fail("evidence.root", "an SEV-SNP report, which signs for all the rest", "none", "")
-	} else {
-		seen.SNP = v.appraiseSNP(&l, bound, d)
-	}
-	if e.TPM != nil {
-		seen.TPM = v.appraiseTPM(&l, bound, d)
-	}
-	seen.GPUs = v.appraiseGPUs(&l, bound)
-	v.devices(&l)
-	v.acceptable(&l, seen)
-	return l
-}
-
-func (v *verification) appraiseSNP(l *check.List, bound binding.Bound, d binding.Devices) *policy.Device {
-	var quote, log []byte
-	if t := v.env.TPM; t != nil {
-		quote, log = t.Quote, t.EventLog
-	}
-	r := snp.Appraise(snp.Evidence{Report: v.env.SNP.Report, Certificates: v.env.SNP.Certificates},
-		snp.Want{ReportData: bound.SNPReportData(d, quote, log)}, v.trust.Anchors, v.rep.At)
-	*l = append(*l, r.Checks...)
-	if !r.Genuine() && len(r.Checks.Failed()) == 0 {
-		l.Fail("snp.genuine", "chain and signature checked", "not checked", "report this as a defect")
-	}
-	v.rooted = v.rooted || r.Genuine()
-	v.rep.Simulated = v.rep.Simulated || r.Simulated
-	return &policy.Device{Claims: r.Claims, Checks: r.Checks, Simulated: r.Simulated}
-}
-
-func (v *verification) appraiseTPM(l *check.List, bound binding.Bound, d binding.Devices) *policy.Device {
-	t := v.env.TPM
 	// Without keys no credential opens, and the appraisal says so.
 	keys, pinned, err := v.keys(v.trust.VerifierKeys, bundle.VerifierKeys, v.env.VerifierID)
 	if err != nil {
 		keys = receipt.Keys{}
 	}
-	r := vtpm.Appraise(vtpm.Evidence{
-		AKPublic: t.AKPublic, AKCredential: t.AKCredential, Quote: t.Quote, Signature: t.Signature, PCRs: t.PCRs, EventLog: t.EventLog,
-	}, vtpm.Want{ExtraData: bound.TPMExtraData(d), CredentialKeys: keys}, v.rep.At)
-	for _, c := range r.Checks {
+	found := s.Appraise(context.Background(), composite.Trust{Anchors: v.trust.Anchors, CredentialKeys: keys}, v.rep.At)
+	v.rooted = v.rooted || found.CPU.Genuine()
+	v.rep.Simulated = v.rep.Simulated || found.Simulated()
+	if found.CPU == nil {
+		// Without it nothing but keys that anyone can make would stand behind
+		// the session key.
+		l.Fail("evidence.root", "an SEV-SNP report, which signs for all the rest", "none", "")
+	}
+	for _, d := range found.Devices() {
+		l = append(l, told(d, len(found.GPUs) > 1, pinned)...)
+	}
+	l = append(l, found.Checks...)
+	if v.pl != nil {
+		l.Equal("gpu.count", fmt.Sprint(v.pl.Resources.GPUs), fmt.Sprint(len(found.GPUs)), "the plan asks for another number of GPUs")
+	}
+	v.devices(&l)
+	v.acceptable(&l, found)
+	return l
+}
+
+// told returns a device's checks as the report has them.
+func told(d *composite.Device, severalGPUs, pinned bool) check.List {
+	var l check.List
+	for _, c := range d.Checks {
+		if d.Kind == composite.GPU && severalGPUs {
+			c.Found = d.Name + ": " + c.Found
+		}
 		if c.ID == "tpm.ak-credential" && c.Outcome == check.Pass && !pinned {
 			l.Skip(c.ID, fromBundle)
 			continue
 		}
-		*l = append(*l, c)
+		l = append(l, c)
 	}
-	v.rep.Simulated = v.rep.Simulated || r.Simulated
-	return &policy.Device{Claims: r.Claims, Checks: r.Checks, Simulated: r.Simulated}
-}
-
-func (v *verification) appraiseGPUs(l *check.List, bound binding.Bound) []policy.Device {
-	var out []policy.Device
-	seen := map[string]bool{}
-	for i, gpu := range v.env.GPUs {
-		r := nvgpu.Appraise(nvgpu.Evidence{Report: gpu.Report, Chain: gpu.Chain, DriverVersion: gpu.DriverVersion, VBIOSVersion: gpu.VBIOSVersion},
-			nvgpu.Want{Nonce: bound.GPUNonce()}, v.trust.Anchors, v.rep.At)
-		for _, c := range r.Checks {
-			if len(v.env.GPUs) > 1 {
-				c.Found = fmt.Sprintf("gpu%d: %s", i, c.Found)
-			}
-			*l = append(*l, c)
-		}
-		if !r.Genuine() && len(r.Checks.Failed()) == 0 {
-			l.Fail("gpu.genuine", "chain, nonce and signature checked", "not checked", "report this as a defect")
-		}
-		v.rep.Simulated = v.rep.Simulated || r.Simulated
-		if r.UEID != "" && seen[r.UEID] {
-			l.Fail("gpu.distinct", "different GPUs", "gpu "+r.UEID+" twice", "attest each GPU once")
-		}
-		seen[r.UEID] = true
-		out = append(out, policy.Device{Claims: r.Claims, Checks: r.Checks, Simulated: r.Simulated})
-	}
-	if v.pl != nil {
-		l.Equal("gpu.count", fmt.Sprint(v.pl.Resources.GPUs), fmt.Sprint(len(v.env.GPUs)), "the plan asks for another number of GPUs")
-	}
-	return out
+	return l
 }
 
 // acceptable holds the evidence against the plan's policy, if it is one that
 // this program has. Another was the verifier's to judge.
-func (v *verification) acceptable(l *check.List, seen policy.Evidence) {
+func (v *verification) acceptable(l *check.List, found *composite.Appraisal) {
 	if v.pl == nil {
 		return
 	}
@@ -191,8 +143,7 @@ func (v *verification) acceptable(l *check.List, seen policy.Evidence) {
 		return
 	}
 	l.Pass("policy.known", p.Name)
-	seen.WantGPUs = v.pl.Resources.GPUs
-	*l = append(*l, v.decide(p, seen)...)
+	*l = append(*l, v.decide(p, found.Evidence(v.pl.Resources.GPUs))...)
 }
 
 // decide applies the policy. The verifier may have had endorsements that the
