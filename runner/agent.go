@@ -77,6 +77,7 @@ type Agent struct {
 	live  map[string]*Job
 	ended map[string]*feed
 	free  []string // GPUs that no job has
+	ready int      // jobs for which the GPUs are set ready
 	moved chan struct{}
 }
 
@@ -134,6 +135,7 @@ type Job struct {
 
 	// What follows belongs to the goroutine that runs the job.
 	slot     bool
+	ready    bool // the GPUs are set ready for this job
 	gpus     []string
 	holder   *holder.Holder
 	sandbox  *sandbox.Sandbox
@@ -339,6 +341,39 @@ func (a *Agent) acquire(ctx context.Context, j *Job) error {
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// setReady tells the driver that a job may use its GPUs. The driver knows one
+// state for all of them, so the last job to end takes it back.
+func (a *Agent) setReady(ctx context.Context, j *Job) error {
+	if len(j.gpus) == 0 || j.ready {
+		return nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.GPUs.SetReady(ctx, true); err != nil {
+		return fmt.Errorf("set GPUs ready: %w", err)
+	}
+	j.ready = true
+	a.ready++
+	return nil
+}
+
+func (a *Agent) setUnready(ctx context.Context, j *Job) error {
+	if !j.ready {
+		return nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	j.ready = false
+	a.ready--
+	if a.ready > 0 {
+		return nil
+	}
+	if err := a.GPUs.SetReady(ctx, false); err != nil {
+		return fmt.Errorf("set GPUs not ready: %w", err)
+	}
+	return nil
 }
 
 // giveBack returns a job's slot and GPUs.

@@ -23,8 +23,6 @@ const finishTimeout = 60 * time.Second
 // holder scrubs, every receipt goes into a bundle that the session key signs and
 // the evidence log records, and the journal gets its last word.
 func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
-	ctx, cancel := context.WithTimeout(ctx, finishTimeout)
-	defer cancel()
 	a.tell(ctx, j, stageEvent(bundle.StageEvidence, "started", 0, ""))
 	began := time.Now()
 	body, err := a.gather(ctx, j, end)
@@ -39,10 +37,8 @@ func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 	}
 	a.tell(ctx, j, stageEvent(bundle.StageEvidence, phase, time.Since(began).Nanoseconds(), detail))
 
-	if len(j.gpus) > 0 {
-		if err := a.GPUs.SetReady(ctx, false); err != nil {
-			a.log.ErrorContext(ctx, "set GPUs not ready", slog.String("job", j.id), slog.Any("error", err))
-		}
+	if err := a.setUnready(ctx, j); err != nil {
+		a.log.ErrorContext(ctx, "end of GPU use", slog.String("job", j.id), slog.Any("error", err))
 	}
 	if err := a.cleanUp(ctx, j); err != nil {
 		a.log.ErrorContext(ctx, "clean up", slog.String("job", j.id), slog.Any("error", err))
@@ -75,6 +71,8 @@ func Describe(row journal.Job) *agentv1.Job {
 
 // gather ends the container, lets the holder finish, and builds the bundle.
 func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, finishTimeout)
+	defer cancel()
 	if j.sandbox != nil {
 		if err := j.sandbox.Remove(ctx); err != nil {
 			return nil, err

@@ -3,6 +3,7 @@ package runner
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -39,6 +40,7 @@ func (f *feed) add(ctx context.Context, e *agentv1.WatchResponse) error {
 	e.TimeUnixNano = now.UnixNano()
 	f.last = e.Sequence
 	f.events = append(f.events, e)
+	f.trim()
 	close(f.more)
 	f.more = make(chan struct{})
 	f.mu.Unlock()
@@ -51,6 +53,25 @@ func (f *feed) add(ctx context.Context, e *agentv1.WatchResponse) error {
 		return fmt.Errorf("encode event: %w", err)
 	}
 	return f.journal.AddEvent(ctx, f.job, journal.Event{Sequence: e.GetSequence(), At: now, Body: b})
+}
+
+// maxFeed bounds the events of a job that are kept in memory.
+const maxFeed = 1 << 16
+
+// trim drops the oldest log lines when there are too many events: the journal
+// has everything else, and the holder the lines while the job runs. f.mu is held.
+func (f *feed) trim() {
+	if len(f.events) <= maxFeed {
+		return
+	}
+	drop := maxFeed / 4
+	f.events = slices.DeleteFunc(f.events, func(e *agentv1.WatchResponse) bool {
+		old := drop > 0 && e.GetLog() != nil
+		if old {
+			drop--
+		}
+		return old
+	})
 }
 
 // close tells the watchers that nothing more will come.

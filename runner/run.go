@@ -197,10 +197,8 @@ func (a *Agent) verify(ctx context.Context, j *Job, env []byte) (receipt.Verifie
 	if err != nil {
 		return receipt.Verified{}, "", err
 	}
-	if len(j.gpus) > 0 {
-		if err := a.GPUs.SetReady(ctx, true); err != nil {
-			return receipt.Verified{}, "", fmt.Errorf("set GPUs ready: %w", err)
-		}
+	if err := a.setReady(ctx, j); err != nil {
+		return receipt.Verified{}, "", err
 	}
 	detail := "affirming under policy " + v.Result().Policy.Name
 	if v.Result().Simulated {

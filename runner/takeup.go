@@ -5,11 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/holder"
 	"github.com/coffer-run/coffer/runner/journal"
@@ -95,6 +99,29 @@ func (a *Agent) replay(ctx context.Context, j *Job) error {
 	return nil
 }
 
+// attested checks that the verifier accepted the job's evidence, and that plan,
+// sandbox and holder are those that the evidence bound: a journal that was edited
+// leads nowhere.
+func (a *Agent) attested(j *Job) error {
+	v, err := a.Verifier.Recheck(j.record.Result, receipt.Expect{Audience: a.Broker.ID(), JobID: j.id, Plan: j.digest, AllowSimulated: true})
+	if err != nil {
+		return err
+	}
+	env, err := evidence.Parse(j.record.Evidence)
+	if err != nil {
+		return err
+	}
+	var l check.List
+	l.Equal("adopt.evidence", string(v.Result().EvidenceDigest), string(plan.Sum(j.record.Evidence)), "the journal's evidence is not the appraised one")
+	l.Equal("adopt.plan", string(j.digest), string(plan.Sum(env.Plan)), "the journal's plan is not the attested one")
+	l.Equal("adopt.sandbox", string(plan.Sum(j.record.Sandbox)), string(plan.Sum(env.Sandbox)), "the journal's sandbox is not the attested one")
+	l.Equal("adopt.holder", string(plan.Sum(env.SessionKey)), string(plan.Sum(j.holder.Hello.SessionKey)), "the holder is not the attested one")
+	if len(l.Failed()) > 0 {
+		return check.Refuse("adopt", l)
+	}
+	return nil
+}
+
 // adopt attaches to what of a job still runs. It always takes the slot and the
 // GPUs that the job has, so that nobody else gets them before it is cleaned up.
 func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error) {
@@ -104,8 +131,10 @@ func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error
 	default:
 		return running{}, errors.New("more jobs are left over than this agent runs")
 	}
+	a.mu.Lock()
 	n := min(j.plan.Resources.GPUs, len(a.free))
-	j.gpus, a.free = a.free[:n:n], a.free[n:]
+	j.gpus, a.free = slices.Clone(a.free[:n]), slices.Clone(a.free[n:])
+	a.mu.Unlock()
 
 	h, err := holder.Attach(ctx, j.runDir, j.id)
 	if err == nil {
@@ -116,6 +145,12 @@ func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error
 	}
 	if err != nil {
 		return running{}, errors.Join(errHolderLost, err)
+	}
+	if err := a.attested(j); err != nil {
+		return running{}, err
+	}
+	if err := a.setReady(ctx, j); err != nil {
+		return running{}, err
 	}
 	box, err := a.Node.Adopt(ctx, j.id, j.runDir, j.record.Sandbox)
 	if err != nil {

@@ -21,6 +21,8 @@ const (
 	stopGrace = 5 * time.Second
 	// pollWait bounds one wait for log lines or events.
 	pollWait = time.Second
+	// logPace is the least time between two chunks of a log.
+	logPace = 20 * time.Millisecond
 	// maxEvents bounds the trace events that go into a bundle.
 	maxEvents = 4096
 )
@@ -126,6 +128,11 @@ func (a *Agent) pumpLog(ctx context.Context, j *Job, stream string) error {
 		}
 		if chunk.EOF {
 			return nil
+		}
+		// Lines are passed on as fast as people read, not byte by byte.
+		select {
+		case <-time.After(logPace):
+		case <-j.finished:
 		}
 	}
 }

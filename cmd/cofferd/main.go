@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/enclave/collect"
 	"github.com/coffer-run/coffer/enclave/collect/tpm"
@@ -45,6 +47,11 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 		return err
 	}
 	log := daemon.Logger(stderr, "cofferd")
+	lock, err := lockState(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer closing(&err, lock)
 
 	t, err := tpm.Open(ctx, cfg.TPM)
 	if err != nil {
@@ -103,6 +110,19 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	}
 	log.InfoContext(ctx, "ready", slog.String("listen", cfg.Listen), slog.String("node", cfg.Node), slog.Int("gpus", len(inventory.Devices)))
 	return daemon.Serve(ctx, cfg.Listen, tlsConfig, handler)
+}
+
+// lockState keeps a second agent off the same state: two would take each other's
+// jobs for leftovers. The kernel drops the lock when the process ends.
+func lockState(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock state: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("another agent runs on %s: %w", dir, err), f.Close())
+	}
+	return f, nil
 }
 
 func closing(err *error, c io.Closer) { *err = errors.Join(*err, c.Close()) }
