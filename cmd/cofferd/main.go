@@ -119,11 +119,19 @@ func lockState(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock state: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("another agent runs on %s: %w", dir, err), f.Close())
+	// A killed agent's last threads may hold the lock a moment longer.
+	for deadline := time.Now().Add(lockPatience); ; time.Sleep(lockPatience / 50) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(deadline) {
+			return nil, errors.Join(fmt.Errorf("another agent runs on %s: %w", dir, err), f.Close())
+		}
 	}
-	return f, nil
 }
+
+const lockPatience = 2 * time.Second
 
 func closing(err *error, c io.Closer) { *err = errors.Join(*err, c.Close()) }
 

@@ -594,5 +594,6 @@ one that must fail; the test lists which others may fail beside it.
 // extraRows are attacks whose tests live in functions of their own.
 var extraRows = [][4]string{
 	{"old copy of the journal restored", "puts back a journal from before the job's keys were released (TestOldJournalGainsNothing)", "release", "grant.exhausted"},
+	{"edited journal", "changes what the journal says of a running job while the agent is away (TestEditedJournalIsNotAdopted)", "adopt", "adopt.sandbox"},
 	{"operator's exec into the job", "is recorded by the trace and fails the bundle (TestOperatorExecIsSeen)", "bundle", "trace.operator"},
 }

@@ -1,13 +1,20 @@
 package e2e
 
 import (
+	"bytes"
+	"database/sql"
+	"encoding/base64"
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	_ "modernc.org/sqlite" // the journal's driver
 )
 
 // TestDaemonsKilled kills each daemon with SIGKILL while a job runs. After a
@@ -150,6 +157,72 @@ func TestOldJournalGainsNothing(t *testing.T) {
 	again := n.wait(t, n.submit(t, job), "ended", ended)
 	if again.State != "refused" || again.Stage != "release" || len(again.Checks) == 0 || again.Checks[0].ID != "grant.exhausted" {
 		t.Errorf("the grant that the old journal knows as unused is used again: %+v", again)
+	}
+}
+
+// TestEditedJournalIsNotAdopted changes what the journal says of a running job
+// while the agent is away. The agent must not go on with the job.
+func TestEditedJournalIsNotAdopted(t *testing.T) {
+	n := need(t)
+	for _, tt := range []struct{ name, check, field string }{
+		{"another sandbox", "adopt.sandbox", "sandbox"},
+		{"other evidence", "adopt.evidence", "evidence"},
+		{"another job's result", "result.job", "result"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var other map[string]any
+			if tt.field == "result" {
+				id := n.submit(t, n.granted(t, "donor", 1))
+				n.wait(t, id, "ended", ended)
+				n.journalEntry(t, id, func(rec map[string]any) { other = rec })
+			}
+			id := n.submit(t, n.granted(t, "edited", 50))
+			n.wait(t, id, "running", running)
+			kill(t, n.pid(t, "cofferd"))
+			n.journalEntry(t, id, func(rec map[string]any) {
+				if other != nil {
+					rec[tt.field] = other[tt.field]
+					return
+				}
+				// Another value of the same form: the nonce or the job it speaks of.
+				b, err := base64.StdEncoding.DecodeString(rec[tt.field].(string))
+				if err != nil {
+					t.Fatal(err)
+				}
+				rec[tt.field] = base64.StdEncoding.EncodeToString(bytes.Replace(b, []byte(id), []byte(strings.ToLower(id)), 1))
+			})
+			n.must(t, "restart")
+			s := n.wait(t, id, "ended", ended)
+			if s.State != "refused" || !slices.ContainsFunc(s.Checks, func(c failedCheck) bool { return c.ID == tt.check }) {
+				t.Errorf("want a refusal by %s: %+v", tt.check, s)
+			}
+		})
+	}
+}
+
+// journalEntry changes the newest record of a job in the agent's journal.
+func (n *node) journalEntry(t *testing.T, id string, edit func(map[string]any)) {
+	t.Helper()
+	db, err := sql.Open("sqlite", "file:"+filepath.Join(n.dir, "agent", "journal.db")+"?_pragma=busy_timeout(5000)")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	var seq int
+	var data []byte
+	if err := db.QueryRow("SELECT seq, data FROM entries WHERE job = ? ORDER BY seq DESC LIMIT 1", id).Scan(&seq, &data); err != nil {
+		t.Fatal(err)
+	}
+	var rec map[string]any
+	if err := json.Unmarshal(data, &rec); err != nil {
+		t.Fatal(err)
+	}
+	edit(rec)
+	if data, err = json.Marshal(rec); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.Exec("UPDATE entries SET data = ? WHERE job = ? AND seq = ?", data, id, seq); err != nil {
+		t.Fatal(err)
 	}
 }
 

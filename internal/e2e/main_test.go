@@ -257,14 +257,16 @@ func (n *node) submit(t *testing.T, job string) string {
 
 // status is what `coffer status --output json` says.
 type status struct {
-	ID      string `json:"id"`
-	State   string `json:"state"`
-	Stage   string `json:"stage"`
-	Reason  string `json:"reason"`
-	Message string `json:"message"`
-	Checks  []struct {
-		ID string `json:"id"`
-	} `json:"failedChecks"`
+	ID      string        `json:"id"`
+	State   string        `json:"state"`
+	Stage   string        `json:"stage"`
+	Reason  string        `json:"reason"`
+	Message string        `json:"message"`
+	Checks  []failedCheck `json:"failedChecks"`
+}
+
+type failedCheck struct {
+	ID string `json:"id"`
 }
 
 func (n *node) status(t *testing.T, id string) status {
