@@ -81,8 +81,9 @@ test: deps build image-numpy lint ## everything: vet, linters, unit tests, and i
 	@go test -race -timeout 20m ./...
 
 .PHONY: bench
-bench: ## run the benchmarks
-	@go test -run '^$$' -bench . -benchmem ./...
+bench: ## measure coffer against what its work must cost at least, into build/bench.json
+	@mkdir -p build
+	@COFFER_BENCH=$(CURDIR)/build/bench.json go test -count=1 -timeout 20m -v -run '^TestGoals$$' ./internal/bench | sed -uE '/^(=== |PASS|ok|    --- PASS|--- PASS)/d'
 
 .PHONY: generate
 generate: ## regenerate the code of the .proto files (it is committed)

@@ -13,12 +13,14 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"golang.org/x/sys/unix"
 
 	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/enclave/collect"
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/holder"
 	"github.com/coffer-run/coffer/runner/jobspec"
@@ -73,11 +75,13 @@ type Agent struct {
 	jobs    sync.WaitGroup
 	slots   chan struct{}
 
+	readyMu sync.Mutex // guards ready; held over calls of the plugin
+	ready   int        // jobs for which the GPUs are set ready
+
 	mu    sync.Mutex // guards what follows
 	live  map[string]*Job
 	ended map[string]*feed
 	free  []string // GPUs that no job has
-	ready int      // jobs for which the GPUs are set ready
 	moved chan struct{}
 }
 
@@ -142,16 +146,15 @@ type Job struct {
 	record   record
 	timeline []bundle.Step
 	at       bundle.Stage
-	events   []bundle.Event
 	exitCode int
 
-	// The pumps write logs, events, seen and checkpoints; conclude reads them
-	// after waiting for the pumps.
+	// The pumps write logs, seen and checkpoints; conclude reads them after
+	// waiting for the pumps.
 	pumps       sync.WaitGroup
 	logs        [2]logDigest // stdout, stderr
 	seen        uint64       // newest checkpoint that watchers know of
 	checkpoints bundle.Step
-	traceLost   chan struct{} // closed by the event pump
+	traceLost   chan struct{} // closed by the event pump, also when it fails
 	finished    chan struct{} // closed by conclude
 }
 
@@ -182,6 +185,16 @@ func (j *Job) assets() []string {
 		out = append(out, c.Asset)
 	}
 	return out
+}
+
+// assetDigest is the digest that the plan has for an asset; empty for checkpoints.
+func (j *Job) assetDigest(asset string) plan.Digest {
+	for _, in := range j.plan.Inputs {
+		if in.Asset == asset {
+			return in.Digest
+		}
+	}
+	return ""
 }
 
 // Plan resolves a job file without taking the job.
@@ -221,8 +234,22 @@ func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
 			return nil, err
 		}
 		if digests[in.Asset], err = plan.ParseDigest(asset.GetDigest()); err != nil {
-			return nil, fmt.Errorf("asset %s: %w", in.Asset, err)
+			return nil, fmt.Errorf("asset %s is no input: %w", in.Asset, err)
 		}
+	}
+	if c := spec.Checkpoints; c != nil {
+		asset, err := a.Broker.Asset(ctx, c.Asset)
+		if err != nil {
+			return nil, err
+		}
+		// A key that somebody has seen, as the owner of a data set has, must not
+		// seal what was made from another owner's weights.
+		if asset.GetKind() != brokerv1.AssetKind_ASSET_KIND_CHECKPOINTS {
+			return nil, fmt.Errorf("asset %s is not for checkpoints: create one with coffer assets create NAME --kind checkpoints", c.Asset)
+		}
+	}
+	if err := fits(int64(spec.Resources.Memory)); err != nil {
+		return nil, err
 	}
 	p, err := spec.Plan(jobspec.Resolved{
 		Image: image.Digest, Digests: digests, Policy: ref, Profile: a.profile,
@@ -240,6 +267,18 @@ func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
 		j.env = append(j.env, spec.Env[e.Name])
 	}
 	return j, nil
+}
+
+// fits says whether the machine has the memory at all.
+func fits(memory int64) error {
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return fmt.Errorf("read memory size: %w", err)
+	}
+	if has := int64(si.Totalram) * int64(si.Unit); memory > has { //nolint:gosec // a machine's size fits
+		return fmt.Errorf("the job asks for %d MiB of memory and this node has %d", memory>>20, has>>20)
+	}
+	return nil
 }
 
 // Submit takes a job: stages 1 and 2, and the journal's promise.
@@ -269,15 +308,15 @@ func (a *Agent) Submit(ctx context.Context, submitter string, file []byte, key s
 		{Stage: bundle.StageJobspec, StartUnixNano: began.UnixNano(), Nanos: parsed.Sub(began).Nanoseconds(), Outcome: bundle.StepDone},
 		{Stage: bundle.StageAdmit, StartUnixNano: parsed.UnixNano(), Nanos: time.Since(parsed).Nanoseconds(), Outcome: bundle.StepDone},
 	}
+	// The journal has the job: from here on it runs, whether or not whoever
+	// submitted it is still there to hear of it.
 	j.feed = newFeed(j.id, a.Journal)
 	for _, s := range j.timeline {
 		detail := ""
 		if s.Stage == bundle.StageAdmit {
 			detail = "plan " + string(j.digest)
 		}
-		if err := j.feed.add(ctx, stageEvent(s.Stage, "done", s.Nanos, detail)); err != nil {
-			return journal.Job{}, err
-		}
+		a.tell(ctx, j, stageEvent(s.Stage, "done", s.Nanos, detail))
 	}
 	a.launch(j, func(ctx context.Context) error { //nolint:contextcheck // a job outlives the call that submits it
 		if err := a.acquire(ctx, j); err != nil {
@@ -349,8 +388,8 @@ func (a *Agent) setReady(ctx context.Context, j *Job) error {
 	if len(j.gpus) == 0 || j.ready {
 		return nil
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	a.readyMu.Lock()
+	defer a.readyMu.Unlock()
 	if err := a.GPUs.SetReady(ctx, true); err != nil {
 		return fmt.Errorf("set GPUs ready: %w", err)
 	}
@@ -363,8 +402,8 @@ func (a *Agent) setUnready(ctx context.Context, j *Job) error {
 	if !j.ready {
 		return nil
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	a.readyMu.Lock()
+	defer a.readyMu.Unlock()
 	j.ready = false
 	a.ready--
 	if a.ready > 0 {
@@ -392,7 +431,7 @@ func (a *Agent) giveBack(j *Job) {
 }
 
 // maxRemembered bounds how many ended jobs keep their log lines in memory.
-const maxRemembered = 64
+const maxRemembered = 16
 
 // remember keeps an ended job's feed for late watchers. a.mu is held.
 func (a *Agent) remember(j *Job) {
@@ -459,6 +498,8 @@ func (a *Agent) cleanUp(ctx context.Context, j *Job) error {
 	}
 	if j.holder != nil {
 		errs = append(errs, j.holder.End(ctx, a.log))
+	} else {
+		errs = append(errs, holdapi.Cleanup(j.runDir))
 	}
 	errs = append(errs, sandbox.OpenCgroup(sandbox.JobCgroup(a.Cgroup, j.id)).Remove(), os.RemoveAll(j.runDir))
 	return errors.Join(errs...)

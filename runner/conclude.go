@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/bundle"
@@ -16,12 +17,19 @@ import (
 	"github.com/coffer-run/coffer/runner/sandbox"
 )
 
-// finishTimeout bounds how long a holder may take to scrub and take its leave.
-const finishTimeout = 60 * time.Second
+// finishTimeout bounds how long a holder may take to take its leave, besides the
+// time that scrubbing takes at scrubRate, bytes a second. cleanTimeout bounds the
+// removal of everything else.
+const (
+	finishTimeout = 60 * time.Second
+	scrubRate     = 1 << 30
+	cleanTimeout  = 60 * time.Second
+)
 
-// conclude is stage 10, for every job however it ended: the container goes, the
-// holder scrubs, every receipt goes into a bundle that the session key signs and
-// the evidence log records, and the journal gets its last word.
+// conclude is stage 10, for every job however it ended: the container goes, a
+// holder that still answers scrubs, every receipt goes into a bundle that the
+// session key signs and the evidence log records, and the journal gets its last
+// word.
 func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 	a.tell(ctx, j, stageEvent(bundle.StageEvidence, "started", 0, ""))
 	began := time.Now()
@@ -40,7 +48,9 @@ func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 	if err := a.setUnready(ctx, j); err != nil {
 		a.log.ErrorContext(ctx, "end of GPU use", slog.String("job", j.id), slog.Any("error", err))
 	}
-	if err := a.cleanUp(ctx, j); err != nil {
+	clean, cancel := context.WithTimeout(ctx, cleanTimeout)
+	defer cancel()
+	if err := a.cleanUp(clean, j); err != nil {
 		a.log.ErrorContext(ctx, "clean up", slog.String("job", j.id), slog.Any("error", err))
 	}
 	end.Ended = time.Now()
@@ -71,12 +81,17 @@ func Describe(row journal.Job) *agentv1.Job {
 
 // gather ends the container, lets the holder finish, and builds the bundle.
 func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, finishTimeout)
+	ctx, cancel := context.WithTimeout(ctx, finishTimeout+time.Duration(j.plan.Resources.MemoryBytes/scrubRate)*time.Second)
 	defer cancel()
+	// The container goes first: while it runs it reads, prints and keeps the
+	// holder from finishing.
+	var gone error
 	if j.sandbox != nil {
-		if err := j.sandbox.Remove(ctx); err != nil {
-			return nil, err
-		}
+		gone = j.sandbox.Remove(ctx)
+	} else {
+		gone = a.Node.Forget(ctx, j.id, j.runDir)
+	}
+	if gone == nil {
 		j.sandbox = nil
 	}
 	b := bundle.NewBuilder()
@@ -99,11 +114,21 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	if len(j.record.Releases) > 0 {
 		errs = append(errs, b.AddJSON(bundle.Releases, j.record.Releases))
 	}
-	held, commits, heldErr := a.finish(ctx, j)
+	last, heldErr := a.finish(ctx, j)
 	if heldErr == nil {
-		errs = append(errs,
-			b.AddJSON(bundle.HolderStatus, statusOf(held)), b.AddJSON(bundle.Checkpoints, checkpointsOf(commits)), b.AddJSON(bundle.Trace, j.events),
-			b.AddJSON(bundle.LogsDigest, bundle.Logs{Stdout: j.logs[0].stream(), Stderr: j.logs[1].stream(), Cut: held.LogCut}))
+		// A part that is too large is missing, and verification says so; the
+		// others are not lost with it.
+		for _, p := range []struct {
+			name bundle.Part
+			body any
+		}{
+			{bundle.HolderStatus, statusOf(last.status)}, {bundle.Checkpoints, checkpointsOf(last.commits)}, {bundle.Trace, last.trace},
+			{bundle.LogsDigest, bundle.Logs{Stdout: j.logs[0].stream(), Stderr: j.logs[1].stream(), Cut: last.status.LogCut}},
+		} {
+			if err := b.AddJSON(p.name, p.body); err != nil {
+				gone = errors.Join(gone, err)
+			}
+		}
 	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
@@ -127,35 +152,56 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	if err != nil {
 		// Kept without the log's word: verification says so.
 		out, ferr := b.Finish(signature, nil)
-		return out, errors.Join(fmt.Errorf("log bundle: %w", err), ferr)
+		return out, errors.Join(fmt.Errorf("log bundle: %w", err), ferr, gone)
 	}
 	out, err := b.Finish(signature, &bundle.Log{Receipt: token, Entries: entries})
 	if err != nil {
 		return nil, err
 	}
-	if heldErr != nil && j.holder != nil {
-		return out, heldErr
+	if j.holder == nil {
+		heldErr = nil // it never ran
 	}
-	return out, nil
+	return out, errors.Join(heldErr, gone)
+}
+
+// lastWords are what a holder says when it has finished.
+type lastWords struct {
+	status  holdapi.Status
+	trace   []bundle.Event
+	commits []holdapi.Checkpoint
 }
 
 // finish has the holder close and scrub everything, and drains its last lines.
-// The commits are all that the job made; the status has the newest only.
-func (a *Agent) finish(ctx context.Context, j *Job) (holdapi.Status, []holdapi.Checkpoint, error) {
+func (a *Agent) finish(ctx context.Context, j *Job) (lastWords, error) {
+	over := sync.OnceFunc(func() { close(j.finished) })
+	defer over()
 	if j.holder == nil {
-		return holdapi.Status{}, nil, errors.New("no holder ran")
+		return lastWords{}, errors.New("no holder ran")
+	}
+	if err := j.holder.Renew(ctx); err != nil {
+		return lastWords{}, err
 	}
 	st, err := j.holder.Finish(ctx)
-	close(j.finished)
+	over() // the event pump ends when it finds nothing more
 	if err != nil {
-		return holdapi.Status{}, nil, fmt.Errorf("finish holder: %w", err)
+		return lastWords{}, fmt.Errorf("finish holder: %w", err)
 	}
-	j.pumps.Wait()
-	commits, err := j.holder.Checkpoints(ctx)
+	trace, commits, err := history(ctx, j.holder.Client)
 	if err != nil {
-		return holdapi.Status{}, nil, fmt.Errorf("list checkpoints: %w", err)
+		return lastWords{}, err
 	}
-	return st, commits, nil
+	// The pumps read what is left of the logs and end by themselves.
+	drained := make(chan struct{})
+	go func() {
+		j.pumps.Wait()
+		close(drained)
+	}()
+	select {
+	case <-drained:
+		return lastWords{st, trace, commits}, nil
+	case <-ctx.Done():
+		return lastWords{}, fmt.Errorf("drain the logs: %w", ctx.Err())
+	}
 }
 
 func digestOf(sum []byte) plan.Digest {

@@ -3,7 +3,6 @@ package runner
 import (
 	"context"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -14,7 +13,7 @@ import (
 )
 
 // feed is what watchers of one job are told. Everything but log lines is in the
-// journal too; log lines stay in memory, at most the job's output budget.
+// journal too; the newest log lines stay in memory.
 type feed struct {
 	job     string
 	journal *journal.Journal
@@ -22,6 +21,7 @@ type feed struct {
 	mu     sync.Mutex // guards what follows
 	last   uint64
 	events []*agentv1.WatchResponse
+	bytes  int // of log lines in events
 	closed bool
 	more   chan struct{} // closed and replaced when something was added
 }
@@ -40,6 +40,7 @@ func (f *feed) add(ctx context.Context, e *agentv1.WatchResponse) error {
 	e.TimeUnixNano = now.UnixNano()
 	f.last = e.Sequence
 	f.events = append(f.events, e)
+	f.bytes += len(e.GetLog().GetData())
 	f.trim()
 	close(f.more)
 	f.more = make(chan struct{})
@@ -55,23 +56,31 @@ func (f *feed) add(ctx context.Context, e *agentv1.WatchResponse) error {
 	return f.journal.AddEvent(ctx, f.job, journal.Event{Sequence: e.GetSequence(), At: now, Body: b})
 }
 
-// maxFeed bounds the events of a job that are kept in memory.
-const maxFeed = 1 << 16
+// maxFeed and maxFeedBytes bound the events and log bytes of a job that are kept
+// in memory.
+const (
+	maxFeed      = 1 << 16
+	maxFeedBytes = 16 << 20
+)
 
-// trim drops the oldest log lines when there are too many events: the journal
-// has everything else, and the holder the lines while the job runs. f.mu is held.
+// trim drops the oldest log lines when there is too much; the journal has
+// everything else. Watchers hold parts of the old slice, so it makes a new one.
+// f.mu is held.
 func (f *feed) trim() {
-	if len(f.events) <= maxFeed {
+	if len(f.events) <= maxFeed && f.bytes <= maxFeedBytes {
 		return
 	}
-	drop := maxFeed / 4
-	f.events = slices.DeleteFunc(f.events, func(e *agentv1.WatchResponse) bool {
-		old := drop > 0 && e.GetLog() != nil
-		if old {
-			drop--
+	kept := make([]*agentv1.WatchResponse, 0, len(f.events))
+	events, bytes := len(f.events), f.bytes
+	for _, e := range f.events {
+		if l := e.GetLog(); l != nil && (events > maxFeed*3/4 || bytes > maxFeedBytes*3/4) {
+			events--
+			bytes -= len(l.GetData())
+			continue
 		}
-		return old
-	})
+		kept = append(kept, e)
+	}
+	f.events, f.bytes = kept, bytes
 }
 
 // close tells the watchers that nothing more will come.

@@ -28,8 +28,9 @@ import (
 	"github.com/coffer-run/coffer/runner/source"
 )
 
-// run takes an admitted job from its sandbox to its end. Each stage takes what
-// only the stage before can make; skipping one does not compile.
+// run takes an admitted job from its sandbox to its end. Each stage takes as its
+// argument what the stage before returns; the values that decide, a Verified and
+// a Grant, only a checked signature can make.
 func (a *Agent) run(ctx context.Context, j *Job) (err error) {
 	box, err := stage(ctx, a, j, bundle.StageSandbox, a.create)
 	if err != nil {
@@ -229,6 +230,13 @@ func (a *Agent) release(ctx context.Context, j *Job, box *created, v receipt.Ver
 		g, err := a.Broker.Release(ctx, v, known[i].GetId(), asset, 1, box.holder.SignRelease)
 		if err != nil {
 			return nil, "", err
+		}
+		// The broker says which sealed object the key opens; the plan says which
+		// one was approved. Checkpoints have none yet.
+		if want := j.assetDigest(asset); g.Release().AssetDigest != want {
+			var l check.List
+			l.Fail("grant.asset-digest", string(want), string(g.Release().AssetDigest), "the asset "+asset+" is not the one in the plan")
+			return nil, "", check.Refuse("release", l)
 		}
 		info, err := receipt.WrapInfo(g.Release().Grant, j.digest, asset, v.Result().ID)
 		if err != nil {

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"time"
 
+	"github.com/oklog/ulid/v2"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coffer-run/coffer/attest/bundle"
@@ -31,7 +33,13 @@ func (a *Agent) takeUp(ctx context.Context) error {
 	for _, row := range rows {
 		j, started, err := a.rebuild(ctx, row)
 		if err != nil {
-			return fmt.Errorf("take up job %s: %w", row.ID, err)
+			// One row that cannot be read must not keep the others waiting.
+			a.log.ErrorContext(ctx, "read job from journal", slog.String("job", row.ID), slog.Any("error", err))
+			row.State, row.Reason, row.Message, row.Ended = journal.Failed, "journal", err.Error(), time.Now()
+			if err := a.Journal.End(ctx, row, nil); err != nil {
+				return err
+			}
+			continue
 		}
 		r, err := a.adopt(ctx, j, started)
 		a.log.InfoContext(ctx, "took up job", slog.String("job", row.ID), slog.String("stage", row.Stage), slog.Bool("goes on", err == nil))
@@ -47,6 +55,10 @@ func (a *Agent) takeUp(ctx context.Context) error {
 
 // rebuild makes a Job from its row, and says whether it had started.
 func (a *Agent) rebuild(ctx context.Context, row journal.Job) (*Job, bool, error) {
+	// The id becomes a path that is removed.
+	if _, err := ulid.ParseStrict(row.ID); err != nil {
+		return nil, false, fmt.Errorf("job id %.80q: %w", row.ID, err)
+	}
 	p, err := plan.Parse(row.Plan)
 	if err != nil {
 		return nil, false, err
@@ -102,14 +114,14 @@ func (a *Agent) replay(ctx context.Context, j *Job) error {
 // attested checks that the verifier accepted the job's evidence, and that plan,
 // sandbox and holder are those that the evidence bound: a journal that was edited
 // leads nowhere.
-func (a *Agent) attested(j *Job) error {
+func (a *Agent) attested(j *Job) (*evidence.Envelope, error) {
 	v, err := a.Verifier.Recheck(j.record.Result, receipt.Expect{Audience: a.Broker.ID(), JobID: j.id, Plan: j.digest, AllowSimulated: true})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	env, err := evidence.Parse(j.record.Evidence)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var l check.List
 	l.Equal("adopt.evidence", string(v.Result().EvidenceDigest), string(plan.Sum(j.record.Evidence)), "the journal's evidence is not the appraised one")
@@ -117,25 +129,29 @@ func (a *Agent) attested(j *Job) error {
 	l.Equal("adopt.sandbox", string(plan.Sum(j.record.Sandbox)), string(plan.Sum(env.Sandbox)), "the journal's sandbox is not the attested one")
 	l.Equal("adopt.holder", string(plan.Sum(env.SessionKey)), string(plan.Sum(j.holder.Hello.SessionKey)), "the holder is not the attested one")
 	if len(l.Failed()) > 0 {
-		return check.Refuse("adopt", l)
+		return nil, check.Refuse("adopt", l)
+	}
+	return env, nil
+}
+
+// take gives a job the GPUs that it had.
+func (a *Agent) take(j *Job, gpus []evidence.GPU) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, g := range gpus {
+		i := slices.Index(a.free, g.UUID)
+		if i < 0 {
+			return fmt.Errorf("GPU %.80s of the job is gone or another job's", g.UUID)
+		}
+		a.free = slices.Delete(slices.Clone(a.free), i, i+1)
+		j.gpus = append(j.gpus, g.UUID)
 	}
 	return nil
 }
 
-// adopt attaches to what of a job still runs. It always takes the slot and the
-// GPUs that the job has, so that nobody else gets them before it is cleaned up.
+// adopt attaches to what of a job still runs, and takes a slot and the very GPUs
+// whose evidence the job has.
 func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error) {
-	select {
-	case a.slots <- struct{}{}:
-		j.slot = true
-	default:
-		return running{}, errors.New("more jobs are left over than this agent runs")
-	}
-	a.mu.Lock()
-	n := min(j.plan.Resources.GPUs, len(a.free))
-	j.gpus, a.free = slices.Clone(a.free[:n]), slices.Clone(a.free[n:])
-	a.mu.Unlock()
-
 	h, err := holder.Attach(ctx, j.runDir, j.id)
 	if err == nil {
 		j.holder = h
@@ -146,7 +162,17 @@ func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error
 	if err != nil {
 		return running{}, errors.Join(errHolderLost, err)
 	}
-	if err := a.attested(j); err != nil {
+	env, err := a.attested(j)
+	if err != nil {
+		return running{}, err
+	}
+	select {
+	case a.slots <- struct{}{}:
+		j.slot = true
+	default:
+		return running{}, errors.New("more jobs are left over than this agent runs")
+	}
+	if err := a.take(j, env.GPUs); err != nil {
 		return running{}, err
 	}
 	if err := a.setReady(ctx, j); err != nil {

@@ -19,19 +19,21 @@ import (
 const (
 	// stopGrace is how long a job that must end may take for it.
 	stopGrace = 5 * time.Second
+	// askTimeout is how long a holder may take to show that it is alive.
+	askTimeout = 5 * time.Second
 	// pollWait bounds one wait for log lines or events.
 	pollWait = time.Second
 	// logPace is the least time between two chunks of a log.
 	logPace = 20 * time.Millisecond
-	// maxEvents bounds the trace events that go into a bundle.
-	maxEvents = 4096
+	// maxTrace bounds the trace in a bundle, in bytes of JSON before escapes.
+	maxTrace = 4 << 20
 )
 
 // watch is stage 9: the job runs, its lines and checkpoints are passed on, and
 // whatever must end it ends it.
 func (a *Agent) watch(ctx context.Context, j *Job, r running) error {
 	_, err := stage(ctx, a, j, bundle.StageRun, func(ctx context.Context, j *Job) (struct{}, string, error) {
-		ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(j.plan.Resources.MaxSeconds)*time.Second, errDeadline)
+		ctx, cancel := context.WithDeadlineCause(ctx, j.began().Add(time.Duration(j.plan.Resources.MaxSeconds)*time.Second), errDeadline)
 		defer cancel()
 		a.pump(j) //nolint:contextcheck // the last lines come after the run
 		code, err := a.wait(ctx, j, r)
@@ -39,6 +41,17 @@ func (a *Agent) watch(ctx context.Context, j *Job, r running) error {
 		return struct{}{}, fmt.Sprintf("exit code %d", code), err
 	})
 	return err
+}
+
+// began is when the container started; a job that was adopted does not get its
+// time anew.
+func (j *Job) began() time.Time {
+	for _, s := range j.timeline {
+		if s.Stage == bundle.StageStart {
+			return time.Unix(0, s.StartUnixNano)
+		}
+	}
+	return time.Now()
 }
 
 // wait waits for the first of the ways in which a job ends.
@@ -55,7 +68,17 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 	}
 	select {
 	case st := <-r.box.sandbox.Exited():
-		return exited(st)
+		code, err := exited(st)
+		if err == nil {
+			return code, nil
+		}
+		// A job whose keeper died fails by itself, and may be first to be noticed.
+		ask, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
+		defer cancel()
+		if _, serr := r.box.holder.Status(ask); serr != nil {
+			return code, errHolderLost
+		}
+		return code, err
 	case <-r.box.holder.Lost():
 		// A job whose keeper died may be reading half a file; it gets no grace.
 		return kill(errHolderLost)
@@ -103,6 +126,8 @@ func (a *Agent) pump(j *Job) {
 	j.pumps.Go(func() {
 		if err := a.pumpEvents(ctx, j); err != nil && ctx.Err() == nil {
 			a.log.WarnContext(ctx, "follow events", slog.String("job", j.id), slog.Any("error", err))
+			// An agent that does not see the trace must not let the job go on.
+			j.loseTrace()
 		}
 	})
 }
@@ -166,7 +191,6 @@ func (a *Agent) pumpEvents(ctx context.Context, j *Job) error {
 }
 
 func (a *Agent) event(ctx context.Context, j *Job, e holdapi.Event) {
-	ev := bundle.Event{Sequence: e.Sequence, UnixNano: e.UnixNano, Kind: e.Kind, Detail: e.Detail, Process: e.Process, Digest: e.Digest}
 	if c := e.Checkpoint; c != nil {
 		if j.seen < c.Sequence {
 			j.seen = c.Sequence
@@ -180,14 +204,44 @@ func (a *Agent) event(ctx context.Context, j *Job, e holdapi.Event) {
 			j.checkpoints.Nanos += c.Nanos
 		}
 	}
-	if len(j.events) < maxEvents {
-		j.events = append(j.events, ev)
-	}
 	if e.Kind == bundle.EventTraceLost {
-		select {
-		case <-j.traceLost:
-		default:
-			close(j.traceLost)
+		j.loseTrace()
+	}
+}
+
+// loseTrace is called by the event pump alone.
+func (j *Job) loseTrace() {
+	select {
+	case <-j.traceLost:
+	default:
+		close(j.traceLost)
+	}
+}
+
+// history reads everything the holder saw, for the bundle: what the pump passed
+// on may have gaps where an agent was killed or the job had not started. Where it
+// is too much, the kinds that a job can cause at will are left out, and the gaps
+// in the sequence show it.
+func history(ctx context.Context, c *holdapi.Client) (trace []bundle.Event, commits []holdapi.Checkpoint, err error) {
+	size := 0
+	for after := uint64(0); ; {
+		events, err := c.Events(ctx, holdapi.Events{After: after})
+		if err != nil {
+			return nil, nil, fmt.Errorf("read the holder's events: %w", err)
+		}
+		if len(events) == 0 {
+			return trace, commits, nil
+		}
+		for _, e := range events {
+			after = e.Sequence
+			if e.Checkpoint != nil {
+				commits = append(commits, *e.Checkpoint)
+			}
+			size += 160 + len(e.Detail) + len(e.Process) + len(e.Digest)
+			rare := e.Kind != "exec" && e.Kind != "connect" && e.Kind != "ptrace" && e.Kind != bundle.EventInputError
+			if size <= maxTrace || rare {
+				trace = append(trace, bundle.Event{Sequence: e.Sequence, UnixNano: e.UnixNano, Kind: e.Kind, Detail: e.Detail, Process: e.Process, Digest: e.Digest})
+			}
 		}
 	}
 }

@@ -109,7 +109,7 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 		return err
 	}
 	log.InfoContext(ctx, "ready", slog.String("listen", cfg.Listen), slog.String("node", cfg.Node), slog.Int("gpus", len(inventory.Devices)))
-	return daemon.Serve(ctx, cfg.Listen, tlsConfig, handler)
+	return daemon.Serve(ctx, cfg.Listen, tlsConfig, handler, log)
 }
 
 // lockState keeps a second agent off the same state: two would take each other's

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"testing"
 	"time"
-
 )
 
 // row is one line of the result. A row without a goal is for information.
@@ -44,6 +43,7 @@ func TestGoals(t *testing.T) {
 		name    string
 		measure func(*testing.T) []row
 	}{{"appraisal", appraisal}, {"release", release}, {"regions", regions}, {"checkpoints", checkpoints}} {
+		fmt.Println("measuring", part.name)
 		t.Run(part.name, func(t *testing.T) { rows = append(rows, part.measure(t)...) })
 	}
 	if t.Failed() {
@@ -134,4 +134,3 @@ func must[T any](t *testing.T) func(T, error) T {
 		return v
 	}
 }
-

@@ -38,7 +38,8 @@ type Config struct {
 	UID, GID int
 	// LogBytes is the job's output budget.
 	LogBytes int64
-	// Join puts the process into the job's cgroup before it holds anything.
+	// Join puts the process into the job's cgroup. It is called right after the
+	// start, before the holder is given anything to hold.
 	Join func(pid int) error
 }
 
@@ -89,9 +90,12 @@ func Start(ctx context.Context, c Config) (_ *Holder, err error) {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	for {
-		h, err := Attach(ctx, c.RunDir, c.JobID)
+		h, err := attach(ctx, c.RunDir, c.JobID, cmd.Process.Pid)
 		if err == nil {
 			return h, nil
+		}
+		if errors.Is(err, errStranger) {
+			return nil, err
 		}
 		select {
 		case <-exited:
@@ -103,22 +107,47 @@ func Start(ctx context.Context, c Config) (_ *Holder, err error) {
 	}
 }
 
+// errStranger means that another process answers in a holder's place.
+var errStranger = errors.New("another process answers on the holder's socket")
+
 // Attach connects to a holder that runs already and checks that it is the job's.
+// Whether its keys are those that were attested is for the caller.
 func Attach(ctx context.Context, runDir, jobID string) (*Holder, error) {
+	return attach(ctx, runDir, jobID, 0)
+}
+
+// attach takes pid as the process that must answer, unless it is 0: whoever got
+// to the socket first would otherwise have its own keys attested.
+func attach(ctx context.Context, runDir, jobID string, pid int) (_ *Holder, err error) {
 	client, err := holdapi.Dial(ctx, runDir)
 	if err != nil {
 		return nil, fmt.Errorf("attach to holder: %w", err)
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, client.Close())
+		}
+	}()
+	peer, err := client.PeerPid()
+	if err != nil {
+		return nil, fmt.Errorf("attach to holder: %w", err)
+	}
+	if pid != 0 && peer != pid {
+		return nil, fmt.Errorf("attach to holder: process %d, want %d: %w", peer, pid, errStranger)
+	}
 	hello, err := client.Hello(ctx)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("attach to holder: %w", err), client.Close())
+		return nil, fmt.Errorf("attach to holder: %w", err)
 	}
 	if hello.JobID != jobID {
-		return nil, errors.Join(fmt.Errorf("attach to holder: it holds job %q, want %q", hello.JobID, jobID), client.Close())
+		return nil, fmt.Errorf("attach to holder: it holds job %q, want %q", hello.JobID, jobID)
+	}
+	if hello.Pid != peer {
+		return nil, fmt.Errorf("attach to holder: it calls itself process %d and is %d: %w", hello.Pid, peer, errStranger)
 	}
 	fd, err := unix.PidfdOpen(hello.Pid, 0)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("attach to holder: process %d: %w", hello.Pid, err), client.Close())
+		return nil, fmt.Errorf("attach to holder: process %d: %w", hello.Pid, err)
 	}
 	h := &Holder{Client: client, Hello: hello, runDir: runDir, lost: make(chan struct{}), pidfd: fd}
 	go h.watch()
@@ -138,6 +167,25 @@ func (h *Holder) watch() {
 	_ = unix.Close(h.pidfd)
 }
 
+// Renew replaces the connection: a call that was given up leaves the old one
+// useless.
+func (h *Holder) Renew(ctx context.Context) error {
+	client, err := holdapi.Dial(ctx, h.runDir)
+	if err != nil {
+		return fmt.Errorf("renew connection to holder: %w", err)
+	}
+	peer, err := client.PeerPid()
+	if err == nil && peer != h.Hello.Pid {
+		err = fmt.Errorf("process %d, want %d: %w", peer, h.Hello.Pid, errStranger)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("renew connection to holder: %w", err), client.Close())
+	}
+	_ = h.Client.Close()
+	h.Client = client
+	return nil
+}
+
 // Lost is closed when the holder's process is gone.
 func (h *Holder) Lost() <-chan struct{} { return h.lost }
 
@@ -147,7 +195,9 @@ func (h *Holder) End(ctx context.Context, log *slog.Logger) error {
 	select {
 	case <-h.lost:
 	default:
-		if err := h.Exit(ctx); err != nil {
+		exit, cancel := context.WithTimeout(ctx, exitTimeout)
+		defer cancel()
+		if err := h.Exit(exit); err != nil {
 			log.WarnContext(ctx, "holder did not take its leave", slog.Any("error", err))
 		}
 		select {

@@ -34,6 +34,8 @@ const (
 	DefaultMaxDuration = 24 * time.Hour
 	DefaultLogBytes    = 16 << 20
 
+	// MaxLogBytes bounds what a job file may ask for: the holder keeps it in memory.
+	MaxLogBytes = 256 << 20
 	// MaxInputs bounds the inputs of one job.
 	MaxInputs = 32
 )
@@ -350,6 +352,7 @@ func (c *checker) check(s *Spec) {
 	if s.Output.LogBytes == 0 {
 		s.Output.LogBytes = DefaultLogBytes
 	}
+	c.require(s.Output.LogBytes <= MaxLogBytes, "output.logBytes", "want at most 256Mi")
 	c.require(s.AttestationPolicy != "", "attestationPolicy", "want the name of an attestation policy, such as production")
 }
 

@@ -1,7 +1,7 @@
 // Package journal records how far each job has come, so that an agent that was
 // killed finds its jobs again. It is a hint and never authority: whoever reads
-// an entry rechecks it against containerd, the holder and the broker, and an old
-// copy put back in its place opens nothing.
+// an entry rechecks it against containerd, the holder and the verifier's signed
+// result, and an old copy put back in its place opens nothing.
 //
 // It holds no key, no environment value and no line that a job printed.
 package journal

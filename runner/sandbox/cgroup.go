@@ -30,11 +30,11 @@ const cpuPeriod = 100_000
 
 func limits(r plan.Resources) *specs.LinuxResources {
 	quota, period := r.CPUMillis*cpuPeriod/1000, uint64(cpuPeriod)
-	// Swap equal to memory means none: this machine's swap, if any, belongs to
-	// the adversary.
+	// Memory and swap together at most the memory: no swap. What is swapped lies
+	// on a disk that belongs to the adversary.
 	return &specs.LinuxResources{
 		CPU:    &specs.LinuxCPU{Quota: &quota, Period: &period},
-		Memory: &specs.LinuxMemory{Limit: &r.MemoryBytes},
+		Memory: &specs.LinuxMemory{Limit: &r.MemoryBytes, Swap: &r.MemoryBytes},
 		Pids:   &specs.LinuxPids{Limit: &r.Pids},
 	}
 }
@@ -47,7 +47,10 @@ func CreateCgroup(path string, r plan.Resources) (*Cgroup, error) {
 	room := r.Pids + runtimeTasks
 	res.Pids.Limit = &room
 	c := &Cgroup{path: path, unified: cgroups.Mode() == cgroups.Unified}
-	var err error
+	err := swapAccounted(c.unified)
+	if err != nil {
+		return nil, fmt.Errorf("create cgroup %s: %w", path, err)
+	}
 	if c.unified {
 		_, err = cgroup2.NewManager(cgroupRoot, path, cgroup2.ToResources(res))
 	} else {
@@ -57,6 +60,25 @@ func CreateCgroup(path string, r plan.Resources) (*Cgroup, error) {
 		return nil, fmt.Errorf("create cgroup %s: %w", path, err)
 	}
 	return c, nil
+}
+
+// swapAccounted makes sure that the limit on swap holds: a version 1 kernel can
+// lack it, and then the machine may have no swap at all.
+func swapAccounted(unified bool) error {
+	if unified {
+		return nil
+	}
+	if _, err := os.Stat(cgroupRoot + "/memory/memory.memsw.limit_in_bytes"); err == nil {
+		return nil
+	}
+	b, err := os.ReadFile("/proc/swaps")
+	if err != nil {
+		return fmt.Errorf("look for swap: %w", err)
+	}
+	if strings.Count(strings.TrimSpace(string(b)), "\n") > 0 {
+		return errors.New("this kernel cannot keep a group out of swap, and swap is on: swapoff -a")
+	}
+	return nil
 }
 
 // runtimeTasks is room for the threads of runsc, its gofer and the holder.

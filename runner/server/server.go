@@ -1,7 +1,8 @@
 // Package server answers the agent's API for engineers, schedulers and auditors.
 //
 // Trusted: the identity that Identify reads from a verified client certificate.
-// Checked: the role for each call, and sizes. Not trusted: job files.
+// Checked: the role for each call, that an engineer's job is that engineer's
+// where its output or its end is concerned, and sizes. Not trusted: job files.
 package server
 
 import (
@@ -208,11 +209,24 @@ func (s *server) List(ctx context.Context, r *connect.Request[agentv1.ListReques
 	return connect.NewResponse(out), nil
 }
 
+// own finds a job whose output or end the caller may have: an engineer has those
+// of the jobs that the same engineer submitted.
+func (s *server) own(ctx context.Context, id string) (journal.Job, error) {
+	row, err := s.agent.Journal.Job(ctx, id)
+	if err != nil {
+		return journal.Job{}, err
+	}
+	if c, _ := ctx.Value(callerKey{}).(caller); c.role == "engineer" && c.String() != row.Submitter {
+		return journal.Job{}, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("job %s is another engineer's", id))
+	}
+	return row, nil
+}
+
 // Watch sends what is in memory, or, for a job that an earlier agent ended, what
 // is in the journal, and ends when nothing more can come.
 func (s *server) Watch(ctx context.Context, r *connect.Request[agentv1.WatchRequest], out *connect.ServerStream[agentv1.WatchResponse]) error {
 	id, after := r.Msg.GetId(), r.Msg.GetAfterSequence()
-	if _, err := s.agent.Journal.Job(ctx, id); err != nil {
+	if _, err := s.own(ctx, id); err != nil {
 		return err
 	}
 	feed := s.agent.Feed(id)
@@ -261,6 +275,9 @@ func (s *server) watchJournal(ctx context.Context, id string, after uint64, out 
 }
 
 func (s *server) Cancel(ctx context.Context, r *connect.Request[agentv1.CancelRequest]) (*connect.Response[agentv1.CancelResponse], error) {
+	if _, err := s.own(ctx, r.Msg.GetId()); err != nil {
+		return nil, err
+	}
 	row, err := s.agent.Cancel(ctx, r.Msg.GetId())
 	if err != nil {
 		return nil, err
@@ -269,7 +286,7 @@ func (s *server) Cancel(ctx context.Context, r *connect.Request[agentv1.CancelRe
 }
 
 func (s *server) Bundle(ctx context.Context, r *connect.Request[agentv1.BundleRequest]) (*connect.Response[agentv1.BundleResponse], error) {
-	row, err := s.agent.Journal.Job(ctx, r.Msg.GetId())
+	row, err := s.own(ctx, r.Msg.GetId())
 	if err != nil {
 		return nil, err
 	}

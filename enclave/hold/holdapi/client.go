@@ -78,6 +78,23 @@ func DialWait(ctx context.Context, runDir string) (*Client, error) {
 	}
 }
 
+// PeerPid returns the process that listens at the other end, by the kernel's word.
+func (c *Client) PeerPid() (int, error) {
+	raw, err := c.conn.SyscallConn()
+	if err != nil {
+		return 0, fmt.Errorf("ask who holds the socket: %w", err)
+	}
+	var cred *unix.Ucred
+	var gerr error
+	if err := raw.Control(func(fd uintptr) { cred, gerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return 0, fmt.Errorf("ask who holds the socket: %w", err)
+	}
+	if gerr != nil {
+		return 0, fmt.Errorf("ask who holds the socket: %w", gerr)
+	}
+	return int(cred.Pid), nil
+}
+
 // Close ends the connection. The holder goes on.
 func (c *Client) Close() error { return c.conn.Close() }
 

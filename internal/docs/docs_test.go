@@ -1,0 +1,234 @@
+package docs
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const root = "../.."
+
+// documents are the repository's own, by path from its root.
+func documents(t *testing.T) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if n := d.Name(); d.IsDir() && (n == "build" || n == "testdata" || n == "node_modules" || (strings.HasPrefix(n, ".") && path != root)) {
+			return filepath.SkipDir
+		}
+		if d.IsDir() || filepath.Ext(path) != ".md" {
+			return nil
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(root, path)
+		out[rel] = string(b)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out["README.md"] == "" {
+		t.Fatal("README.md is missing")
+	}
+	return out
+}
+
+// command is one command of a fence that is marked sh.
+type command struct {
+	at    string
+	words []string
+}
+
+var fence = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
+
+// commands reads what the fences hold: simple commands, with comments,
+// continued lines, sudo, variables and && between them.
+func commands(name, text string) []command {
+	var out []command
+	for _, m := range fence.FindAllStringSubmatchIndex(text, -1) {
+		line := strings.Count(text[:m[2]], "\n")
+		at := 0
+		for l := range strings.SplitSeq(text[m[2]:m[3]], "\n") {
+			line++
+			if at == 0 {
+				at = line
+			}
+			l, _, _ = strings.Cut(l, "# ")
+			l, more := strings.CutSuffix(strings.TrimRight(l, " "), "\\")
+			if n := len(out); n > 0 && at != line {
+				out[n-1].words = append(out[n-1].words, strings.Fields(l)...)
+			} else {
+				for c := range strings.SplitSeq(l, "&&") {
+					w := strings.Fields(c)
+					for len(w) > 0 && (w[0] == "sudo" || strings.Contains(w[0], "=")) {
+						w = w[1:]
+					}
+					if len(w) > 0 {
+						out = append(out, command{fmt.Sprintf("%s:%d", name, line), w})
+					}
+				}
+			}
+			if !more {
+				at = 0
+			}
+		}
+	}
+	return out
+}
+
+func TestCommands(t *testing.T) {
+	makefile, err := os.ReadFile(filepath.Join(root, "Makefile"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := os.Getenv("COFFER_BIN")
+	if _, err := os.Stat(filepath.Join(bin, "coffer")); bin == "" || err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("COFFER_BIN holds no coffer: run make test")
+		}
+		t.Skip("COFFER_BIN holds no coffer: run make test")
+	}
+	found := 0
+	for name, text := range documents(t) {
+		for _, c := range commands(name, text) {
+			found++
+			var err error
+			switch program := filepath.Base(c.words[0]); program {
+			case "make":
+				for _, target := range c.words[1:] {
+					if !strings.Contains(target, "=") && !regexp.MustCompile(`(?m)^([\w-]+ )*`+regexp.QuoteMeta(target)+`( [\w-]+)*:`).Match(makefile) {
+						err = fmt.Errorf("make has no target %s", target)
+					}
+				}
+			case "coffer":
+				err = checkCoffer(bin, c.words[1:])
+			case "coffer-verify":
+				err = checkFlags(help(bin, program), c.words[1:])
+			case "git", "cd", "go", "mkdir", "cp":
+			default:
+				err = fmt.Errorf("unknown program %s: teach this test what it is", program)
+			}
+			if err != nil {
+				t.Errorf("%s: %s: %v", c.at, strings.Join(c.words, " "), err)
+			}
+		}
+	}
+	if found == 0 {
+		t.Error("no commands found: README.md must show how to begin")
+	}
+}
+
+func help(bin, program string, words ...string) string {
+	out, err := exec.Command(filepath.Join(bin, program), append(words, "--help")...).CombinedOutput()
+	if err != nil {
+		return ""
+	}
+	return string(out)
+}
+
+// checkCoffer follows subcommands as far as there are some: for an unknown one
+// the command shows the help of its parent.
+func checkCoffer(bin string, words []string) error {
+	path := []string{}
+	text := help(bin, "coffer")
+	for _, w := range words {
+		if !strings.Contains(text, "Available Commands:") {
+			break
+		}
+		if strings.HasPrefix(w, "-") {
+			return fmt.Errorf("put %s after the subcommand", w)
+		}
+		path = append(path, w)
+		if text = help(bin, "coffer", path...); !strings.Contains(text, "\n  coffer "+strings.Join(path, " ")) {
+			return fmt.Errorf("coffer has no command %s", strings.Join(path, " "))
+		}
+	}
+	if len(path) == 0 {
+		return fmt.Errorf("no subcommand")
+	}
+	return checkFlags(text, words[len(path):])
+}
+
+func checkFlags(help string, words []string) error {
+	for _, w := range words {
+		flag, _, _ := strings.Cut(w, "=")
+		if strings.HasPrefix(flag, "-") && flag != "-" && !regexp.MustCompile(regexp.QuoteMeta(flag)+`[ ,\n]`).MatchString(help) {
+			return fmt.Errorf("no flag %s", flag)
+		}
+	}
+	return nil
+}
+
+var (
+	link    = regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	heading = regexp.MustCompile(`(?m)^#+ (.+)$`)
+	code    = regexp.MustCompile("(?s)```.*?```|`[^`\n]*`")
+)
+
+// slugs are the anchors that headings have.
+func slugs(text string) []string {
+	var out []string
+	for _, m := range heading.FindAllStringSubmatch(text, -1) {
+		s := regexp.MustCompile(`[^\w\- ]`).ReplaceAllString(strings.ToLower(m[1]), "")
+		out = append(out, strings.ReplaceAll(s, " ", "-"))
+	}
+	return out
+}
+
+func TestLinks(t *testing.T) {
+	docs := documents(t)
+	for name, text := range docs {
+		for _, m := range link.FindAllStringSubmatch(code.ReplaceAllString(text, ""), -1) {
+			if strings.Contains(m[1], "://") || strings.HasPrefix(m[1], "mailto:") {
+				continue
+			}
+			path, anchor, _ := strings.Cut(m[1], "#")
+			target := name
+			if path != "" {
+				target = filepath.Join(filepath.Dir(name), path)
+			}
+			if _, err := os.Stat(filepath.Join(root, target)); err != nil {
+				t.Errorf("%s: link to %s: %v", name, m[1], err)
+			} else if anchor != "" && !slices.Contains(slugs(docs[target]), anchor) {
+				t.Errorf("%s: link to %s: no such heading", name, m[1])
+			}
+		}
+	}
+}
+
+// The checks above pass on anything if they cannot tell a good command from a bad one.
+func TestRefusals(t *testing.T) {
+	got := commands("x.md", "```sh\nsudo A=b make demo # now\ncoffer up \\\n  --nonsense\nmake a && make b\n```\n```text\nmake c\n```\n")
+	want := []string{"x.md:2 make demo", "x.md:3 coffer up --nonsense", "x.md:5 make a", "x.md:5 make b"}
+	var have []string
+	for _, c := range got {
+		have = append(have, c.at+" "+strings.Join(c.words, " "))
+	}
+	if !slices.Equal(have, want) {
+		t.Errorf("commands %q, want %q", have, want)
+	}
+	if checkFlags("  --file FILE\n", []string{"--fil", "x"}) == nil || checkFlags("  -o, --file FILE\n", []string{"-o", "--file=x", "-"}) != nil {
+		t.Error("flags are not told apart")
+	}
+	if bin := os.Getenv("COFFER_BIN"); bin != "" {
+		if _, err := os.Stat(filepath.Join(bin, "coffer")); err == nil {
+			for _, bad := range []string{"nonsense", "grant nonsense", "up --nonsense", "--dir x up"} {
+				if checkCoffer(bin, strings.Fields(bad)) == nil {
+					t.Errorf("coffer %s passes", bad)
+				}
+			}
+		}
+	}
+}
