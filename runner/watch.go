@@ -66,27 +66,35 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 	kill := func(reason error) (int, error) {
 		return 0, errors.Join(reason, r.box.sandbox.Stop(context.WithoutCancel(ctx), 0))
 	}
-	select {
-	case st := <-r.box.sandbox.Exited():
-		code, err := exited(st)
-		if err == nil {
-			return code, nil
-		}
-		// A job whose keeper died fails by itself, and may be first to be noticed.
+	// The death of the holder shows in several ways, the job's own failure among
+	// them; whichever comes first, it is the reason.
+	alive := func() bool {
 		ask, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
 		defer cancel()
-		if _, serr := r.box.holder.Status(ask); serr != nil {
-			return code, errHolderLost
+		_, err := r.box.holder.Status(ask)
+		return err == nil
+	}
+	ended := func(st containerd.ExitStatus) (int, error) {
+		code, err := exited(st)
+		if err != nil && !alive() {
+			err = errHolderLost
 		}
 		return code, err
+	}
+	select {
+	case st := <-r.box.sandbox.Exited():
+		return ended(st)
 	case <-r.box.holder.Lost():
 		// A job whose keeper died may be reading half a file; it gets no grace.
 		return kill(errHolderLost)
 	case <-j.traceLost:
+		if !alive() {
+			return kill(errHolderLost)
+		}
 		// The runtime closes its trace when it ends, so an end comes first.
 		select {
 		case st := <-r.box.sandbox.Exited():
-			return exited(st)
+			return ended(st)
 		case <-time.After(2 * time.Second):
 			return kill(errTraceLost)
 		}
