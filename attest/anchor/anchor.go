@@ -84,6 +84,8 @@ type Set struct {
 	deviceRoot anchorset.Fingerprint
 	rimRoot    anchorset.Fingerprint
 	ekRoots    []EKRoot
+	aks        map[string]Class // never written to once in a set
+	paravisors []IDKeyDigest
 	paths      *paths // shared by copies; nil in the zero value only
 }
 

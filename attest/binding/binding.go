@@ -117,11 +117,19 @@ func (b Bound) TPMExtraData(d Devices) [32]byte {
 }
 
 // SNPReportData is the report data of the SEV-SNP report, which is collected
-// last and signs for all the rest. quote and eventLog are empty where the job's
-// policy asks for no TPM.
-func (b Bound) SNPReportData(d Devices, quote, eventLog []byte) [64]byte {
+// last and signs for all the rest. The quote's part is SHA-384 over label,
+// quote, agent's event log and, where there is one, the firmware's event log as
+// a fourth field. quote and eventLog are empty where the job's policy asks for
+// no TPM; a firmware log that is empty is one that is not there, so that two
+// lists of logs never have one digest.
+func (b Bound) SNPReportData(d Devices, quote, eventLog []byte, firmwareLog ...[]byte) [64]byte {
 	q := sha512.New384()
 	fields(q, []byte(labelQuote), quote, eventLog)
+	for _, l := range firmwareLog {
+		if len(l) > 0 {
+			fields(q, l)
+		}
+	}
 	h := sha512.New()
 	fields(h, []byte(labelSNP), b.c[:], d[:], q.Sum(nil))
 	return [64]byte(h.Sum(nil))

@@ -2,7 +2,9 @@ package broker_test
 
 import (
 	"bytes"
+	"crypto/ecdsa"
 	"crypto/hmac"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
@@ -108,6 +110,18 @@ func TestReleaseAttacks(t *testing.T) {
 		"malformed request": {act: func(t *testing.T, w *world, _ broker.Grant, j *job) (broker.Answer, error) {
 			return w.Release(t.Context(), node, j.token, []byte(`{"version":"`+receipt.RequestVersion+`","extra":1}`), nil)
 		}, want: "release.request"},
+		"request whose attempt is no double": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
+			req, _ := sign(t, j.session, j.request(g, "weights"))
+			req = bytes.Replace(req, []byte(`"attempt":1`), []byte(`"attempt":9223372036854775807`), 1)
+			sum := sha256.Sum256(req)
+			return w.Release(t.Context(), node, j.token, req, must[[]byte](t)(ecdsa.SignASN1(rand.Reader, j.session, sum[:])))
+		}, want: "release.request"},
+		"request that names two assets": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
+			req, _ := sign(t, j.session, j.request(g, "weights"))
+			req = bytes.Replace(req, []byte(`"asset":"weights"`), []byte(`"asset":"data","Asset":"weights"`), 1)
+			sum := sha256.Sum256(req)
+			return w.Release(t.Context(), node, j.token, req, must[[]byte](t)(ecdsa.SignASN1(rand.Reader, j.session, sum[:])))
+		}, want: "release.request"},
 		"oversized request": {act: func(t *testing.T, w *world, _ broker.Grant, j *job) (broker.Answer, error) {
 			return w.Release(t.Context(), node, j.token, make([]byte, receipt.MaxRequest+1), nil)
 		}, want: "release.request"},
@@ -189,6 +203,30 @@ func TestReleaseAttacks(t *testing.T) {
 			released(t, w, g, j)
 			return newJob(t, w, nil).release(t, w.Broker, g, "data")
 		}, want: "grant.exhausted"},
+
+		"one recipient key for a second job": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
+			released(t, w, g, j)
+			j.attest(t, w, func(r *receipt.Result) { r.JobID = "job-2" })
+			return j.release(t, w.Broker, g, "weights")
+		}, want: "grant.exhausted"},
+		"job of another agent": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
+			released(t, w, g, j)
+			req, sig := sign(t, j.session, j.request(g, "data"))
+			return w.Release(t.Context(), stranger, j.token, req, sig)
+		}, want: "job.agent"},
+		"answer of another agent's job": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
+			req, sig := sign(t, j.session, j.request(g, "weights"))
+			must[broker.Answer](t)(w.Release(t.Context(), node, j.token, req, sig))
+			return w.Release(t.Context(), stranger, j.token, req, sig)
+		}, want: "job.agent"},
+		"job of another agent that only logged a bundle": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
+			must[string](t)(w.LogBundle(t.Context(), stranger, "job-1", plan.Sum(nil)))
+			return j.release(t, w.Broker, g, "weights")
+		}, want: "job.agent"},
+		"job with as many log entries as may be": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
+			w.fill(t, "job-1", broker.MaxJobEntries-16)
+			return j.release(t, w.Broker, g, "weights")
+		}, want: "job.entries"},
 
 		"simulated result, grant does not allow it":  {simulation: true, result: func(r *receipt.Result) { r.Simulated = true }, want: "grant.simulated"},
 		"simulated result, broker does not allow it": {result: func(r *receipt.Result) { r.Simulated = true }, want: "result.simulated"},

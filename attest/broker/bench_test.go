@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/hpke"
 	"crypto/sha256"
+	"fmt"
 	"slices"
 	"sync/atomic"
 	"testing"
@@ -33,16 +34,21 @@ func prepare(b *testing.B, n int) (*world, []prepared) {
 	out := make([]prepared, n)
 	for i := range out {
 		if i < broker.MaxGrantReleases {
-			jobs = append(jobs, newJob(b, w, nil))
+			jobs = append(jobs, newJob(b, w, named(i)))
 		}
 		j := *jobs[i%len(jobs)]
 		if i >= broker.MaxGrantReleases {
-			j.attest(b, w, nil)
+			j.attest(b, w, named(i%len(jobs)))
 		}
 		req, sig := sign(b, j.session, j.request(g, "weights"))
 		out[i] = prepared{j.token, req, sig, &j}
 	}
 	return w, out
+}
+
+// named gives every job an id of its own: the log entries of one are bounded.
+func named(i int) func(*receipt.Result) {
+	return func(r *receipt.Result) { r.JobID = fmt.Sprintf("job-%d", i) }
 }
 
 // BenchmarkRelease reports a release beside its floor measured in the same run:
@@ -103,7 +109,7 @@ func BenchmarkCommit(b *testing.B) {
 
 func commit(b *testing.B, w *world, i uint64) {
 	if err := w.store.Update(b.Context(), func(ctx context.Context, tx broker.Tx) error {
-		return tx.InsertEntry(ctx, translog.Entry{Index: 1<<40 + i, Body: make([]byte, 900), Hash: make([]byte, 48)}, "")
+		return tx.InsertEntry(ctx, translog.Entry{Index: 1<<40 + i, Body: make([]byte, 900), Hash: make([]byte, 48)}, "", "")
 	}); err != nil {
 		b.Fatal(err)
 	}

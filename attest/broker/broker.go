@@ -5,7 +5,8 @@
 // Checked: the result's signature, issuer, audience, lifetime and verdict; the
 // session key's signature over the request; that the grant is of that plan and
 // asset, active, unrevoked and unspent; that a nonce, a result and an asset come
-// together once. Not checked: evidence; the verifier appraised it.
+// together once; that one agent alone acts for a job. Not checked: evidence; the
+// verifier appraised it. Not bounded: how many jobs an agent logs bundles for.
 package broker
 
 import (
@@ -37,8 +38,22 @@ const (
 	MaxGrantDuration = 366 * 24 * time.Hour
 	// MaxReason bounds the reason of a revocation, in bytes.
 	MaxReason = 512
-	// MaxEntries bounds how many log entries one call returns.
-	MaxEntries = 10_000
+	// MaxOwnerAssets bounds the assets of one owner.
+	MaxOwnerAssets = 5_000
+	// MaxPlanGrants bounds the grants that one owner makes for one plan, over
+	// and revoked ones included: each allows MaxGrantReleases attempts.
+	MaxPlanGrants = 1_000
+	// MaxList bounds how many assets or grants one call returns. What does not
+	// fit is an error: a list cut short would pass for a whole one.
+	MaxList = 10_000
+	// MaxJobEntries bounds the log entries of one job, so that all of them fit
+	// into one answer and one bundle.
+	MaxJobEntries = 1_024
+	// bundleEntries of them are left to bundles: a job that spent all its
+	// releases can still be concluded.
+	bundleEntries = 16
+	// page is how many log entries are read at a time to check the whole log.
+	page = 1_000
 )
 
 // Suite is the HPKE suite of every wrapped data key: ML-KEM-768+X25519,
@@ -173,6 +188,12 @@ func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asse
 		return Asset{}, fmt.Errorf("%w: wrap key of asset %s: %w", ErrUnavailable, a.Name, err)
 	}
 	err = b.update(ctx, func(ctx context.Context, tx Tx) error {
+		switch n, err := tx.OwnedAssets(ctx, a.Owner); {
+		case err != nil:
+			return err
+		case n >= MaxOwnerAssets:
+			return fmt.Errorf("%w: %s has %d assets, which is as many as an owner may have", ErrTooMany, owner, n)
+		}
 		if err := tx.InsertAsset(ctx, a); err != nil {
 			return fmt.Errorf("asset %s: %w", a.Name, err)
 		}
@@ -221,13 +242,16 @@ func (b *Broker) Asset(ctx context.Context, name string) (Asset, error) {
 	return a, err
 }
 
-// Assets returns every asset.
+// Assets returns every asset. More than MaxList are ErrTooMany.
 func (b *Broker) Assets(ctx context.Context) ([]Asset, error) {
 	var l []Asset
 	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
-		l, err = r.Assets(ctx)
+		l, err = r.Assets(ctx, MaxList+1)
 		return err
 	})
+	if len(l) > MaxList {
+		return nil, fmt.Errorf("%w: more than %d assets: ask for one by its name", ErrTooMany, MaxList)
+	}
 	return l, err
 }
 
@@ -284,6 +308,12 @@ func (b *Broker) CreateGrant(ctx context.Context, owner Actor, n NewGrant) (Gran
 		if len(l) > 0 {
 			return check.Refuse("grant", l)
 		}
+		switch n, err := tx.OwnedGrants(ctx, g.Owner, g.Plan); {
+		case err != nil:
+			return err
+		case n >= MaxPlanGrants:
+			return fmt.Errorf("%w: %s made %d grants for this plan, which is as many as an owner may make", ErrTooMany, owner, n)
+		}
 		if err := tx.InsertGrant(ctx, g); err != nil {
 			return fmt.Errorf("grant %s: %w", g.ID, err)
 		}
@@ -298,13 +328,17 @@ func (b *Broker) CreateGrant(ctx context.Context, owner Actor, n NewGrant) (Gran
 	return g, nil
 }
 
-// Grants returns the grants of a plan, or all if p is empty.
+// Grants returns the grants of a plan, or all if p is empty. More than MaxList
+// are ErrTooMany.
 func (b *Broker) Grants(ctx context.Context, p plan.Digest) ([]Grant, error) {
 	var l []Grant
 	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
-		l, err = r.Grants(ctx, p)
+		l, err = r.Grants(ctx, p, MaxList+1)
 		return err
 	})
+	if len(l) > MaxList {
+		return nil, fmt.Errorf("%w: more than %d grants: name a plan", ErrTooMany, MaxList)
+	}
 	return l, err
 }
 
@@ -341,7 +375,8 @@ func (b *Broker) Revoke(ctx context.Context, owner Actor, id, reason string) (Gr
 func (b *Broker) Now() time.Time { return b.now() }
 
 // LogBundle records the digest of a job's bundle statement and returns a
-// signed translog.Receipt. The same digest of the same job is recorded once.
+// signed translog.Receipt. The same digest of the same job is recorded once, and
+// only the agent that first released or logged for the job may add to it.
 func (b *Broker) LogBundle(ctx context.Context, agent Actor, job string, digest plan.Digest) (string, error) {
 	if !jobForm.MatchString(job) {
 		return "", fmt.Errorf("%w: job id %.80q", ErrInvalid, job)
@@ -351,22 +386,23 @@ func (b *Broker) LogBundle(ctx context.Context, agent Actor, job string, digest 
 	}
 	var entry translog.Entry
 	err := b.update(ctx, func(ctx context.Context, tx Tx) error {
-		entries, err := tx.Entries(ctx, job, 0, MaxEntries)
+		var l check.List
+		if err := checkAgent(ctx, tx, &l, job, agent); err != nil {
+			return err
+		}
+		if len(l) > 0 {
+			return check.Refuse("log", l)
+		}
+		var err error
+		if entry, err = tx.BundleEntry(ctx, job, digest); !errors.Is(err, ErrNotFound) {
+			return err
+		}
+		head, err := tx.JobHead(ctx, job)
 		if err != nil {
 			return err
 		}
-		for _, e := range entries {
-			body, err := e.Open()
-			if err != nil {
-				return err
-			}
-			if body.Kind == translog.KindBundle && body.Bundle.Digest == digest {
-				entry = e
-				return nil
-			}
-		}
-		if len(entries) == MaxEntries {
-			return fmt.Errorf("%w: job %s has too many log entries", ErrInvalid, job)
+		if head.Size >= MaxJobEntries {
+			return fmt.Errorf("%w: job %s has %d log entries, which is as many as a job may have", ErrTooMany, job, head.Size)
 		}
 		entry, err = b.log(ctx, tx, translog.Body{Kind: translog.KindBundle, Actor: agent.String(), Job: job, Bundle: &translog.Bundle{Digest: digest}})
 		return err
@@ -384,6 +420,24 @@ func (b *Broker) LogBundle(ctx context.Context, agent Actor, job string, digest 
 	return token, nil
 }
 
+// checkAgent fails l if another agent than this one acts for the job: the one
+// that its first log entry names.
+func checkAgent(ctx context.Context, r Reader, l *check.List, job string, agent Actor) error {
+	first, err := r.Entries(ctx, job, 0, 1)
+	if err != nil || len(first) == 0 {
+		return err
+	}
+	body, err := first[0].Open()
+	if err != nil {
+		return err
+	}
+	if body.Actor != agent.String() {
+		// Whose job it is stays untold.
+		l.Fail("job.agent", "the agent that first acted for this job", agent.String(), "act for jobs of this agent only")
+	}
+	return nil
+}
+
 // Entries returns the log entries of one job in order.
 func (b *Broker) Entries(ctx context.Context, job string) ([]translog.Entry, error) {
 	if !jobForm.MatchString(job) {
@@ -391,7 +445,7 @@ func (b *Broker) Entries(ctx context.Context, job string) ([]translog.Entry, err
 	}
 	var l []translog.Entry
 	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
-		l, err = r.Entries(ctx, job, 0, MaxEntries)
+		l, err = r.Entries(ctx, job, 0, MaxJobEntries)
 		return err
 	})
 	return l, err
@@ -402,7 +456,7 @@ func (b *Broker) CheckLog(ctx context.Context) (translog.Head, error) {
 	c := translog.NewChecker(b.id)
 	err := b.view(ctx, func(ctx context.Context, r Reader) error {
 		for {
-			l, err := r.Entries(ctx, "", c.Head().Size, MaxEntries)
+			l, err := r.Entries(ctx, "", c.Head().Size, page)
 			if err != nil {
 				return err
 			}
@@ -411,7 +465,7 @@ func (b *Broker) CheckLog(ctx context.Context) (translog.Head, error) {
 					return err
 				}
 			}
-			if len(l) < MaxEntries {
+			if len(l) < page {
 				return nil
 			}
 		}
@@ -419,7 +473,7 @@ func (b *Broker) CheckLog(ctx context.Context) (translog.Head, error) {
 	return c.Head(), err
 }
 
-// log appends an entry to the log in tx, numbering it within its job.
+// log appends an entry to the log in tx, in its place within its job.
 func (b *Broker) log(ctx context.Context, tx Tx, body translog.Body) (translog.Entry, error) {
 	head, err := tx.Head(ctx)
 	if err != nil {
@@ -429,18 +483,22 @@ func (b *Broker) log(ctx context.Context, tx Tx, body translog.Body) (translog.E
 		head = translog.Genesis(b.id)
 	}
 	if body.Job != "" {
-		n, err := tx.JobEntries(ctx, body.Job)
+		last, err := tx.JobHead(ctx, body.Job)
 		if err != nil {
 			return translog.Entry{}, err
 		}
-		body.JobSequence = n + 1
+		body.JobSequence, body.JobPrev = last.Size+1, last.Hash
+	}
+	var bundle plan.Digest
+	if body.Bundle != nil {
+		bundle = body.Bundle.Digest
 	}
 	body.TimeMillis = b.now().UnixMilli()
 	e, _, err := translog.Append(head, body)
 	if err != nil {
 		return translog.Entry{}, err
 	}
-	return e, tx.InsertEntry(ctx, e, body.Job)
+	return e, tx.InsertEntry(ctx, e, body.Job, bundle)
 }
 
 func (b *Broker) update(ctx context.Context, f func(context.Context, Tx) error) error {
@@ -458,7 +516,7 @@ func settle(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.As(err, &refusal), errors.Is(err, ErrNotFound), errors.Is(err, ErrExists), errors.Is(err, ErrInvalid), errors.Is(err, ErrUnavailable):
+	case errors.As(err, &refusal), errors.Is(err, ErrNotFound), errors.Is(err, ErrExists), errors.Is(err, ErrInvalid), errors.Is(err, ErrTooMany), errors.Is(err, ErrUnavailable):
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrUnavailable, err)

@@ -231,6 +231,130 @@ func TestLogOfAJob(t *testing.T) {
 	}
 }
 
+// TestLogOfAnothersJob is an agent that would fill up or contradict the record
+// of a job that is not its own.
+func TestLogOfAnothersJob(t *testing.T) {
+	w := newWorld(t, false)
+	g := w.grant(t, nil)
+	must[broker.Answer](t)(newJob(t, w, nil).release(t, w.Broker, g, "weights"))
+	mine := plan.Sum([]byte("bundle"))
+	must[string](t)(w.LogBundle(t.Context(), node, "job-1", mine))
+	for name, tc := range map[string]struct {
+		actor  broker.Actor
+		digest plan.Digest
+	}{
+		"another digest":                 {stranger, plan.Sum([]byte("other"))},
+		"the same digest":                {stranger, mine},
+		"the same name, in another role": {broker.Actor{Role: "operator", Name: node.Name}, plan.Sum([]byte("other"))},
+		"nobody":                         {broker.Actor{}, plan.Sum([]byte("other"))},
+	} {
+		t.Run(name, func(t *testing.T) {
+			token, err := w.LogBundle(t.Context(), tc.actor, "job-1", tc.digest)
+			var r *check.Refusal
+			if !errors.As(err, &r) || r.Stage != "log" || len(r.Checks) != 1 || r.Checks[0].ID != "job.agent" || token != "" {
+				t.Errorf("got %q, %v", token, err)
+			}
+			if strings.Contains(fmt.Sprint(err), node.Name) && tc.actor.Name != node.Name {
+				t.Errorf("the refusal tells whose job it is: %v", err)
+			}
+		})
+	}
+	if l := must[[]translog.Entry](t)(w.Entries(t.Context(), "job-1")); len(l) != 2 {
+		t.Errorf("%d entries", len(l))
+	}
+}
+
+// TestLogOfAJobIsBounded: what a job may log fits into one answer, and releases
+// leave room for its bundle.
+func TestLogOfAJobIsBounded(t *testing.T) {
+	w := newWorld(t, false)
+	w.fill(t, "job-1", broker.MaxJobEntries-1)
+	last := plan.Sum([]byte("last"))
+	must[string](t)(w.LogBundle(t.Context(), node, "job-1", last))
+	if _, err := w.LogBundle(t.Context(), node, "job-1", plan.Sum([]byte("one more"))); !errors.Is(err, broker.ErrTooMany) {
+		t.Error(err)
+	}
+	token := must[string](t)(w.LogBundle(t.Context(), node, "job-1", last))
+	r, err := translog.OpenReceipt(w.brokerKeys, token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries := must[[]translog.Entry](t)(w.Entries(t.Context(), "job-1"))
+	if _, err := translog.VerifyJob(brokerID, "job-1", entries); err != nil || len(entries) != broker.MaxJobEntries {
+		t.Fatalf("%d entries, %v", len(entries), err)
+	}
+	if err := r.Includes(entries[len(entries)-1]); err != nil {
+		t.Error(err)
+	}
+	must[translog.Head](t)(w.CheckLog(t.Context()))
+	must[string](t)(w.LogBundle(t.Context(), node, "job-2", last))
+}
+
+func TestOwnersAreBounded(t *testing.T) {
+	w := newWorld(t, false)
+	other := plan.Sum([]byte("plan B"))
+	put := func(f func(context.Context, broker.Tx) error) {
+		t.Helper()
+		if err := w.store.Update(t.Context(), f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(func(ctx context.Context, tx broker.Tx) error {
+		for i := 2; i < broker.MaxOwnerAssets; i++ {
+			if err := tx.InsertAsset(ctx, broker.Asset{Name: fmt.Sprint("a", i), Owner: "alice", Wrapped: []byte{1}}); err != nil {
+				return err
+			}
+		}
+		for i := range broker.MaxPlanGrants {
+			g := broker.Grant{ID: fmt.Sprint("g", i), Plan: w.plan, Owner: "alice", NotBefore: w.clock(), NotAfter: w.clock(), MaxReleases: 1}
+			if err := tx.InsertGrant(ctx, g); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	n := broker.NewAsset{Name: "more", Kind: broker.KindCheckpoints}
+	if _, err := w.CreateAsset(t.Context(), alice, n); !errors.Is(err, broker.ErrTooMany) {
+		t.Error(err)
+	}
+	must[broker.Asset](t)(w.CreateAsset(t.Context(), bob, n))
+	ng := broker.NewGrant{Assets: []string{"data"}, Plan: w.plan, NotAfter: w.clock().Add(time.Hour), MaxReleases: 1}
+	if _, err := w.CreateGrant(t.Context(), alice, ng); !errors.Is(err, broker.ErrTooMany) {
+		t.Error(err)
+	}
+	ng.Plan = other
+	must[broker.Grant](t)(w.CreateGrant(t.Context(), alice, ng))
+	ng.Plan, ng.Assets = w.plan, []string{"more"}
+	must[broker.Grant](t)(w.CreateGrant(t.Context(), bob, ng))
+
+	if l := must[[]broker.Asset](t)(w.Assets(t.Context())); len(l) != broker.MaxOwnerAssets+1 {
+		t.Errorf("%d assets", len(l))
+	}
+	put(func(ctx context.Context, tx broker.Tx) error {
+		for i := range broker.MaxList {
+			if err := tx.InsertAsset(ctx, broker.Asset{Name: fmt.Sprint("b", i), Owner: fmt.Sprint("owner", i), Wrapped: []byte{1}}); err != nil {
+				return err
+			}
+			g := broker.Grant{ID: fmt.Sprint("h", i), Plan: other, Owner: fmt.Sprint("owner", i), NotBefore: w.clock(), NotAfter: w.clock(), MaxReleases: 1}
+			if err := tx.InsertGrant(ctx, g); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if l, err := w.Assets(t.Context()); !errors.Is(err, broker.ErrTooMany) || l != nil {
+		t.Errorf("%d assets, %v", len(l), err)
+	}
+	for _, p := range []plan.Digest{"", other} {
+		if l, err := w.Grants(t.Context(), p); !errors.Is(err, broker.ErrTooMany) || l != nil {
+			t.Errorf("%d grants, %v", len(l), err)
+		}
+	}
+	if l := must[[]broker.Grant](t)(w.Grants(t.Context(), w.plan)); len(l) != broker.MaxPlanGrants+1 {
+		t.Errorf("%d grants", len(l))
+	}
+}
+
 func TestDataKeyStaysOutOfTexts(t *testing.T) {
 	secret := []byte("0123456789abcdef0123456789abcdef")
 	k := must[*broker.DataKey](t)(broker.NewDataKey(slices.Clone(secret)))

@@ -1,6 +1,7 @@
 package broker_test
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/hpke"
@@ -11,6 +12,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -22,6 +24,7 @@ import (
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/translog"
 )
 
 const (
@@ -33,6 +36,8 @@ var (
 	alice = broker.Actor{Role: "owner", Name: "alice"}
 	bob   = broker.Actor{Role: "owner", Name: "bob"}
 	node  = broker.Actor{Role: "agent", Name: "node-1"}
+	// stranger is an agent whose job it is not.
+	stranger = broker.Actor{Role: "agent", Name: "node-2"}
 )
 
 // world is a broker over SQLite with one verifier, a clock and two assets.
@@ -121,6 +126,37 @@ func (w *world) asset(t testing.TB, owner broker.Actor, name string, kind broker
 		n.Enc, n.Ciphertext = w.wrap(t, name, key)
 	}
 	must[broker.Asset](t)(w.CreateAsset(t.Context(), owner, n))
+}
+
+// fill logs n bundles of a job of node's.
+func (w *world) fill(t testing.TB, job string, n int) {
+	t.Helper()
+	if err := w.store.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error {
+		head, err := tx.Head(ctx)
+		if err != nil {
+			return err
+		}
+		last, err := tx.JobHead(ctx, job)
+		if err != nil {
+			return err
+		}
+		for i := range n {
+			d := plan.Sum(fmt.Appendf(nil, "filling %d", i))
+			e, next, err := translog.Append(head, translog.Body{
+				TimeMillis: 1, Kind: translog.KindBundle, Actor: node.String(), Job: job, JobSequence: last.Size + 1, JobPrev: last.Hash, Bundle: &translog.Bundle{Digest: d},
+			})
+			if err != nil {
+				return err
+			}
+			if err := tx.InsertEntry(ctx, e, job, d); err != nil {
+				return err
+			}
+			head, last = next, translog.Head{Size: last.Size + 1, Hash: e.Hash}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func (w *world) grant(t testing.TB, change func(*broker.NewGrant)) broker.Grant {

@@ -136,6 +136,9 @@ func (b *Broker) authenticate(agent Actor, token string, request, signature []by
 func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error) {
 	var l check.List
 	l.Equal("release.broker", b.id, trim(c.request.Broker), "send the request to the broker that it names")
+	if err := checkAgent(ctx, r, &l, c.result.JobID, c.actor); err != nil {
+		return verdict{}, err
+	}
 	g, err := r.Grant(ctx, c.request.Grant)
 	if errors.Is(err, ErrNotFound) {
 		l.Fail("grant.id", "a grant of this broker", strconv.Quote(trim(c.request.Grant)), "ask the owner of the asset for a grant for this plan")
@@ -172,7 +175,15 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 		}
 	}
 
-	counted, err := r.Counted(ctx, g.ID, c.recipient)
+	head, err := r.JobHead(ctx, c.result.JobID)
+	if err != nil {
+		return verdict{}, err
+	}
+	if limit := uint64(MaxJobEntries - bundleEntries); head.Size >= limit {
+		l.Fail("job.entries", fmt.Sprintf("a job with fewer than %d log entries", limit), strconv.FormatUint(head.Size, 10), "start another job")
+	}
+
+	counted, err := r.Counted(ctx, g.ID, c.result.JobID, c.recipient)
 	if err != nil {
 		return verdict{}, err
 	}
@@ -268,7 +279,7 @@ func (b *Broker) record(ctx context.Context, tx Tx, c claim, v verdict, rel Rele
 		if err := tx.SetGrant(ctx, v.grant); err != nil {
 			return Release{}, err
 		}
-		if err := tx.InsertCounted(ctx, v.grant.ID, c.recipient); err != nil {
+		if err := tx.InsertCounted(ctx, v.grant.ID, c.result.JobID, c.recipient); err != nil {
 			return Release{}, unexpected(err)
 		}
 	}

@@ -17,6 +17,8 @@ var (
 	ErrExists = errors.New("exists already")
 	// ErrInvalid says that a request makes no sense; it will not later either.
 	ErrInvalid = errors.New("invalid request")
+	// ErrTooMany says that a bound on what the broker keeps or lists is reached.
+	ErrTooMany = errors.New("too many")
 	// ErrUnavailable says that the store, the key store or the signer did not
 	// do its part: the same request may succeed later. Nothing was released
 	// that the same request will not get again.
@@ -125,19 +127,27 @@ type Use struct {
 // ErrNotFound; lists come in a stable order.
 type Reader interface {
 	Asset(ctx context.Context, name string) (Asset, error)
-	Assets(ctx context.Context) ([]Asset, error)
+	// Assets returns at most limit assets.
+	Assets(ctx context.Context, limit int) ([]Asset, error)
+	// OwnedAssets returns how many assets an owner has.
+	OwnedAssets(ctx context.Context, owner string) (int, error)
 	Grant(ctx context.Context, id string) (Grant, error)
-	// Grants returns the grants of a plan, or all if p is empty.
-	Grants(ctx context.Context, p plan.Digest) ([]Grant, error)
+	// Grants returns at most limit grants of a plan, of all plans if p is empty.
+	Grants(ctx context.Context, p plan.Digest, limit int) ([]Grant, error)
+	// OwnedGrants returns how many grants of a plan an owner made.
+	OwnedGrants(ctx context.Context, owner string, p plan.Digest) (int, error)
 	Release(ctx context.Context, k ReleaseKey) (Release, error)
 	// Uses returns every use by verifier of the nonce or of the result id.
 	Uses(ctx context.Context, verifier, nonce, resultID string) ([]Use, error)
-	// Counted reports whether grant was already used for recipient.
-	Counted(ctx context.Context, grant string, recipient plan.Digest) (bool, error)
+	// Counted reports whether grant was already used for a job's recipient.
+	Counted(ctx context.Context, grant, job string, recipient plan.Digest) (bool, error)
 	// Head returns the log's head, the zero Head if the log is empty.
 	Head(ctx context.Context) (translog.Head, error)
-	// JobEntries returns the number of a job's log entries.
-	JobEntries(ctx context.Context, job string) (uint64, error)
+	// JobHead returns the number of a job's log entries and the chain hash of the
+	// last one, the zero Head if there is none.
+	JobHead(ctx context.Context, job string) (translog.Head, error)
+	// BundleEntry returns a job's log entry that records a bundle's digest.
+	BundleEntry(ctx context.Context, job string, bundle plan.Digest) (translog.Entry, error)
 	// Entries returns a job's log entries in order, all jobs' if job is empty,
 	// at most limit from index from on.
 	Entries(ctx context.Context, job string, from uint64, limit int) ([]translog.Entry, error)
@@ -152,9 +162,10 @@ type Tx interface {
 	SetGrant(ctx context.Context, g Grant) error
 	InsertRelease(ctx context.Context, r Release) error
 	InsertUse(ctx context.Context, u Use) error
-	InsertCounted(ctx context.Context, grant string, recipient plan.Digest) error
-	// InsertEntry appends to the log. job is empty for entries of no job.
-	InsertEntry(ctx context.Context, e translog.Entry, job string) error
+	InsertCounted(ctx context.Context, grant, job string, recipient plan.Digest) error
+	// InsertEntry appends to the log. job is empty for entries of no job, and
+	// bundle for those that record no bundle.
+	InsertEntry(ctx context.Context, e translog.Entry, job string, bundle plan.Digest) error
 }
 
 // Store keeps assets, grants, releases and the log.

@@ -74,6 +74,7 @@ type Event struct {
 // Kinds of events that verification looks for.
 const (
 	EventContainerStart = "container-start"
+	EventExec           = "exec"
 	EventOperatorExec   = "operator-exec"
 	EventTraceLost      = "trace-lost"
 	EventInputError     = "input-error"

@@ -18,6 +18,7 @@ import (
 	"github.com/coffer-run/coffer/attest/anchor"
 	"github.com/coffer-run/coffer/attest/binding"
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/nvgpu"
 	"github.com/coffer-run/coffer/attest/policy"
@@ -37,6 +38,9 @@ type Trust struct {
 	// GPUEndorsements are where revocation status and reference values of GPUs
 	// come from. Without a source they are reported as not checked.
 	GPUEndorsements nvgpu.Endorsements
+	// Endorsements is where those come from, the CPU's too; with it,
+	// GPUEndorsements is not used. Nil has none but what the evidence carries.
+	Endorsements *endorse.Cache
 }
 
 // Statement is an envelope from which follows what every device must speak of.
@@ -113,6 +117,7 @@ type Appraisal struct {
 	Checks check.List
 
 	failures map[string]string
+	at       time.Time
 }
 
 // Devices returns the devices that are there, CPU first.
@@ -138,9 +143,12 @@ func (a *Appraisal) Simulated() bool {
 
 // Appraise holds each device's evidence against the one challenge.
 func (s *Statement) Appraise(ctx context.Context, trust Trust, now time.Time) *Appraisal {
-	a := &Appraisal{failures: s.failures}
-	a.TPM = s.tpm(trust, now)
-	a.CPU = s.cpu(trust, now)
+	a := &Appraisal{failures: s.failures, at: now}
+	if e := s.envelope.SNP; e != nil && len(e.HCLReport) > 0 {
+		a.CPU, a.TPM = s.azure(ctx, trust, now)
+	} else {
+		a.CPU, a.TPM = s.cpu(ctx, trust, now), s.tpm(trust, nil, now)
+	}
 	for i, g := range s.envelope.GPUs {
 		a.GPUs = append(a.GPUs, s.gpu(ctx, i, g, trust, now))
 	}
@@ -148,36 +156,46 @@ func (s *Statement) Appraise(ctx context.Context, trust Trust, now time.Time) *A
 	return a
 }
 
-func (s *Statement) tpm(trust Trust, now time.Time) *Device {
+func (s *Statement) tpm(trust Trust, platform *vtpm.PlatformKey, now time.Time) *Device {
 	t := s.envelope.TPM
 	if t == nil {
 		return nil
 	}
 	r := vtpm.Appraise(vtpm.Evidence{
-		AKPublic: t.AKPublic, AKCredential: t.AKCredential, Quote: t.Quote, Signature: t.Signature, PCRs: t.PCRs, EventLog: t.EventLog,
-	}, vtpm.Want{ExtraData: s.bound.TPMExtraData(s.devices), CredentialKeys: trust.CredentialKeys}, now)
+		AKPublic: t.AKPublic, AKCredential: t.AKCredential, Quote: t.Quote, Signature: t.Signature, PCRs: t.PCRs, EventLog: t.EventLog, TCGLog: t.TCGLog,
+	}, vtpm.Want{ExtraData: s.bound.TPMExtraData(s.devices), CredentialKeys: trust.CredentialKeys, Platform: platform, Anchors: trust.Anchors}, now)
 	return &Device{Kind: TPM, Name: "tpm0", Claims: r.Claims, Checks: r.Checks, Simulated: r.Simulated, genuine: true}
 }
 
-func (s *Statement) cpu(trust Trust, now time.Time) *Device {
+func (s *Statement) cpu(ctx context.Context, trust Trust, now time.Time) *Device {
 	e := s.envelope.SNP
 	if e == nil {
 		return nil
 	}
-	var quote, log []byte
+	var quote, log, firmware []byte
 	if t := s.envelope.TPM; t != nil {
-		quote, log = t.Quote, t.EventLog
+		quote, log, firmware = t.Quote, t.EventLog, t.TCGLog
 	}
-	r := snp.Appraise(snp.Evidence{Report: e.Report, Certificates: e.Certificates},
-		snp.Want{ReportData: s.bound.SNPReportData(s.devices, quote, log)}, trust.Anchors, now)
-	d := &Device{Kind: CPU, Name: "cpu0", Claims: r.Claims, Checks: r.Checks, Simulated: r.Simulated, genuine: r.Genuine()}
-	d.mustSay("snp.genuine", "chain and signature checked")
+	d, _ := report(ctx, e.Report, e.Certificates, s.bound.SNPReportData(s.devices, quote, log, firmware), trust, now)
 	return d
 }
 
+// report appraises an SEV-SNP report that must have the given report data.
+func report(ctx context.Context, b, certificates []byte, data [64]byte, trust Trust, now time.Time) (*Device, snp.Result) {
+	r := trust.Endorsements.AppraiseSNP(ctx, snp.Evidence{Report: b, Certificates: certificates}, snp.Want{ReportData: data}, trust.Anchors, now)
+	d := &Device{Kind: CPU, Name: "cpu0", Claims: r.Claims, Checks: r.Checks, Simulated: r.Simulated, genuine: r.Genuine()}
+	d.mustSay("snp.genuine", "chain and signature checked")
+	return d, r
+}
+
 func (s *Statement) gpu(ctx context.Context, i int, g evidence.GPU, trust Trust, now time.Time) *Device {
-	r := nvgpu.AppraiseWith(ctx, nvgpu.Evidence{Report: g.Report, Chain: g.Chain, DriverVersion: g.DriverVersion, VBIOSVersion: g.VBIOSVersion},
-		nvgpu.Want{Nonce: s.bound.GPUNonce()}, trust.Anchors, trust.GPUEndorsements, now)
+	ev, want := nvgpu.Evidence{Report: g.Report, Chain: g.Chain, DriverVersion: g.DriverVersion, VBIOSVersion: g.VBIOSVersion}, nvgpu.Want{Nonce: s.bound.GPUNonce()}
+	var r nvgpu.Result
+	if trust.Endorsements != nil {
+		r = trust.Endorsements.AppraiseGPU(ctx, ev, want, trust.Anchors, now)
+	} else {
+		r = nvgpu.AppraiseWith(ctx, ev, want, trust.Anchors, trust.GPUEndorsements, now)
+	}
 	d := &Device{Kind: GPU, Name: "gpu" + strconv.Itoa(i), Claims: r.Claims, Checks: r.Checks, Simulated: r.Simulated, genuine: r.Genuine()}
 	d.mustSay("gpu.genuine", "chain, nonce and signature checked")
 	return d
@@ -216,7 +234,7 @@ func (s *Statement) distinct(a *Appraisal) {
 
 // Evidence returns what a policy looks at.
 func (a *Appraisal) Evidence(wantGPUs int) policy.Evidence {
-	ev := policy.Evidence{WantGPUs: wantGPUs, Failures: a.failures}
+	ev := policy.Evidence{WantGPUs: wantGPUs, Failures: a.failures, Now: a.at}
 	of := func(d *Device) *policy.Device {
 		if d == nil {
 			return nil
@@ -230,10 +248,15 @@ func (a *Appraisal) Evidence(wantGPUs int) policy.Evidence {
 	return ev
 }
 
+// Policy says whether what was found is acceptable.
+type Policy interface {
+	Decide(ev policy.Evidence) policy.Decision
+}
+
 // Decide holds the devices against a policy, which accepts those that it
 // requires in the number that the plan asks for. It returns the rules of no
 // single device and leaves the others in Accepted.
-func (a *Appraisal) Decide(p policy.Policy, wantGPUs int) check.List {
+func (a *Appraisal) Decide(p Policy, wantGPUs int) check.List {
 	d := p.Decide(a.Evidence(wantGPUs))
 	if a.CPU != nil {
 		a.CPU.Accepted = d.SNP
@@ -241,8 +264,11 @@ func (a *Appraisal) Decide(p policy.Policy, wantGPUs int) check.List {
 	if a.TPM != nil {
 		a.TPM.Accepted = d.TPM
 	}
+	// A GPU on which a policy says nothing was not accepted by it.
 	for i, g := range a.GPUs {
-		g.Accepted = d.GPUs[i]
+		if i < len(d.GPUs) {
+			g.Accepted = d.GPUs[i]
+		}
 	}
 	return d.Platform
 }

@@ -452,6 +452,16 @@ func manifest(b []byte) (version string, signer *x509.Certificate, err error) {
 	return version, signer, nil
 }
 
+// chainDER returns the certificates of a Chain item, which were parsed before.
+func chainDER(i Item) (issuer, root []byte, ok bool) {
+	first, rest := pem.Decode(i.Bytes)
+	second, _ := pem.Decode(rest)
+	if first == nil || second == nil {
+		return nil, nil, false
+	}
+	return first.Bytes, second.Bytes, true
+}
+
 // chainOf returns the certificates of a Chain item.
 func chainOf(i Item) (issuer, root *x509.Certificate, err error) {
 	certs, err := pemCertificates(i.Bytes, 2)

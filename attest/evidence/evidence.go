@@ -58,8 +58,12 @@ type TPM struct {
 	Signature []byte `json:"signature"`
 	// PCRs are the SHA-256 bank's values by index, as read.
 	PCRs map[int][]byte `json:"pcrs"`
-	// EventLog explains the PCRs, in the format of attest/vtpm.
+	// EventLog explains PCR 14, in the format of attest/vtpm.
 	EventLog []byte `json:"eventLog"`
+	// TCGLog is the log of firmware and boot loader as the kernel keeps it (TCG
+	// PC Client Platform Firmware Profile, section 10), or empty. Where it is
+	// there, the binding covers it.
+	TCGLog []byte `json:"tcgLog,omitempty"`
 }
 
 // SNP is an SEV-SNP attestation report.
@@ -68,6 +72,10 @@ type SNP struct {
 	// Certificates is the certificate table that the platform gave with the
 	// report (GHCB specification, MSG_REPORT certificates), or empty.
 	Certificates []byte `json:"certificates,omitempty"`
+	// HCLReport is what Azure's paravisor keeps in the TPM: it holds the report,
+	// and Report is then empty. Its report data is the paravisor's, so that the
+	// quote alone speaks of the job.
+	HCLReport []byte `json:"hclReport,omitempty"`
 }
 
 // GPU is one GPU's attestation report.
@@ -110,6 +118,7 @@ func Parse(b []byte) (*Envelope, error) {
 	if t := e.TPM; t != nil {
 		parts["tpm ak"], parts["tpm credential"] = len(t.AKPublic), len(t.AKCredential)
 		parts["tpm quote"], parts["tpm signature"], parts["tpm event log"] = len(t.Quote), len(t.Signature), len(t.EventLog)
+		parts["tpm firmware log"] = len(t.TCGLog)
 		if len(t.PCRs) > 24 {
 			return nil, fmt.Errorf("parse evidence: %d PCRs, a bank has 24", len(t.PCRs))
 		}
@@ -120,7 +129,10 @@ func Parse(b []byte) (*Envelope, error) {
 		}
 	}
 	if s := e.SNP; s != nil {
-		parts["snp report"], parts["snp certificates"] = len(s.Report), len(s.Certificates)
+		parts["snp report"], parts["snp certificates"], parts["snp hcl report"] = len(s.Report), len(s.Certificates), len(s.HCLReport)
+		if len(s.Report) > 0 && len(s.HCLReport) > 0 {
+			return nil, errors.New("parse evidence: two SEV-SNP reports")
+		}
 	}
 	for i, g := range e.GPUs {
 		parts[fmt.Sprintf("gpu%d report", i)], parts[fmt.Sprintf("gpu%d chain", i)] = len(g.Report), len(g.Chain)

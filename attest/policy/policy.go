@@ -1,24 +1,29 @@
-// Package policy says what evidence is acceptable, after other packages have
-// said that it is genuine.
+// Package policy has the documents that say what evidence is acceptable, and
+// names them by digest; package rego decides by them.
 //
-// Trusted: the policy document, which a plan pins by digest, and the claims and
-// checks that the appraisals of attest/snp, attest/vtpm and attest/nvgpu made.
-// Checked: every rule of the document, against those claims. Not checked: what
-// the document does not list; that is reported as not checked, never as passed.
+// Trusted: a policy document, which a plan pins by digest, and the keys in it.
+// Checked: that a document is complete and well-formed, that its digest covers
+// its rules, and that reference values are signed by whom it names and have not
+// expired. Not checked: that its rules compile, and any evidence, which are
+// package rego's.
 package policy
 
 import (
 	"embed"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"regexp"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/coffer-run/coffer/attest/anchor"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 )
 
 // Version is the only policy version there is.
@@ -27,6 +32,9 @@ const Version = "coffer.run/policy/v1"
 const (
 	// MaxSize bounds a policy document, in bytes.
 	MaxSize = 64 << 10
+	// maxRules and maxSources bound its lists.
+	maxRules   = 16
+	maxSources = 8
 	// maxValues bounds each list of reference values.
 	maxValues = 256
 )
@@ -44,6 +52,22 @@ type Policy struct {
 	SNP *SNP `json:"snp"`
 	TPM *TPM `json:"tpm,omitempty"`
 	GPU *GPU `json:"gpu,omitempty"`
+	// Sources sign reference values that hold besides those listed here: they
+	// narrow what is acceptable and never widen it. With a source, evidence is
+	// refused while none of its files is valid.
+	Sources []Source `json:"sources,omitempty"`
+	// Rules are the Rego modules that decide, by file name. A document without
+	// any has those that ship with coffer, which its digest then covers.
+	Rules map[string]string `json:"rules"`
+	// Data is for rules other than those that ship.
+	Data map[string]any `json:"data,omitempty"`
+}
+
+// Source is who signs reference values.
+type Source struct {
+	Issuer string `json:"issuer"`
+	// Keys is a JSON Web Key Set of P-384 signature keys.
+	Keys json.RawMessage `json:"keys"`
 }
 
 // SNP are the rules for the SEV-SNP report.
@@ -95,8 +119,19 @@ type GPU struct {
 	VBIOSVersions  []string `json:"vbiosVersions,omitempty"`
 }
 
-//go:embed policies/*.json
+//go:embed policies/*.json rules/*.rego
 var files embed.FS
+
+const standardRules = "appraisal.rego"
+
+// StandardRules returns the Rego modules that ship with coffer.
+func StandardRules() (map[string]string, error) {
+	b, err := fs.ReadFile(files, "rules/"+standardRules)
+	if err != nil {
+		return nil, fmt.Errorf("policy rules: %w", err)
+	}
+	return map[string]string{standardRules: string(b)}, nil
+}
 
 // Names lists the policies that ship with coffer.
 func Names() []string { return []string{"cpu-only", "production", "simulation"} }
@@ -127,10 +162,72 @@ func Parse(b []byte) (Policy, error) {
 	if err := plan.Decode(b, MaxSize, &p); err != nil {
 		return Policy{}, fmt.Errorf("parse policy: %w", err)
 	}
+	if p.Rules == nil {
+		var err error
+		if p.Rules, err = StandardRules(); err != nil {
+			return Policy{}, err
+		}
+	}
 	if err := p.validate(); err != nil {
 		return Policy{}, fmt.Errorf("parse policy: %w", err)
 	}
 	return p, nil
+}
+
+// ParseFolder reads a policy from a folder: policy.json, and beside it its rules
+// as *.rego, which the document itself then does not have.
+func ParseFolder(fsys fs.FS) (Policy, error) {
+	document, err := readBounded(fsys, "policy.json")
+	if err != nil {
+		return Policy{}, err
+	}
+	names, err := fs.Glob(fsys, "*.rego")
+	if err != nil || len(names) == 0 {
+		return Policy{}, errors.Join(errors.New("parse policy folder: no *.rego"), err)
+	}
+	if len(names) > maxRules {
+		return Policy{}, fmt.Errorf("parse policy folder: %d modules, at most %d are allowed", len(names), maxRules)
+	}
+	var p Policy
+	if err := plan.Decode(document, MaxSize, &p); err != nil {
+		return Policy{}, fmt.Errorf("parse policy folder: %w", err)
+	}
+	if p.Rules != nil {
+		return Policy{}, errors.New("parse policy folder: rules both in policy.json and beside it")
+	}
+	p.Rules = map[string]string{}
+	for _, n := range names {
+		b, err := readBounded(fsys, n)
+		if err != nil {
+			return Policy{}, err
+		}
+		p.Rules[n] = string(b)
+	}
+	// JSON would carry other text than the files have, were it not UTF-8.
+	if err := p.validateRules(); err != nil {
+		return Policy{}, fmt.Errorf("parse policy folder: %w", err)
+	}
+	whole, err := json.Marshal(p)
+	if err != nil {
+		return Policy{}, fmt.Errorf("parse policy folder: %w", err)
+	}
+	return Parse(whole)
+}
+
+func readBounded(fsys fs.FS, name string) ([]byte, error) {
+	f, err := fsys.Open(name)
+	if err != nil {
+		return nil, fmt.Errorf("parse policy folder: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // read only
+	b, err := io.ReadAll(io.LimitReader(f, MaxSize+1))
+	if err != nil {
+		return nil, fmt.Errorf("parse policy folder: %s: %w", name, err)
+	}
+	if len(b) > MaxSize {
+		return nil, fmt.Errorf("parse policy folder: %s: more than %d bytes", name, MaxSize)
+	}
+	return b, nil
 }
 
 // Digest returns the SHA-384 of the canonical form (RFC 8785).
@@ -154,6 +251,7 @@ func (p Policy) Ref() (plan.Policy, error) {
 var (
 	nameForm    = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 	checkForm   = regexp.MustCompile(`^[a-z0-9]+(\.[a-z0-9-]+)+$`)
+	moduleForm  = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}\.rego$`)
 	versionForm = regexp.MustCompile(`^[0-9A-Fa-f.]{1,32}$`)
 	flags       = []string{"SPT", "MPT", "PPCIE"}
 )
@@ -178,6 +276,34 @@ func (p Policy) validate() error {
 	if p.GPU != nil {
 		if err := p.GPU.validate(); err != nil {
 			return fmt.Errorf("policy %s: gpu: %w", p.Name, err)
+		}
+	}
+	if err := p.validateRules(); err != nil {
+		return fmt.Errorf("policy %s: %w", p.Name, err)
+	}
+	return nil
+}
+
+func (p Policy) validateRules() error {
+	if len(p.Rules) == 0 || len(p.Rules) > maxRules {
+		return fmt.Errorf("%d rule modules: want 1 to %d", len(p.Rules), maxRules)
+	}
+	for name, text := range p.Rules {
+		if !moduleForm.MatchString(name) || !utf8.ValidString(text) {
+			return fmt.Errorf("rule module %.80q: want a lower-case name that ends in .rego, and UTF-8", name)
+		}
+	}
+	if len(p.Sources) > maxSources {
+		return fmt.Errorf("%d sources, at most %d are allowed", len(p.Sources), maxSources)
+	}
+	seen := map[string]bool{}
+	for _, s := range p.Sources {
+		if seen[s.Issuer] {
+			return fmt.Errorf("source %.80q is named twice", s.Issuer)
+		}
+		seen[s.Issuer] = true
+		if _, err := receipt.ParseKeys(s.Issuer, s.Keys); err != nil {
+			return fmt.Errorf("source %.80q: %w", s.Issuer, err)
 		}
 	}
 	return nil

@@ -1,6 +1,7 @@
 package receipt
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/sha256"
 	"errors"
@@ -14,8 +15,14 @@ import (
 // RequestVersion is the only release request version there is.
 const RequestVersion = "coffer.run/release-request/v1"
 
-// MaxRequest bounds an encoded release request, in bytes.
-const MaxRequest = 4 << 10
+const (
+	// MaxRequest bounds an encoded release request, in bytes.
+	MaxRequest = 4 << 10
+	// MaxAttempt bounds the number of an attempt. JSON numbers are doubles
+	// (RFC 8785, section 3.2.2.3): a larger integer than 2^53 changes its value
+	// in canonical form.
+	MaxAttempt = 1_000_000
+)
 
 // ReleaseRequest asks for one asset's key. The job's session key signs its
 // canonical form, so that a result alone, whoever holds it, obtains nothing.
@@ -23,7 +30,7 @@ type ReleaseRequest struct {
 	Version string `json:"version"`
 	Broker  string `json:"broker"`
 	Grant   string `json:"grant"`
-	// Attempt counts the tries of one job, from 1.
+	// Attempt counts the tries of one job, from 1 to MaxAttempt.
 	Attempt  int    `json:"attempt"`
 	ResultID string `json:"resultId"`
 	Asset    string `json:"asset"`
@@ -34,18 +41,27 @@ func (r ReleaseRequest) Canonical() ([]byte, error) {
 	if r.Version != RequestVersion || r.Broker == "" || r.Grant == "" || r.Attempt < 1 || r.ResultID == "" || r.Asset == "" {
 		return nil, errors.New("release request is incomplete")
 	}
+	if r.Attempt > MaxAttempt {
+		return nil, fmt.Errorf("release request is for attempt %d, at most %d are allowed", r.Attempt, MaxAttempt)
+	}
 	return plan.Canonical(r)
 }
 
 // ParseReleaseRequest reads a request and checks the session key's signature
 // over it: ECDSA P-256 over SHA-256, ASN.1. v says which session key that is.
+// Only the canonical form is a request: keys given twice or in other letters
+// would let two readers of the same signed bytes see two requests.
 func ParseReleaseRequest(v Verified, request, signature []byte) (ReleaseRequest, error) {
 	var r ReleaseRequest
 	if err := plan.Decode(request, MaxRequest, &r); err != nil {
 		return ReleaseRequest{}, fmt.Errorf("parse release request: %w", err)
 	}
-	if _, err := r.Canonical(); err != nil {
+	canonical, err := r.Canonical()
+	if err != nil {
 		return ReleaseRequest{}, err
+	}
+	if !bytes.Equal(canonical, request) {
+		return ReleaseRequest{}, errors.New("release request is not in canonical form (RFC 8785)")
 	}
 	pub, err := v.SessionKey()
 	if err != nil {

@@ -3,8 +3,9 @@
 // that takes one as its argument cannot be reached without it.
 //
 // Trusted: the public keys given to the constructors. Checked: algorithm,
-// signature, issuer, audience, times, job, plan, and the trust vector. Not
-// checked: the evidence behind a result; that was the verifier's work.
+// signature, that the claims read one way only, issuer, audience, times, job,
+// plan, tiers and trust vectors. Not checked: the evidence behind a result; that
+// was the verifier's work.
 package receipt
 
 import (
@@ -15,10 +16,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"sort"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	josejson "github.com/go-jose/go-jose/v4/json"
 
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -47,8 +50,8 @@ const (
 	None            Tier = "none"
 )
 
-// TrustVector is the AR4SI vector; 0 says nothing, 2 affirms, 96 and over
-// contraindicates (draft-ietf-rats-ar4si, section 2.3.3).
+// TrustVector is the AR4SI vector: each claim has a value in one of the ranges
+// of the trust tiers (draft-ietf-rats-ar4si, section 2.3.2).
 type TrustVector struct {
 	InstanceIdentity int8 `json:"instance-identity"`
 	Configuration    int8 `json:"configuration"`
@@ -58,6 +61,35 @@ type TrustVector struct {
 	RuntimeOpaque    int8 `json:"runtime-opaque"`
 	StorageOpaque    int8 `json:"storage-opaque"`
 	SourcedData      int8 `json:"sourced-data"`
+}
+
+// Tier returns the worst tier that a claim of the vector is in. A claim that
+// says nothing weighs nothing; a vector of such claims is None.
+func (v TrustVector) Tier() Tier {
+	out := None
+	for _, c := range [...]int8{v.InstanceIdentity, v.Configuration, v.Executables, v.FileSystem, v.Hardware, v.RuntimeOpaque, v.StorageOpaque, v.SourcedData} {
+		switch t := claimTier(c); {
+		case t == Contraindicated:
+			return t
+		case t == Warning, t == Affirming && out == None:
+			out = t
+		}
+	}
+	return out
+}
+
+// claimTier is section 2.3.2: -1 to 1 is none, to 31 and -32 affirming, to 95
+// and -96 warning, and the rest contraindicated.
+func claimTier(c int8) Tier {
+	switch {
+	case c >= 96 || c < -96:
+		return Contraindicated
+	case c >= 32 || c < -32:
+		return Warning
+	case c > 1 || c < -1:
+		return Affirming
+	}
+	return None
 }
 
 // Appraisal is the result for one device, a submodule of the EAR.
@@ -160,20 +192,8 @@ func (s *Signer) JWKS() ([]byte, error) {
 // other (RFC 8725, section 3.11): it is the "coffer.type" claim that Keys.Open
 // requires.
 func (s *Signer) Sign(typ string, claims any) (string, error) {
-	body, err := json.Marshal(claims)
+	body, err := encode(typ, claims)
 	if err != nil {
-		return "", fmt.Errorf("encode claims: %w", err)
-	}
-	var m map[string]json.RawMessage
-	if err := json.Unmarshal(body, &m); err != nil {
-		return "", fmt.Errorf("claims are not an object: %w", err)
-	}
-	t, err := json.Marshal(typ)
-	if err != nil {
-		return "", err
-	}
-	m["coffer.type"] = t
-	if body, err = json.Marshal(m); err != nil {
 		return "", err
 	}
 	jws, err := s.signer.Sign(body)
@@ -181,6 +201,46 @@ func (s *Signer) Sign(typ string, claims any) (string, error) {
 		return "", fmt.Errorf("sign %s: %w", typ, err)
 	}
 	return jws.CompactSerialize()
+}
+
+// encode returns claims as JSON with the type added.
+func encode(typ string, claims any) ([]byte, error) {
+	body, err := json.Marshal(claims)
+	if err != nil {
+		return nil, fmt.Errorf("encode claims: %w", err)
+	}
+	var m map[string]json.RawMessage
+	if err := json.Unmarshal(body, &m); err != nil {
+		return nil, fmt.Errorf("claims are not an object: %w", err)
+	}
+	t, err := json.Marshal(typ)
+	if err != nil {
+		return nil, err
+	}
+	m["coffer.type"] = t
+	return json.Marshal(m)
+}
+
+// decode reads claims so that no other reader can see others in the same bytes:
+// the decoder refuses a key given twice and tells letters apart, and what it
+// read, encoded again, has the value of the whole body, so that nothing was
+// skipped as unknown.
+func decode(typ string, body []byte, whole map[string]any, claims any) error {
+	var read map[string]any
+	if err := josejson.Unmarshal(body, claims); err != nil {
+		return err
+	}
+	again, err := encode(typ, claims)
+	if err != nil {
+		return err
+	}
+	if err := josejson.Unmarshal(again, &read); err != nil {
+		return err
+	}
+	if !reflect.DeepEqual(whole, read) {
+		return errors.New("the claims have a form or a member that is not known")
+	}
+	return nil
 }
 
 // KeyID is the RFC 7638 thumbprint of a public key.
@@ -232,8 +292,9 @@ func ParseKeys(issuer string, jwks []byte) (Keys, error) {
 // Issuer returns whose keys these are.
 func (k Keys) Issuer() string { return k.issuer }
 
-// Open checks the signature of a token and decodes its claims into claims.
-// Only ES384 by a known key counts; the algorithm in the header chooses nothing.
+// Open checks the signature of a token and decodes its claims into claims, which
+// must be a pointer to the zero value of all claims that the type has. Only ES384
+// by a known key counts; the algorithm in the header chooses nothing.
 func (k Keys) Open(typ, token string, claims any) error {
 	if len(token) > MaxToken {
 		return fmt.Errorf("%s token of %d bytes is too large", typ, len(token))
@@ -250,20 +311,17 @@ func (k Keys) Open(typ, token string, claims any) error {
 	if err != nil {
 		return fmt.Errorf("%s token: signature: %w", typ, err)
 	}
-	var head struct {
-		Type   string `json:"coffer.type"`
-		Issuer string `json:"iss"`
-	}
-	if err := json.Unmarshal(body, &head); err != nil {
+	var whole map[string]any
+	if err := josejson.Unmarshal(body, &whole); err != nil {
 		return fmt.Errorf("%s token: %w", typ, err)
 	}
-	if head.Type != typ {
-		return fmt.Errorf("token is of type %.40q, want %q", head.Type, typ)
+	if t, _ := whole["coffer.type"].(string); t != typ {
+		return fmt.Errorf("token is of type %.40q, want %q", t, typ)
 	}
-	if head.Issuer != k.issuer {
-		return fmt.Errorf("%s token names issuer %.80q, want %q", typ, head.Issuer, k.issuer)
+	if i, _ := whole["iss"].(string); i != k.issuer {
+		return fmt.Errorf("%s token names issuer %.80q, want %q", typ, i, k.issuer)
 	}
-	if err := json.Unmarshal(body, claims); err != nil {
+	if err := decode(typ, body, whole, claims); err != nil {
 		return fmt.Errorf("%s token: %w", typ, err)
 	}
 	return nil
@@ -368,8 +426,11 @@ func VerifyResult(keys Keys, token string, want Expect, now time.Time) (Verified
 	}
 	sort.Strings(names)
 	for _, n := range names {
-		if s := r.Submods[n].Status; s != Affirming {
-			l.Fail("result."+n, string(Affirming), string(s), "see the failed checks of "+n)
+		s := r.Submods[n]
+		if s.Status != Affirming {
+			l.Fail("result."+n, string(Affirming), string(s.Status), "see the failed checks of "+n)
+		} else if t := s.Vector.Tier(); t == Warning || t == Contraindicated {
+			l.Fail("result."+n, "a trust vector that fits its tier "+string(Affirming), "one that says "+string(t), "use a verifier of the same version")
 		}
 	}
 	l = append(l, r.AllChecks().Failed()...)

@@ -4,7 +4,8 @@
 // Trusted: the anchors that the caller gives. Checked: every byte's form, the
 // chain from the report's signing key (VCEK or VLEK) to the pinned root key of
 // its product, what the key's certificate says of chip and TCB, the signature,
-// the report data, and a CRL where one is given. Not checked: whether the
+// the report data, and a CRL where the caller gives one; one in the evidence
+// itself can fail the check and not pass it. Not checked: whether the
 // claims are acceptable (debug, VMPL, minimum TCB, measurement): that is the
 // policy's.
 //
@@ -49,8 +50,10 @@ type Evidence struct {
 	// Chain is DER, VCEK or VLEK first, then ASK or ASVK, then ARK. Each fills
 	// the place of what the table lacks.
 	Chain [][]byte
-	// CRL is the root key's revocation list in DER. Without one, here or in the
-	// table, revocation is reported as not checked.
+	// CRL is the root key's revocation list in DER, by the caller. Without one,
+	// revocation is reported as not checked: the one in the table was chosen by
+	// whoever shows the evidence, and may be from before the revocation. It only
+	// counts against them. An empty list here, and not nil, leaves it aside.
 	CRL []byte
 }
 
@@ -148,7 +151,7 @@ func Appraise(ev Evidence, want Want, anchors anchor.Set, now time.Time) Result 
 		l.Fail(CheckSignature, "a signature by the "+report.Signer.String()+" in the certificate", "another", "the report was changed, or the certificate is another chip's or TCB version's")
 	}
 	if anchored {
-		checkCRL(l, crl, chain, now)
+		checkCRL(l, crl, ev.CRL == nil, chain, now)
 	} else {
 		l.Skip(CheckCRL, "the chain does not end at an anchor")
 	}
@@ -221,8 +224,9 @@ func checkChain(chain []*x509.Certificate, v *vek, s Signer, anchors anchor.Set)
 }
 
 // checkCRL checks the root key's revocation list, which names the issuers of
-// VCEKs and VLEKs. VCEKs themselves have no serial number to be named by.
-func checkCRL(l *check.List, crl []byte, chain []*x509.Certificate, now time.Time) {
+// VCEKs and VLEKs. VCEKs themselves have no serial number to be named by. own is
+// true of a list that came with the evidence.
+func checkCRL(l *check.List, crl []byte, own bool, chain []*x509.Certificate, now time.Time) {
 	if len(crl) == 0 {
 		l.Skip(CheckCRL, "no revocation list was given")
 		return
@@ -250,6 +254,10 @@ func checkCRL(l *check.List, crl []byte, chain []*x509.Certificate, now time.Tim
 	}()
 	if err != nil {
 		l.Fail(CheckCRL, "a current revocation list of the root key that does not name the chain", err.Error(), "get the current list; a revoked issuer means that the platform's keys are not to be trusted")
+		return
+	}
+	if own {
+		l.Skip(CheckCRL, "no revocation list was given but the evidence's own, which does not name the chain")
 		return
 	}
 	l.Pass(CheckCRL, "")

@@ -3,13 +3,14 @@
 // or reordered.
 //
 // Trusted: a receipt's signature by the log's broker. Checked: form, index,
-// chain hash, and the count of a job's entries. Not checked: that the broker
+// chain hash, and the chain of a job's entries. Not checked: that the broker
 // shows everyone the same log; no witness cosigns it, and receipts say so.
 package translog
 
 import (
 	"bytes"
 	"crypto/sha512"
+	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -46,6 +47,10 @@ type Body struct {
 	// are numbered from 1, so that a reader of one job's entries sees a gap.
 	Job         string `json:"job,omitempty"`
 	JobSequence uint64 `json:"jobSequence,omitempty"`
+	// JobPrev is the chain hash of the job's entry before, absent in the first.
+	// Whoever trusts the hash of one entry so trusts every earlier one of the
+	// job, without those of other jobs between them.
+	JobPrev []byte `json:"jobPrev,omitempty"`
 
 	Asset   *Asset   `json:"asset,omitempty"`
 	Grant   *Grant   `json:"grant,omitempty"`
@@ -132,7 +137,9 @@ func Hash(prev, body []byte) []byte {
 }
 
 // Append makes the entry that follows head, filling in b's index and link, and
-// the head after it.
+// the head after it. An entry that Open would not take, or would take for another
+// one, is an error: the log only grows, and what stands in it must be readable
+// for ever.
 func Append(head Head, b Body) (Entry, Head, error) {
 	b.Index, b.Prev = head.Size, head.Hash
 	if err := b.validate(); err != nil {
@@ -146,7 +153,31 @@ func Append(head Head, b Body) (Entry, Head, error) {
 		return Entry{}, Head{}, fmt.Errorf("log entry %d has %d bytes, at most %d are allowed", b.Index, len(enc), MaxBody)
 	}
 	e := Entry{Index: b.Index, Body: enc, Hash: Hash(head.Hash, enc)}
+	if err := b.sameAs(e); err != nil {
+		return Entry{}, Head{}, err
+	}
 	return e, Head{Size: b.Index + 1, Hash: e.Hash}, nil
+}
+
+// sameAs checks that e opens and says what b says: RFC 8785 writes numbers as
+// doubles, and JSON knows no bytes that are not UTF-8.
+func (b Body) sameAs(e Entry) error {
+	read, err := e.Open()
+	if err != nil {
+		return fmt.Errorf("written entry does not open: %w", err)
+	}
+	want, err := json.Marshal(b)
+	if err != nil {
+		return fmt.Errorf("log entry %d: %w", e.Index, err)
+	}
+	got, err := json.Marshal(read)
+	if err != nil {
+		return fmt.Errorf("log entry %d: %w", e.Index, err)
+	}
+	if !bytes.Equal(want, got) {
+		return fmt.Errorf("log entry %d holds a value that canonical form (RFC 8785) changes", e.Index)
+	}
+	return nil
 }
 
 func (b Body) validate() error {
@@ -169,6 +200,10 @@ func (b Body) validate() error {
 		return errors.New("no actor or time")
 	case (b.Job == "") != (b.JobSequence == 0):
 		return errors.New("a job and its sequence number come together")
+	case b.JobSequence <= 1 && len(b.JobPrev) != 0:
+		return errors.New("a link to an entry of the job before its first")
+	case b.JobSequence > 1 && len(b.JobPrev) != sha512.Size384:
+		return errors.New("no link to the job's entry before")
 	case b.Job == "" && (b.Kind == KindRelease || b.Kind == KindBundle):
 		return fmt.Errorf("%s without a job", b.Kind)
 	}
@@ -200,15 +235,27 @@ func (e Entry) Open() (Body, error) {
 	return b, nil
 }
 
+// follows checks b's place among the entries of its job, of which last is the
+// number so far and the chain hash of the latest.
+func (b Body) follows(last Head) error {
+	if b.JobSequence != last.Size+1 {
+		return fmt.Errorf("log entry %d is number %d of its job, want %d", b.Index, b.JobSequence, last.Size+1)
+	}
+	if !bytes.Equal(b.JobPrev, last.Hash) {
+		return fmt.Errorf("log entry %d does not follow the job's entry before", b.Index)
+	}
+	return nil
+}
+
 // Checker follows a log from its first entry on. Make one with NewChecker.
 type Checker struct {
 	head Head
-	jobs map[string]uint64
+	jobs map[string]Head
 }
 
 // NewChecker returns a checker of origin's log.
 func NewChecker(origin string) *Checker {
-	return &Checker{head: Genesis(origin), jobs: map[string]uint64{}}
+	return &Checker{head: Genesis(origin), jobs: map[string]Head{}}
 }
 
 // Add checks the next entry. After an error the checker is of no more use.
@@ -223,10 +270,11 @@ func (c *Checker) Add(e Entry) error {
 		return fmt.Errorf("log entry %d does not follow what stands before it", b.Index)
 	}
 	if b.Job != "" {
-		c.jobs[b.Job]++
-		if b.JobSequence != c.jobs[b.Job] {
-			return fmt.Errorf("log entry %d is number %d of its job, want %d", b.Index, b.JobSequence, c.jobs[b.Job])
+		last := c.jobs[b.Job]
+		if err := b.follows(last); err != nil {
+			return err
 		}
+		c.jobs[b.Job] = Head{Size: last.Size + 1, Hash: e.Hash}
 	}
 	c.head = Head{Size: b.Index + 1, Hash: e.Hash}
 	return nil
@@ -248,8 +296,10 @@ func VerifyChain(origin string, entries []Entry) (Head, error) {
 }
 
 // VerifyJob checks the entries of one job, which other jobs' entries may
-// separate: all of the job, complete from the first on, in order, and linked
-// where neighbours are at hand. The last one is to be held against a receipt.
+// separate: all of the job, complete from the first on, in order, each naming
+// the chain hash of the one before. The caller holds one against a receipt
+// (Receipt.Includes), which proves it and all before it; those after it are
+// proven by nothing.
 func VerifyJob(origin, job string, entries []Entry) ([]Body, error) {
 	if job == "" {
 		return nil, errors.New("verify log entries: no job")
@@ -262,10 +312,15 @@ func VerifyJob(origin, job string, entries []Entry) ([]Body, error) {
 			return nil, err
 		case b.Job != job:
 			return nil, fmt.Errorf("log entry %d is of another job", b.Index)
-		case b.JobSequence != uint64(i)+1:
-			return nil, fmt.Errorf("log entry %d is number %d of its job, want %d", b.Index, b.JobSequence, i+1)
 		case b.Index == 0 && !bytes.Equal(b.Prev, Genesis(origin).Hash):
 			return nil, fmt.Errorf("log entry 0 does not begin the log of %q", origin)
+		}
+		var before Head
+		if i > 0 {
+			before = Head{Size: uint64(i), Hash: entries[i-1].Hash}
+		}
+		if err := b.follows(before); err != nil {
+			return nil, err
 		}
 		if i > 0 {
 			last := out[i-1]

@@ -23,8 +23,12 @@ func makeLog(t *testing.T, origin string, n int) []translog.Entry {
 	head := translog.Genesis(origin)
 	var out []translog.Entry
 	for i := range n {
+		var before []byte
+		if i > 1 {
+			before = out[i-2].Hash
+		}
 		b := translog.Body{
-			TimeMillis: int64(1000 + i), Kind: translog.KindBundle, Actor: "agent/n", Job: string(rune('a' + i%2)), JobSequence: uint64(i/2 + 1),
+			TimeMillis: int64(1000 + i), Kind: translog.KindBundle, Actor: "agent/n", Job: string(rune('a' + i%2)), JobSequence: uint64(i/2 + 1), JobPrev: before,
 			Bundle: &translog.Bundle{Digest: plan.Sum(fmt.Appendf(nil, "bundle %d", i))},
 		}
 		e, next, err := translog.Append(head, b)
@@ -147,6 +151,24 @@ func TestVerifyJob(t *testing.T) {
 		"body edited":         func(l []translog.Entry) []translog.Entry { l[1].Body = edit(l[1].Body, "agent/n", "agent/m"); return l },
 		"another job's entry": func(l []translog.Entry) []translog.Entry { l[1] = log[3]; return l },
 		"all another job's":   func([]translog.Entry) []translog.Entry { return jobOf(log, 1) },
+		// The forger may write anything, but only the last entry's hash is one
+		// that the broker signed.
+		"entry replaced by a made-up one that stands apart": func(l []translog.Entry) []translog.Entry {
+			l[1] = forge(t, l[1], func(*translog.Body) {})
+			return l
+		},
+		"entry replaced by one at another index": func(l []translog.Entry) []translog.Entry {
+			l[1] = forge(t, l[1], func(b *translog.Body) { b.Index, b.Prev = 3, make([]byte, 48) })
+			return l
+		},
+		"first replaced": func(l []translog.Entry) []translog.Entry {
+			l[0] = forge(t, l[0], func(b *translog.Body) { b.Index, b.Prev = 1, make([]byte, 48) })
+			return l
+		},
+		"one dropped and a made-up one put in its place behind": func(l []translog.Entry) []translog.Entry {
+			l[2] = forge(t, l[2], func(b *translog.Body) { b.JobPrev = l[1].Hash })
+			return l
+		},
 		"other log's entries": func([]translog.Entry) []translog.Entry { return jobOf(makeLog(t, "other.test", 8), 0) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -157,6 +179,83 @@ func TestVerifyJob(t *testing.T) {
 	}
 	if _, err := translog.VerifyJob(origin, "", nil); err == nil {
 		t.Error("verified no job")
+	}
+}
+
+// forge makes an entry that is sound in itself and records another digest.
+func forge(t *testing.T, e translog.Entry, change func(*translog.Body)) translog.Entry {
+	t.Helper()
+	var b translog.Body
+	if err := plan.Decode(e.Body, translog.MaxBody, &b); err != nil {
+		t.Fatal(err)
+	}
+	b.Bundle = &translog.Bundle{Digest: plan.Sum([]byte("made up"))}
+	change(&b)
+	body, err := plan.Canonical(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := translog.Entry{Index: b.Index, Body: body, Hash: translog.Hash(b.Prev, body)}
+	if _, err := out.Open(); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func TestVerifyChainOfJobs(t *testing.T) {
+	log := makeLog(t, origin, 4)
+	for name, change := range map[string]func(*translog.Body){
+		"names another job's entry": func(b *translog.Body) { b.JobPrev = log[2].Hash },
+		"names the job's first":     func(b *translog.Body) { b.Job = "a"; b.JobSequence, b.JobPrev = 3, log[0].Hash },
+		"names nothing real":        func(b *translog.Body) { b.JobPrev = make([]byte, 48) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := translog.Body{TimeMillis: 1, Kind: translog.KindBundle, Actor: "agent/n", Job: "b", JobSequence: 3, JobPrev: log[3].Hash, Bundle: &translog.Bundle{Digest: plan.Sum(nil)}}
+			head := translog.Head{Size: 4, Hash: log[3].Hash}
+			good, _, err := translog.Append(head, b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := translog.VerifyChain(origin, append(clone(log), good)); err != nil {
+				t.Fatal(err)
+			}
+			change(&b)
+			bad, _, err := translog.Append(head, b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := translog.VerifyChain(origin, append(clone(log), bad)); err == nil {
+				t.Error("verified")
+			}
+		})
+	}
+}
+
+// An integer that no double holds is another one in canonical form.
+func TestAppendOpensWhatItWrote(t *testing.T) {
+	for name, tc := range map[string]struct {
+		release translog.Release
+		ok      bool
+	}{
+		"largest integer of all doubles": {translog.Release{Attempt: 1 << 53}, true},
+		"integer that is rounded":        {translog.Release{Attempt: 1<<53 + 1}, false},
+		"integer that overflows":         {translog.Release{Attempt: 1<<63 - 1}, false},
+		"text that is not UTF-8":         {translog.Release{Asset: "a\xff"}, false},
+		"text with everything else":      {translog.Release{Asset: "\u2028<&>\x00\u007f\U0001f600\ufffd"}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := translog.Body{TimeMillis: 1, Kind: translog.KindRelease, Actor: "agent/n", Job: "a", JobSequence: 1, Release: &tc.release}
+			e, _, err := translog.Append(translog.Genesis(origin), b)
+			if ok := err == nil; ok != tc.ok {
+				t.Fatalf("appended %s: %v", e.Body, err)
+			}
+			if !tc.ok {
+				return
+			}
+			if got, err := e.Open(); err != nil || *got.Release != tc.release {
+				t.Errorf("opens as %+v, %v", got.Release, err)
+			}
+		})
 	}
 }
 
@@ -251,6 +350,12 @@ func TestAppendRefusesIncomplete(t *testing.T) {
 		"other kind":     func(b *translog.Body) { b.Kind = translog.KindGrant },
 		"no kind":        func(b *translog.Body) { b.Kind = "" },
 		"job unnumbered": func(b *translog.Body) { b.Job = "a" },
+		"link of no job": func(b *translog.Body) { b.JobPrev = make([]byte, 48) },
+		"link of a job's first": func(b *translog.Body) {
+			b.Job, b.JobSequence, b.JobPrev = "a", 1, make([]byte, 48)
+		},
+		"no link of a job's second": func(b *translog.Body) { b.Job, b.JobSequence = "a", 2 },
+		"short link":                func(b *translog.Body) { b.Job, b.JobSequence, b.JobPrev = "a", 2, make([]byte, 47) },
 		"too large": func(b *translog.Body) {
 			b.Revoke = &translog.Revoke{Grant: "g", Reason: strings.Repeat("x", translog.MaxBody)}
 		},

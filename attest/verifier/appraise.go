@@ -12,7 +12,7 @@ import (
 	"github.com/coffer-run/coffer/attest/composite"
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
-	"github.com/coffer-run/coffer/attest/policy"
+	"github.com/coffer-run/coffer/attest/policy/rego"
 	"github.com/coffer-run/coffer/attest/receipt"
 )
 
@@ -83,7 +83,7 @@ func (v *Verifier) Appraise(ctx context.Context, envelope []byte, audience strin
 	pol := v.policy(s.plan.Policy, &l)
 
 	// Is each device genuine, and does it speak of this very challenge?
-	found := s.evidence.Appraise(ctx, composite.Trust{Anchors: v.anchors, CredentialKeys: v.keys, GPUEndorsements: v.endorsements}, now)
+	found := s.evidence.Appraise(ctx, composite.Trust{Anchors: v.anchors, CredentialKeys: v.keys, GPUEndorsements: v.endorsements, Endorsements: v.endorsed}, now)
 	if err := ctx.Err(); err != nil {
 		return "", receipt.Result{}, err
 	}
@@ -137,16 +137,16 @@ func (s *statement) checkDocuments(l *check.List) {
 	l.Skip("sandbox.specification", "that it follows from plan and profile is the measured agent's word")
 }
 
-// policy finds the policy that the plan pins. Without one the zero policy is
-// returned, which accepts nothing.
-func (v *Verifier) policy(want plan.Policy, l *check.List) policy.Policy {
+// policy finds the policy that the plan pins. Without one nil is returned, which
+// accepts nothing.
+func (v *Verifier) policy(want plan.Policy, l *check.List) *rego.Policy {
 	p, ok := v.policies[want.Digest]
 	if !ok {
 		l.Fail("policy.known", "a policy that this verifier has", clip(want.Name)+" "+string(want.Digest), "give the verifier this policy, or plan with one that it has")
-		return policy.Policy{}
+		return nil
 	}
-	if !l.Equal("policy.known", p.Name, clip(want.Name), "the plan calls the policy by another name") {
-		return policy.Policy{}
+	if !l.Equal("policy.known", p.Source().Name, clip(want.Name), "the plan calls the policy by another name") {
+		return nil
 	}
 	return p
 }

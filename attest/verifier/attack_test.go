@@ -1,14 +1,20 @@
 package verifier_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/hpke"
+	"crypto/rsa"
+	"crypto/sha256"
 	"errors"
+	"math/big"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
+	"github.com/coffer-run/coffer/attest/azure/azuretest"
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/nvgpu"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -278,6 +284,20 @@ func TestAttacks(t *testing.T) {
 			a.collect()
 		}, "tpm.ak-credential", []string{"policy.tpm.require", "policy.tpm.trust-class"}},
 		{"event log that does not replay", func(_ *testing.T, a *attester) { a.events = nil; a.collect() }, "tpm.event-log", []string{"policy.tpm.require", "policy.tpm.self-measured"}},
+		{"firmware log that does not replay", func(_ *testing.T, a *attester) { a.firmware = []byte("log"); a.collect() }, "tpm.tcg-log", nil},
+		{"firmware log put in after collection", func(_ *testing.T, a *attester) {
+			a.collect()
+			a.e.TPM.TCGLog = []byte("log")
+		}, "snp.report-data", []string{"tpm.tcg-log", "policy.snp.require"}},
+		{"firmware log taken out after collection", func(_ *testing.T, a *attester) {
+			a.firmware = []byte("log")
+			a.collect()
+			a.e.TPM.TCGLog = nil
+		}, "snp.report-data", []string{"policy.snp.require"}},
+		{"paravisor that nobody trusts", func(_ *testing.T, a *attester) {
+			a.collect()
+			a.e.SNP = &evidence.SNP{HCLReport: hclReport(a), Certificates: a.chip.CertTable()}
+		}, "hcl.paravisor", []string{"hcl.binding"}},
 		{"quote swapped for a later one after collection", func(_ *testing.T, a *attester) {
 			a.collect()
 			a.tpmClock++
@@ -292,6 +312,33 @@ func TestAttacks(t *testing.T) {
 			a.wantRefused(row.by, row.also...)
 		})
 	}
+}
+
+// hclReport is a genuine report with claims of the guest's own making, as every
+// SEV-SNP guest can have it.
+func hclReport(a *attester) []byte {
+	claims, err := azuretest.Claims(&rsa.PublicKey{N: new(big.Int).SetBytes(bytes.Repeat([]byte{0xab}, 256)), E: 65537})
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	var data [64]byte
+	sum := sha256.Sum256(claims)
+	copy(data[:], sum[:])
+	r, err := a.chip.Report(data, simulate.SNPOptions{})
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return azuretest.Report(r, claims)
+}
+
+// A policy may require that the boot is explained: then a missing log refuses.
+func TestPolicyThatRequiresAFirmwareLog(t *testing.T) {
+	w := newWorld(t)
+	tpm := *w.policy.TPM
+	tpm.Require = append(slices.Clone(tpm.Require), "tpm.tcg-log")
+	w.policy.Name, w.policy.TPM = "measured-boot", &tpm
+	w.v = w.verifier(nil)
+	w.attester().collect().wantRefused("policy.tpm.require")
 }
 
 // The evidence says nothing of simulation (Options.Plain), and its anchors

@@ -89,7 +89,7 @@ func vector(k composite.Kind, of func(string) grade) receipt.TrustVector {
 }
 
 func cpuVector(of func(string) grade) receipt.TrustVector {
-	if of("snp.parse") == failed || of("snp.signature") != passed || of("snp.report-data") != passed {
+	if of("snp.parse") == failed || of("snp.signature") != passed || of("snp.report-data") != passed || of("hcl.binding") == failed {
 		return broken()
 	}
 	return receipt.TrustVector{
@@ -108,7 +108,7 @@ func tpmVector(of func(string) grade) receipt.TrustVector {
 	return receipt.TrustVector{
 		InstanceIdentity: value(of, affirmed, unrecognized, "tpm.ak-credential"),
 		Configuration:    value(of, affirmed, contraindicated, "tpm.ak"),
-		Executables:      value(of, affirmed, contraindicated, "tpm.event-log", "policy.tpm.pcr14", "policy.tpm.self-measured"),
+		Executables:      value(of, affirmed, contraindicated, "tpm.event-log", "tpm.tcg-log", "policy.tpm.pcr14", "policy.tpm.self-measured"),
 		Hardware:         value(of, affirmed, unrecognized, "tpm.ak-credential", "policy.tpm.trust-class", "policy.tpm.simulated"),
 	}
 }

@@ -18,9 +18,11 @@ import (
 	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
+	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/nvgpu"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/policy"
+	"github.com/coffer-run/coffer/attest/policy/rego"
 	"github.com/coffer-run/coffer/attest/receipt"
 )
 
@@ -43,7 +45,7 @@ var (
 	ErrBusy = errors.New("verifier is busy")
 )
 
-// Options are all that a verifier needs; all but GPUEndorsements are required.
+// Options are all that a verifier needs; all but the endorsements are required.
 type Options struct {
 	// ID names the verifier. Evidence binds it, results are issued under it.
 	ID string
@@ -51,6 +53,10 @@ type Options struct {
 	Anchors anchor.Set
 	// Policies are those that plans may name.
 	Policies []policy.Policy
+	// References are signed reference values. Each must be by a source that one
+	// of the policies names, and valid now; policies that name a source of which
+	// there are none refuse.
+	References []string
 	// Signer signs results and credentials under ID.
 	Signer *receipt.Signer
 	// NonceKeys authenticate nonces and seal enrolments. New ones are made under
@@ -64,13 +70,16 @@ type Options struct {
 	// come from. Without a source they are reported as not checked, and policies
 	// that require them refuse.
 	GPUEndorsements nvgpu.Endorsements
+	// Endorsements is where those come from, the CPU's too, with GPUEndorsements
+	// unused. Results list what was used of it.
+	Endorsements *endorse.Cache
 }
 
 // Verifier appraises evidence. It may be used concurrently.
 type Verifier struct {
 	id       string
 	anchors  anchor.Set
-	policies map[plan.Digest]policy.Policy
+	policies map[plan.Digest]*rego.Policy
 	signer   *receipt.Signer
 	keys     receipt.Keys
 	jwks     []byte
@@ -81,6 +90,7 @@ type Verifier struct {
 	seen     *seen
 
 	endorsements nvgpu.Endorsements
+	endorsed     *endorse.Cache
 }
 
 // New returns a verifier. Options that lack something are an error, and so is a
@@ -105,7 +115,8 @@ func New(o Options) (*Verifier, error) {
 	case o.Build == "":
 		return nil, errors.New("make verifier: no build")
 	}
-	v := &Verifier{id: o.ID, anchors: o.Anchors, policies: map[plan.Digest]policy.Policy{}, signer: o.Signer, clock: o.Clock, build: o.Build, seen: newSeen(), endorsements: o.GPUEndorsements}
+	v := &Verifier{id: o.ID, anchors: o.Anchors, policies: map[plan.Digest]*rego.Policy{}, signer: o.Signer, clock: o.Clock, build: o.Build, seen: newSeen(), endorsements: o.GPUEndorsements, endorsed: o.Endorsements}
+	used, refused := make([]bool, len(o.References)), make([]error, len(o.References))
 	for _, p := range o.Policies {
 		d, err := p.Digest()
 		if err != nil {
@@ -114,7 +125,23 @@ func New(o Options) (*Verifier, error) {
 		if p.AllowSimulated && !o.Anchors.Simulated() {
 			return nil, fmt.Errorf("make verifier: policy %s allows simulation, and this verifier has no simulation's anchors", p.Name)
 		}
-		v.policies[d] = p
+		var references []policy.References
+		for i, token := range o.References {
+			r, err := p.OpenReferences(token, o.Clock())
+			if err != nil {
+				refused[i] = errors.Join(refused[i], err)
+				continue
+			}
+			references, used[i] = append(references, r), true
+		}
+		if v.policies[d], err = rego.Compile(p, references...); err != nil {
+			return nil, fmt.Errorf("make verifier: %w", err)
+		}
+	}
+	for i := range o.References {
+		if !used[i] {
+			return nil, fmt.Errorf("make verifier: reference values %d: %w", i, refused[i])
+		}
 	}
 	for _, k := range o.NonceKeys {
 		if len(k) != NonceKeySize {

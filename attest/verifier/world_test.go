@@ -209,6 +209,7 @@ type attester struct {
 	quoteData []byte
 	tpmClock  uint64
 	events    []vtpm.Event
+	firmware  []byte
 }
 
 func (w *world) attester() *attester {
@@ -288,6 +289,7 @@ func (a *attester) collectTPM() *attester {
 	if a.e.TPM.EventLog, err = vtpm.EncodeLog(a.events); err != nil {
 		a.t.Fatal(err)
 	}
+	a.e.TPM.TCGLog = a.firmware
 	return a
 }
 
@@ -297,11 +299,11 @@ func (a *attester) collectSNP() *attester {
 	if a.noSNP {
 		return a
 	}
-	var quote, log []byte
+	var quote, log, firmware []byte
 	if a.e.TPM != nil {
-		quote, log = a.e.TPM.Quote, a.e.TPM.EventLog
+		quote, log, firmware = a.e.TPM.Quote, a.e.TPM.EventLog, a.e.TPM.TCGLog
 	}
-	r, err := a.chip.Report(a.bound().SNPReportData(a.e.Devices(), quote, log), a.snpOpts)
+	r, err := a.chip.Report(a.bound().SNPReportData(a.e.Devices(), quote, log, firmware), a.snpOpts)
 	if err != nil {
 		a.t.Fatal(err)
 	}

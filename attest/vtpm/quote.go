@@ -2,16 +2,19 @@ package vtpm
 
 import (
 	"bytes"
+	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
 
+	"github.com/coffer-run/coffer/attest/anchor"
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/receipt"
 )
@@ -33,25 +36,64 @@ type Evidence struct {
 	PCRs map[int][]byte
 	// EventLog is what EncodeLog wrote.
 	EventLog []byte
+	// TCGLog is the firmware's event log. Without one, how the machine booted is
+	// reported as not checked.
+	TCGLog []byte
 }
 
 // Want is what the quote must be of. Its zero value refuses.
+//
+// An attestation key is believed on one of three words, the first of them that
+// there is: the evidence's credential, the platform's report, the anchors.
 type Want struct {
 	ExtraData [32]byte
 	// CredentialKeys are the keys of the verifier whose credentials count.
 	CredentialKeys receipt.Keys
+	// Platform is the key that a genuine report of the platform names; nil
+	// where there is no such report.
+	Platform *PlatformKey
+	// Anchors hold the attestation keys that are trusted by name.
+	Anchors anchor.Set
 	// PCRs must be among the quoted ones. AgentPCR always is.
 	PCRs []int
 }
+
+// PlatformKey is a TPM's attestation key by the word of the platform's own
+// report, which the caller has found genuine.
+type PlatformKey struct {
+	Key *rsa.PublicKey
+	// Class is the trust class of such TPMs.
+	Class anchor.Class
+	// Simulated is true if the report's chain ended in a simulation's anchor.
+	Simulated bool
+}
+
+// Signs reports whether akPublic, a TPMT_PUBLIC, has this key.
+func (p *PlatformKey) Signs(akPublic []byte) bool {
+	ak, missing, err := readAK(akPublic)
+	if err != nil || len(missing) > 0 || p.Key == nil {
+		return false
+	}
+	key, ok := ak.key.(*rsa.PublicKey)
+	return ok && key.Equal(p.Key)
+}
+
+// Whose word stands for an attestation key, in the claim "tpm.ak-by".
+const (
+	AKByCredential = "credential"
+	AKByPlatform   = "platform-report"
+	AKByPin        = "pinned"
+)
 
 // Result is how an appraisal came out. The quote is genuine if no check failed.
 type Result struct {
 	Claims map[string]any
 	Checks check.List
-	// Simulated is the credential's word: the endorsement key's chain ended in
-	// a simulation anchor when the key was enrolled.
+	// Simulated is true if the word on the attestation key goes back to a
+	// simulation's anchor: that of the endorsement key's chain when the key was
+	// enrolled, of the platform's report, or the one that pins the key.
 	Simulated bool
-	// Class is the trust class of the TPM; empty without a valid credential.
+	// Class is the trust class of the TPM; empty if nobody's word stands for it.
 	Class string
 	// PCRs are the quoted values; nil unless a genuine quote covers them.
 	PCRs map[int][sha256.Size]byte
@@ -68,7 +110,14 @@ func Appraise(ev Evidence, want Want, now time.Time) Result {
 	if ak != nil {
 		r.Claims["tpm.ak-name"] = hex.EncodeToString(ak.name)
 	}
-	r.credential(ev.AKCredential, want.CredentialKeys, ak, now)
+	switch {
+	case ev.AKCredential != "":
+		r.credential(ev.AKCredential, want.CredentialKeys, ak, now)
+	case want.Platform != nil:
+		r.platform(want.Platform, ak)
+	default:
+		r.pinned(want.Anchors, ak)
+	}
 
 	switch {
 	case ak == nil:
@@ -82,7 +131,7 @@ func Appraise(ev Evidence, want Want, now time.Time) Result {
 	}
 
 	quoted := r.quote(ev, want)
-	r.eventLog(ev.EventLog, quoted)
+	r.eventLog(ev.EventLog, quoted, r.tcgLog(ev.TCGLog, quoted))
 	if len(r.Checks.Failed()) == 0 {
 		r.PCRs = quoted
 	} else {
@@ -91,26 +140,58 @@ func Appraise(ev Evidence, want Want, now time.Time) Result {
 	return r
 }
 
+const hintEnrol = "enrol the attestation key with this verifier"
+
 func (r *Result) credential(token string, keys receipt.Keys, ak *attestationKey, now time.Time) {
 	l := &r.Checks
-	const hint = "enrol the attestation key with this verifier"
-	if token == "" {
-		l.Fail("tpm.ak-credential", "a credential from this verifier", "none", hint)
-		return
-	}
 	c, err := OpenCredential(keys, token, now)
 	if err != nil {
-		l.Fail("tpm.ak-credential", "a credential from this verifier that is valid now", err.Error(), hint)
+		l.Fail("tpm.ak-credential", "a credential from this verifier that is valid now", err.Error(), hintEnrol)
 		return
 	}
-	r.Class, r.Simulated = c.Class, c.Simulated
-	r.Claims["tpm.trust-class"] = c.Class
+	r.vouched(AKByCredential, c.Class, c.Simulated)
 	r.Claims["tpm.ek-digest"] = c.EKDigest
 	if ak == nil {
 		l.Fail("tpm.ak-credential", "an attestation key that a credential can speak of", "no usable attestation key", "")
 		return
 	}
 	l.Equal("tpm.ak-credential", c.AKName, hex.EncodeToString(ak.name), "the credential speaks of another key")
+}
+
+func (r *Result) vouched(by, class string, simulated bool) {
+	r.Class, r.Simulated = class, simulated
+	r.Claims["tpm.trust-class"], r.Claims["tpm.ak-by"] = class, by
+}
+
+// platform believes the key that the platform's report names. The report names
+// its numbers only: that the TPM restricts its use is the platform's word too.
+func (r *Result) platform(p *PlatformKey, ak *attestationKey) {
+	l := &r.Checks
+	if p.Key == nil || p.Class == "" || ak == nil {
+		l.Fail("tpm.ak-credential", "the attestation key that the platform's report names", "no usable attestation key", "")
+		return
+	}
+	if key, ok := ak.key.(*rsa.PublicKey); !ok || !key.Equal(p.Key) {
+		l.Fail("tpm.ak-credential", "the attestation key that the platform's report names", "another key", "quote with the key that the platform made")
+		return
+	}
+	r.vouched(AKByPlatform, string(p.Class), p.Simulated)
+	l.Pass("tpm.ak-credential", "named by the platform's report")
+}
+
+func (r *Result) pinned(anchors anchor.Set, ak *attestationKey) {
+	l := &r.Checks
+	var class anchor.Class
+	ok := false
+	if ak != nil {
+		class, ok = anchors.AK(hex.EncodeToString(ak.name))
+	}
+	if !ok {
+		l.Fail("tpm.ak-credential", "a credential from this verifier", "none", hintEnrol)
+		return
+	}
+	r.vouched(AKByPin, string(class), anchors.Simulated())
+	l.Pass("tpm.ak-credential", "pinned by name")
 }
 
 // quote checks TPMS_ATTEST and returns the PCR values that it covers.
@@ -209,9 +290,64 @@ func (r *Result) selection(s tpm2.TPMLPCRSelection, sent map[int][]byte, require
 	return index, true
 }
 
-// eventLog checks that the log leads to what was quoted in AgentPCR, and to
-// nothing else: an unexplained extension is as much a failure as a wrong one.
-func (r *Result) eventLog(b []byte, quoted map[int][sha256.Size]byte) {
+// tcgLog checks that the firmware's log leads to every PCR that belongs to
+// firmware and boot loader, those without an event included, and tells how the
+// machine booted. It returns the value at which it leaves AgentPCR: shim extends
+// that one too.
+func (r *Result) tcgLog(b []byte, quoted map[int][sha256.Size]byte) (left [sha256.Size]byte) {
+	const id = "tpm.tcg-log"
+	l := &r.Checks
+	if len(b) == 0 {
+		l.Skip(id, "no firmware event log was sent")
+		return left
+	}
+	if quoted == nil {
+		l.Fail(id, "a quote that the firmware's event log can be held against", "none", "")
+		return left
+	}
+	log, err := ParseTCGLog(b)
+	if err != nil {
+		l.Fail(id, "an event log of firmware and boot loader", err.Error(), "send the log as the kernel keeps it")
+		return left
+	}
+	replayed := log.Replay()
+	var missing, wrong []string
+	for _, i := range firmwarePCRs() {
+		switch v, ok := quoted[i]; {
+		case !ok:
+			missing = append(missing, strconv.Itoa(i))
+		case v != replayed[i]:
+			wrong = append(wrong, strconv.Itoa(i))
+		}
+	}
+	switch {
+	case len(missing) > 0:
+		l.Fail(id, fmt.Sprintf("PCRs %v among the quoted", firmwarePCRs()), "without "+strings.Join(missing, ", "), "quote every PCR that the log explains")
+		return left
+	case len(wrong) > 0:
+		l.Fail(id, "a log that leads to the quoted PCRs", fmt.Sprintf("%d events lead elsewhere in PCR %s", len(log.Events), strings.Join(wrong, ", ")),
+			"send the log as the kernel keeps it; a PCR that something outside the log extends cannot be explained")
+		return left
+	}
+	l.Pass(id, fmt.Sprintf("%d events lead to PCRs 0 to 9 and 11 to 13", len(log.Events)))
+	r.Claims["tpm.tcg-events"] = len(log.Events)
+	if on, err := secureBoot(log.of(7)); err != nil {
+		r.Claims["tpm.secure-boot-untold"] = err.Error()
+	} else {
+		r.Claims["tpm.secure-boot"] = on
+	}
+	if line, err := commandLine(log.of(8)); err != nil {
+		r.Claims["tpm.kernel-command-line-untold"] = err.Error()
+	} else {
+		r.Claims["tpm.kernel-command-line"] = line
+	}
+	return replayed[AgentPCR]
+}
+
+// eventLog checks that the log leads from where the firmware left AgentPCR to
+// what was quoted, and to nothing else: an unexplained extension is as much a
+// failure as a wrong one.
+func (r *Result) eventLog(b []byte, quoted map[int][sha256.Size]byte, start [sha256.Size]byte) {
 	l := &r.Checks
 	if quoted == nil {
 		l.Fail("tpm.event-log", "a quote that the log can be held against", "none", "")
@@ -222,7 +358,10 @@ func (r *Result) eventLog(b []byte, quoted map[int][sha256.Size]byte) {
 		l.Fail("tpm.event-log", "an event log", err.Error(), "send the log that the agent kept while extending")
 		return
 	}
-	got, want := Replay(events)[AgentPCR], quoted[AgentPCR]
+	got, want := start, quoted[AgentPCR]
+	for _, e := range events {
+		got = extended(got, e.Extension())
+	}
 	if !bytes.Equal(got[:], want[:]) {
 		l.Fail("tpm.event-log", fmt.Sprintf("PCR %d is %x", AgentPCR, want), fmt.Sprintf("log of %d events leads to %x", len(events), got),
 			"send the log that the agent kept while extending; after a restart the TPM must be reset")

@@ -91,7 +91,7 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 		return err
 	}
 	log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("address", c.Listen), slog.String("id", c.ID), slog.Bool("simulation", c.Simulation), slog.Uint64("logEntries", head.Size))
-	return daemon.Serve(ctx, c.Listen, tlsConfig, handler)
+	return daemon.Serve(ctx, c.Listen, tlsConfig, handler, log)
 }
 
 // keys reads every key that the configuration names.

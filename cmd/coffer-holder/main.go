@@ -59,6 +59,7 @@ func parse(args []string) (hold.Config, error) {
 	uid := fs.Uint("uid", 0, "user of the job")
 	gid := fs.Uint("gid", 0, "group of the job")
 	fs.Int64Var(&cfg.LogBytes, "log-bytes", 0, "bytes of log to keep")
+	fs.Int64Var(&cfg.RegionBytes, "region-bytes", 0, "bytes of memory to decrypt inputs into, 0: as many as they have")
 	if err := fs.Parse(args); err != nil {
 		return hold.Config{}, fmt.Errorf("parse flags: %w", err)
 	}
@@ -68,6 +69,8 @@ func parse(args []string) (hold.Config, error) {
 		return hold.Config{}, fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	case cfg.RunDir == "" || cfg.JobID == "" || cfg.LogBytes <= 0:
 		return hold.Config{}, errors.New("--run, --job and --log-bytes are required")
+	case cfg.RegionBytes < 0:
+		return hold.Config{}, errors.New("--region-bytes is negative")
 	case *uid == 0 || *gid == 0 || *uid > maxID || *gid > maxID:
 		return hold.Config{}, errors.New("--uid and --gid must name a user that is not root")
 	}

@@ -89,6 +89,7 @@ func start(t *testing.T, dir string, c config) (*bytes.Buffer, func() error) {
 
 func TestServes(t *testing.T) {
 	dir, c := setup(t)
+	c["endorsements"] = config{"dir": t.TempDir(), "onOutage": "unexpired"}
 	log, stop := start(t, dir, c)
 	ask := func(role string) error {
 		hc, err := pki.Files(filepath.Join(dir, "pki"), role, "x").HTTPClient(daemon.RoleVerifier)
@@ -114,7 +115,7 @@ func TestServes(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(log.String(), `"simulated":false`) {
+	if !strings.Contains(log.String(), `"simulated":false`) || !strings.Contains(log.String(), `"endorsements":true,"fetch":false`) {
 		t.Errorf("log %s", log)
 	}
 }
@@ -155,6 +156,15 @@ func TestRefusesToStart(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "nonce.key"},
+		"endorsements without a folder": {func(_ *testing.T, dir string, c config) {
+			c["endorsements"] = config{"dir": filepath.Join(dir, "nowhere")}
+		}, "nowhere"},
+		"endorsements that an outage makes acceptable": {func(_ *testing.T, dir string, c config) {
+			c["endorsements"] = config{"dir": dir, "onOutage": "accept"}
+		}, "on outage"},
+		"endorsements without TLS": {func(_ *testing.T, dir string, c config) {
+			c["endorsements"] = config{"dir": dir, "fetch": true, "rim": "http://rim.example/"}
+		}, "want https"},
 		"no name":     {func(_ *testing.T, _ string, c config) { delete(c, "id") }, "issuer"},
 		"no address":  {func(_ *testing.T, _ string, c config) { delete(c, "listen") }, "listen"},
 		"no identity": {func(_ *testing.T, _ string, c config) { delete(c, "tls") }, "tls"},

@@ -18,6 +18,7 @@ import (
 	"github.com/coffer-run/coffer/attest/anchor"
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/bundle/verify"
+	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/simulate"
 )
@@ -65,6 +66,7 @@ type options struct {
 	simulationRoots string
 	verifierKeys    string
 	brokerKeys      string
+	endorsements    string
 	at              time.Time
 	output          string
 	bundle          string
@@ -126,6 +128,9 @@ Flags:
                           the time at which the result was issued
   --simulation-roots DIR  believe the roots in DIR, of a simulation, instead of
                           the vendors'; whatever verifies is simulated
+  --endorsements DIR      certificates, revocation and reference values to check
+                          the devices by, as coffer endorsements export writes
+                          them
   --output text|json      how to report (default text)
 
 Exit codes:
@@ -142,6 +147,7 @@ func parse(args []string, stdout, stderr io.Writer) (options, error) {
 	f.StringVar(&o.simulationRoots, "simulation-roots", "", "")
 	f.StringVar(&o.verifierKeys, "verifier-keys", "", "")
 	f.StringVar(&o.brokerKeys, "broker-keys", "", "")
+	f.StringVar(&o.endorsements, "endorsements", "", "")
 	f.StringVar(&o.output, "output", "text", "")
 	f.Func("at", "", func(s string) (err error) {
 		o.at, err = time.Parse(time.RFC3339, s)
@@ -178,6 +184,17 @@ func (o options) trust() (verify.Trust, error) {
 	}
 	if t.BrokerKeys, err = readKeys(o.brokerKeys); err != nil {
 		return verify.Trust{}, fmt.Errorf("broker keys: %w", err)
+	}
+	if o.endorsements == "" {
+		return t, nil
+	}
+	t.Endorsements = endorse.NewLibrary()
+	problems, err := t.Endorsements.Load(os.DirFS(o.endorsements), nil)
+	if err != nil {
+		return verify.Trust{}, err
+	}
+	if len(problems) > 0 {
+		return verify.Trust{}, fmt.Errorf("endorsements: %s", problems[0])
 	}
 	return t, nil
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -205,7 +206,7 @@ func newFakeStack(t *testing.T) *fakeStack {
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan error, 1)
 		addr := fmt.Sprintf("127.0.0.1:%d", port)
-		go func() { done <- daemon.Serve(ctx, addr, cfg, h) }()
+		go func() { done <- daemon.Serve(ctx, addr, cfg, h, slog.New(slog.DiscardHandler)) }()
 		for range 200 {
 			if c, err := net.Dial("tcp", addr); err == nil {
 				_ = c.Close()

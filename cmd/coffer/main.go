@@ -114,6 +114,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused or waiting at a gate,
 		c.upCmd(), c.downCmd(), c.restartCmd(), c.doctorCmd(), c.faultCmd(),
 		c.sealCmd(), c.assetsCmd(), c.grantCmd(), c.grantsCmd(), c.revokeCmd(),
 		c.planCmd(), c.submitCmd(), c.psCmd(), c.statusCmd(), c.logsCmd(), c.cancelCmd(), c.checkpointsCmd(), c.evidenceCmd(),
+		c.endorsementsCmd(),
 		c.versionCmd(),
 	)
 	return root

@@ -12,7 +12,7 @@ import (
 const (
 	// MinBlock and MaxBlock bound the size of a block. Sizes are powers of two.
 	MinBlock = 64 << 10
-	MaxBlock = 1 << 20
+	MaxBlock = 16 << 20
 )
 
 // ErrFull means that a pool's bound is reached.

@@ -26,7 +26,7 @@ const (
 	// maxNodes bounds uncommitted files and folders.
 	maxNodes = 100_000
 	// blockSpan is the part of a file that one block holds.
-	blockSpan = dma.MaxBlock
+	blockSpan = 1 << 20
 	// fallocKeepSize is FALLOC_FL_KEEP_SIZE.
 	fallocKeepSize = 1
 )

@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -46,6 +47,11 @@ const (
 	maxCommits = 10_000
 	maxInputs  = 64
 	maxKeys    = 128
+
+	regionName = "coffer-region"
+	// minPrefault is what a file must have for its region to be made before its
+	// key is there.
+	minPrefault = 1 << 20
 )
 
 // inputName is a folder's name under inputs/.
@@ -60,7 +66,11 @@ type Config struct {
 	UID, GID uint32
 	// LogBytes bounds what is kept of both log streams together.
 	LogBytes int64
-	Log      *slog.Logger
+	// RegionBytes bounds the memory that inputs are decrypted into. If they are
+	// larger together, files are decrypted when they are opened or read. Zero: no
+	// bound, and every input is decrypted before the job starts.
+	RegionBytes int64
+	Log         *slog.Logger
 	// StartWait and TraceGrace are the defaults above if zero.
 	StartWait, TraceGrace time.Duration
 }
@@ -84,6 +94,11 @@ type heldInput struct {
 	holdapi.Input
 	root   *os.Root
 	folder *seal.Folder
+	// prepared are regions by place in the manifest, nil where there is none. They
+	// are read once done is closed, which follows stop.
+	prepared []*dma.Region
+	stop     context.CancelFunc
+	done     chan struct{}
 }
 
 type heldSink struct {
@@ -104,6 +119,7 @@ type Holder struct {
 	stderr    *logStream
 	inputFS   *inputTree
 	ckptFS    *checkpointTree
+	pool      *dma.Pool
 
 	// ending is cancelled when the job is over, and with it work under way.
 	ending context.Context
@@ -120,7 +136,8 @@ type Holder struct {
 	filled   chan struct{} // closed when decrypting is over
 	result   holdapi.Decrypted
 	failure  error
-	regions  []*dma.Region
+	demand   *demand // nil if inputs are resident
+	planned  int64   // bytes of the regions that inputs prepared
 	commits  []holdapi.Checkpoint
 	finished chan struct{} // closed when Finish is over; nil before it began
 	scrubbed bool
@@ -130,7 +147,7 @@ type Holder struct {
 // Create makes a holder in cfg.RunDir: its keys, pipes, mounts and trace socket.
 // The caller serves it, and Finish takes everything away again.
 func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
-	if cfg.JobID == "" || cfg.LogBytes <= 0 || cfg.Log == nil {
+	if cfg.JobID == "" || cfg.LogBytes <= 0 || cfg.RegionBytes < 0 || cfg.Log == nil {
 		return nil, errors.New("holder needs a job, a log budget and a logger")
 	}
 	st, err := os.Stat(cfg.RunDir)
@@ -142,7 +159,7 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 	}
 	cfg.StartWait = cmp.Or(cfg.StartWait, DefaultStartWait)
 	cfg.TraceGrace = cmp.Or(cfg.TraceGrace, DefaultTraceGrace)
-	h := &Holder{cfg: cfg, log: cfg.Log, keys: map[string]heldKey{}, events: newEventLog(time.Now), budget: &budget{left: cfg.LogBytes}, filled: make(chan struct{})}
+	h := &Holder{cfg: cfg, log: cfg.Log, keys: map[string]heldKey{}, events: newEventLog(time.Now), budget: &budget{left: cfg.LogBytes}, filled: make(chan struct{}), pool: dma.NewPool(cfg.RegionBytes)}
 	// The job's end is said by an operation, not by the caller's context.
 	h.ending, h.end = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -175,7 +192,20 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 		h.made = append(h.made, n)
 	}
 	wait := func(done <-chan struct{}) error { return h.trace.waitStart(done, cfg.StartWait) }
-	failed := func(err error) { h.events.add(holdapi.Event{Kind: "input-error", Detail: err.Error()}) }
+	// A job that reads on after an error says nothing new.
+	var last struct {
+		sync.Mutex
+		said string
+	}
+	failed := func(err error) {
+		last.Lock()
+		defer last.Unlock()
+		if s := err.Error(); s != last.said {
+			last.said = s
+			h.log.Warn("input was refused", "error", err)
+			h.events.add(holdapi.Event{Kind: "input-error", Detail: s})
+		}
+	}
 	if h.inputFS, err = mountInputs(h.path(holdapi.InputsName), cfg.UID, cfg.GID, wait, failed, time.Now()); err != nil {
 		return nil, err
 	}
@@ -323,9 +353,58 @@ func (h *Holder) input(ctx context.Context, in holdapi.Input, root *os.Root) (er
 	if len(h.inputs) == maxInputs {
 		return fail(holdapi.CodeFull, "more than %d inputs", maxInputs)
 	}
-	h.inputs = append(h.inputs, &heldInput{Input: in, root: root, folder: folder})
+	sizes, err := folder.Sizes()
+	if err != nil {
+		return &apiError{holdapi.CodeRefused, err}
+	}
+	held := &heldInput{Input: in, root: root, folder: folder, prepared: make([]*dma.Region, len(sizes)), done: make(chan struct{})}
+	h.prepare(held, sizes)
+	h.inputs = append(h.inputs, held)
 	h.inputFS.addInput(ctx, in.Name)
 	return nil
+}
+
+// prepare makes regions while the job attests, for new memory comes slower than
+// the cipher fills it. Half the cores do it: the others have work. h.mu is held.
+func (h *Holder) prepare(in *heldInput, sizes []int64) {
+	ctx, stop := context.WithCancel(h.ending)
+	in.stop = stop
+	for _, n := range sizes {
+		h.planned += n
+	}
+	if h.cfg.RegionBytes > 0 && h.planned > h.cfg.RegionBytes {
+		stop()
+		close(in.done)
+		return
+	}
+	workers := max(1, runtime.GOMAXPROCS(0)/2)
+	go func() {
+		defer close(in.done)
+		defer stop()
+		for i, n := range sizes {
+			if n < minPrefault || ctx.Err() != nil {
+				continue
+			}
+			r, err := h.pool.Get(regionName, n)
+			if err == nil {
+				in.prepared[i] = r
+				err = r.Prefault(ctx, workers)
+			}
+			if err != nil {
+				// Whoever fills the region meets the same error, and it counts there.
+				if ctx.Err() == nil {
+					h.log.Warn("prepare memory", "input", in.Name, "error", err)
+				}
+				return
+			}
+		}
+	}()
+}
+
+// unprepare ends prepare.
+func (in *heldInput) unprepare() {
+	in.stop()
+	<-in.done
 }
 
 // setSink takes the folder for checkpoints. root becomes the holder's.
@@ -393,11 +472,11 @@ func (h *Holder) decrypt(ctx context.Context) (holdapi.Decrypted, error) {
 	if err != nil {
 		h.result, h.failure, h.state = holdapi.Decrypted{}, err, decryptFailed
 		// Nothing of an input that was damaged is kept.
-		for _, r := range h.regions {
-			if serr := r.Scrub(); serr != nil {
-				h.log.ErrorContext(ctx, "scrub after failed decryption", "error", serr)
-			}
+		if serr := h.pool.Scrub(); serr != nil {
+			h.log.ErrorContext(ctx, "scrub after failed decryption", "error", serr)
 		}
+	} else {
+		h.log.InfoContext(ctx, "inputs are open", "files", res.Files, "bytes", res.Bytes, "nanos", res.Nanos, "onDemand", h.demand != nil, "hugePages", dma.HugePages())
 	}
 	close(h.filled)
 	return h.result, h.failure
@@ -407,48 +486,98 @@ func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldIn
 	var res holdapi.Decrypted
 	type placed struct {
 		input, name string
-		region      *dma.Region
+		c           content
 	}
-	var files []placed
-	for _, in := range inputs {
+	entries := make([][]seal.Entry, len(inputs))
+	var total int64
+	chunkSize := 0
+	for i, in := range inputs {
+		in.unprepare()
 		es, err := in.folder.Entries(work[in])
 		if err != nil {
 			return res, fail(holdapi.CodeRefused, "input %s: %w", in.Name, err)
 		}
+		entries[i] = es
 		for _, e := range es {
-			r, err := h.fillFile(in, work[in], e)
+			total += e.Size
+		}
+		chunkSize = max(chunkSize, in.folder.Manifest().ChunkSize)
+	}
+	var d *demand
+	if h.cfg.RegionBytes > 0 && total > h.cfg.RegionBytes {
+		var err error
+		if d, err = h.onDemand(inputs, chunkSize); err != nil {
+			return res, fail(holdapi.CodeIO, "%w", err)
+		}
+	}
+	var files []placed
+	for i, in := range inputs {
+		for j, e := range entries[i] {
+			c, n, err := h.openFile(d, in, work[in], j, e)
 			if err != nil {
 				// Names of files are secret, and errors reach people's logs.
 				return res, fail(holdapi.CodeIO, "input %s: file %s: %w", in.Name, e.ID, err)
 			}
-			files = append(files, placed{in.Name, e.Name, r})
+			files = append(files, placed{in.Name, e.Name, c})
 			res.Files++
-			res.Bytes += e.Size
+			res.Bytes += n
 		}
 	}
 	for _, f := range files {
-		h.inputFS.addFile(ctx, f.input, f.name, f.region)
+		h.inputFS.addFile(ctx, f.input, f.name, f.c)
 	}
 	return res, nil
 }
 
-func (h *Holder) fillFile(in *heldInput, key *keys.DataKey, e seal.Entry) (*dma.Region, error) {
+// onDemand makes what serves inputs that do not fit into memory together.
+func (h *Holder) onDemand(inputs []*heldInput, chunkSize int) (*demand, error) {
+	for _, in := range inputs {
+		for _, r := range in.prepared {
+			if r == nil {
+				continue
+			}
+			if err := h.pool.Put(r); err != nil {
+				return nil, err
+			}
+		}
+	}
+	// Two chunks at the least: one that is read, and one that is decrypted.
+	size := max(min(maxCache, h.cfg.RegionBytes/4), 2*int64(chunkSize))
+	h.pool.Reserve(size)
+	d := &demand{pool: h.pool, cache: newChunkCache(h.ending, size, chunkSize), passthrough: h.inputFS.passthrough, ending: h.ending, log: h.log}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.demand = d
+	return d, nil
+}
+
+// openFile decrypts the file at place j, or sees that it can be, if d does so
+// later. It returns how many bytes it decrypted.
+func (h *Holder) openFile(d *demand, in *heldInput, key *keys.DataKey, j int, e seal.Entry) (content, int64, error) {
 	f, err := in.folder.Open(key, e)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	defer f.Close()
-	r, err := dma.New("coffer-region", f.Size())
-	if err != nil {
-		return nil, err
+	if d != nil {
+		return d.add(in, key, e), 0, h.ending.Err()
 	}
-	h.mu.Lock()
-	h.regions = append(h.regions, r)
-	h.mu.Unlock()
-	if err := r.Fill(h.ending, f.ChunkSize(), 0, func() func(int64, []byte) error { return f.Worker().ReadChunk }); err != nil {
-		return nil, err
+	r := in.prepared[j]
+	if r == nil {
+		if r, err = h.pool.Get(regionName, f.Size()); err != nil {
+			return nil, 0, err
+		}
 	}
-	return r, nil
+	if err := fillRegion(h.ending, f, r); err != nil {
+		return nil, 0, err
+	}
+	return resident{r, h.inputFS.passthrough}, e.Size, nil
+}
+
+// fillRegion bounds its workers by what their buffers take, not by cores alone.
+func fillRegion(ctx context.Context, f *seal.OpenedFile, r *dma.Region) error {
+	f.Sequential()
+	return r.Fill(ctx, f.ChunkSize(), workersFor(f.ChunkSize()), func() func(int64, []byte) error { return f.Worker().ReadChunk })
 }
 
 // commit seals one checkpoint for the checkpoint tree, which calls it for one at
@@ -518,10 +647,10 @@ func (h *Holder) current() holdapi.Status {
 	s := holdapi.Status{Scrubbed: h.scrubbed, LogBytes: h.stdout.size() + h.stderr.size(), LogCut: h.budget.dropped()}
 	h.trace.status(&s)
 	if !h.scrubbed {
-		for _, r := range h.regions {
-			s.RegionBytes += r.Size()
+		s.RegionBytes = h.pool.Held() + h.ckptFS.held()
+		if h.demand != nil {
+			s.RegionBytes += h.demand.cache.held()
 		}
-		s.RegionBytes += h.ckptFS.held()
 	}
 	s.Checkpoints = slices.Clone(h.commits[max(0, len(h.commits)-maxStatusCheckpoints):])
 	return s
@@ -587,9 +716,13 @@ func (h *Holder) release(ctx context.Context) error {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, r := range h.regions {
-		errs = append(errs, r.Scrub(), r.Close())
+	for _, in := range h.inputs {
+		in.unprepare()
 	}
+	if h.demand != nil {
+		errs = append(errs, h.demand.close())
+	}
+	errs = append(errs, h.pool.Close())
 	for _, k := range h.keys {
 		k.key.Destroy()
 	}

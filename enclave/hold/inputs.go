@@ -22,6 +22,7 @@ import (
 const (
 	// maxHandles bounds open files on each of the two file systems.
 	maxHandles = 65_536
+	minHandles = 256
 	// maxFUSE is the largest request, in bytes.
 	maxFUSE = 1 << 20
 )
@@ -32,7 +33,12 @@ type fileTree struct {
 	path   string
 	// passthrough: the kernel can read a descriptor of ours in our stead.
 	passthrough bool
-	handles     atomic.Int64
+	// maxHandles bounds handles. full: the bound was met, and failed was told so.
+	maxHandles int64
+	handles    atomic.Int64
+	full       atomic.Bool
+	// failed is told why a path was refused. It may be nil.
+	failed func(err error)
 }
 
 func (t *fileTree) mount(path, name string, root fs.InodeEmbedder, options ...string) error {
@@ -47,9 +53,19 @@ func (t *fileTree) mount(path, name string, root fs.InodeEmbedder, options ...st
 	if err != nil {
 		return fmt.Errorf("mount %s: %w", name, err)
 	}
-	t.server, t.path = s, path
+	t.server, t.path, t.maxHandles = s, path, handleLimit()
 	t.passthrough = s.KernelSettings().Flags64()&fuse.CAP_PASSTHROUGH != 0
 	return nil
+}
+
+// handleLimit leaves the holder descriptors for its own work: each open file may
+// take one of them.
+func handleLimit() int64 {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return minHandles
+	}
+	return int64(max(minHandles, min(maxHandles, l.Cur/4)))
 }
 
 // unmount takes the mount away even if someone still stands in it.
@@ -69,8 +85,11 @@ func (t *fileTree) unmount() error {
 }
 
 func (t *fileTree) openHandle() syscall.Errno {
-	if t.handles.Add(1) > maxHandles {
+	if t.handles.Add(1) > t.maxHandles {
 		t.handles.Add(-1)
+		if t.full.CompareAndSwap(false, true) && t.failed != nil {
+			t.failed(fmt.Errorf("the job has %d files open at once, which is the limit", t.maxHandles))
+		}
 		return syscall.ENFILE
 	}
 	return 0
@@ -83,14 +102,12 @@ func (t *fileTree) closeHandle() { t.handles.Add(-1) }
 // the container's start, for names are secret as well.
 type inputTree struct {
 	fileTree
-	// wait returns an error while the gate is shut. failed is told why a path was
-	// refused.
-	wait   func(done <-chan struct{}) error
-	failed func(err error)
-	uid    uint32
-	gid    uint32
-	made   time.Time
-	root   *inputDir
+	// wait returns an error while the gate is shut.
+	wait func(done <-chan struct{}) error
+	uid  uint32
+	gid  uint32
+	made time.Time
+	root *inputDir
 
 	mu   sync.Mutex
 	dirs map[string]*inputDir
@@ -104,8 +121,69 @@ type inputDir struct {
 
 type inputFile struct {
 	fs.Inode
-	t      *inputTree
-	region *dma.Region
+	t *inputTree
+	c content
+}
+
+// content is what an input's file holds.
+type content interface {
+	size() int64
+	// open is called once for each handle.
+	open() (source, error)
+}
+
+// source is what one handle reads. Its methods may be called at the same time,
+// but for close, which is the last.
+type source interface {
+	// fd is the file's memory for the kernel to read in our stead. Negative: there
+	// is none, and reads come to read.
+	fd() int
+	// read returns bytes from off on, which is before the end: as many as dest
+	// has room for, or up to the end. It may use dest.
+	read(dest []byte, off int64) (fuse.ReadResult, error)
+	close()
+}
+
+// resident is a file that lies in a region for as long as the job runs.
+type resident struct {
+	r           *dma.Region
+	passthrough bool
+}
+
+func (c resident) size() int64 { return c.r.Size() }
+
+func (c resident) open() (source, error) { return openRegion(c.r, c.passthrough) }
+
+type regionSource struct {
+	r    *dma.Region
+	file int
+}
+
+func openRegion(r *dma.Region, passthrough bool) (*regionSource, error) {
+	if !passthrough || r.Size() == 0 {
+		return &regionSource{r, -1}, nil
+	}
+	fd, err := r.ReadOnlyFD()
+	if err != nil {
+		return nil, err
+	}
+	return &regionSource{r, fd}, nil
+}
+
+func (s *regionSource) fd() int { return s.file }
+
+func (s *regionSource) read(dest []byte, off int64) (fuse.ReadResult, error) {
+	n := min(int64(len(dest)), s.r.Size()-off)
+	if _, err := s.r.ReadAt(dest[:n], off); err != nil {
+		return nil, err
+	}
+	return fuse.ReadResultData(dest[:n]), nil
+}
+
+func (s *regionSource) close() {
+	if s.file >= 0 {
+		_ = unix.Close(s.file)
+	}
 }
 
 var (
@@ -122,7 +200,7 @@ var (
 )
 
 func mountInputs(path string, uid, gid uint32, wait func(<-chan struct{}) error, failed func(error), now time.Time) (*inputTree, error) {
-	t := &inputTree{wait: wait, failed: failed, uid: uid, gid: gid, made: now, dirs: map[string]*inputDir{}}
+	t := &inputTree{fileTree: fileTree{failed: failed}, wait: wait, uid: uid, gid: gid, made: now, dirs: map[string]*inputDir{}}
 	t.root = &inputDir{t: t}
 	if err := t.mount(path, "coffer-inputs", t.root, "ro"); err != nil {
 		return nil, err
@@ -143,8 +221,8 @@ func (t *inputTree) addInput(ctx context.Context, name string) {
 	t.dirs[name] = t.newDir(ctx, t.root, name, true)
 }
 
-// addFile puts a region under an input's folder. name was checked by seal.
-func (t *inputTree) addFile(ctx context.Context, input, name string, r *dma.Region) {
+// addFile puts a file under an input's folder. name was checked by seal.
+func (t *inputTree) addFile(ctx context.Context, input, name string, c content) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	d, at := t.dirs[input], input
@@ -158,7 +236,7 @@ func (t *inputTree) addFile(ctx context.Context, input, name string, r *dma.Regi
 		}
 		d = next
 	}
-	f := &inputFile{t: t, region: r}
+	f := &inputFile{t: t, c: c}
 	d.AddChild(parts[len(parts)-1], d.NewPersistentInode(ctx, f, fs.StableAttr{Mode: syscall.S_IFREG}), false)
 }
 
@@ -226,7 +304,7 @@ func (d *inputDir) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
 	return fs.NewListDirStream(l), 0
 }
 
-func (f *inputFile) fill(a *fuse.Attr) { f.t.attr(a, syscall.S_IFREG|0o444, f.region.Size()) }
+func (f *inputFile) fill(a *fuse.Attr) { f.t.attr(a, syscall.S_IFREG|0o444, f.c.size()) }
 
 func (f *inputFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
 	f.fill(&out.Attr)
@@ -252,43 +330,43 @@ func (f *inputFile) Open(ctx context.Context, flags uint32) (fs.FileHandle, uint
 	if e := f.t.openHandle(); e != 0 {
 		return nil, 0, e
 	}
-	if f.t.passthrough && f.region.Size() > 0 {
-		fd, err := f.region.ReadOnlyFD()
-		if err != nil {
-			f.t.closeHandle()
-			return nil, 0, syscall.EIO
-		}
-		return &inputHandle{f: f, fd: fd}, 0, 0
+	src, err := f.c.open()
+	if err != nil {
+		f.t.closeHandle()
+		f.t.failed(err)
+		return nil, 0, syscall.EIO
+	}
+	h := &inputHandle{f: f, source: src}
+	if src.fd() >= 0 {
+		return h, 0, 0
 	}
 	// Reads come here, and must not leave plaintext in a page cache that nobody
 	// scrubs.
-	return &inputHandle{f: f, fd: -1}, fuse.FOPEN_DIRECT_IO, 0
+	return h, fuse.FOPEN_DIRECT_IO, 0
 }
 
 type inputHandle struct {
 	f *inputFile
-	// fd is the region's memory, or negative.
-	fd int
+	source
 }
 
-// PassthroughFd lets the kernel read the region itself.
-func (h *inputHandle) PassthroughFd() (int, bool) { return h.fd, h.fd >= 0 }
+// PassthroughFd lets the kernel read the file's memory itself.
+func (h *inputHandle) PassthroughFd() (int, bool) { return h.fd(), h.fd() >= 0 }
 
 func (h *inputHandle) Read(_ context.Context, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
-	if off >= h.f.region.Size() {
+	if off >= h.f.c.size() {
 		return fuse.ReadResultData(nil), 0
 	}
-	n := min(int64(len(dest)), h.f.region.Size()-off)
-	if _, err := h.f.region.ReadAt(dest[:n], off); err != nil {
+	r, err := h.read(dest, off)
+	if err != nil {
+		h.f.t.failed(err)
 		return nil, syscall.EIO
 	}
-	return fuse.ReadResultData(dest[:n]), 0
+	return r, 0
 }
 
 func (h *inputHandle) Release(context.Context) syscall.Errno {
 	h.f.t.closeHandle()
-	if h.fd >= 0 {
-		_ = unix.Close(h.fd)
-	}
+	h.close()
 	return 0
 }

@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"unicode/utf8"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/enclave/keys"
 )
@@ -293,6 +295,20 @@ func ReadFolder(root *os.Root, asset string, digest plan.Digest) (*Folder, error
 // Manifest returns what can be read without the key.
 func (f *Folder) Manifest() Manifest { return f.manifest }
 
+// Sizes are those of the plaintext files, by their place in the manifest: the
+// size of a ciphertext says them.
+func (f *Folder) Sizes() ([]int64, error) {
+	out := make([]int64, len(f.manifest.Files))
+	for i, s := range f.manifest.Files {
+		l, err := layoutOfSealed(s.CipherSize, f.manifest.ChunkSize)
+		if err != nil {
+			return nil, fmt.Errorf("file %s: %w", s.ID, err)
+		}
+		out[i] = l.size
+	}
+	return out, nil
+}
+
 // Entries decrypts the names.
 func (f *Folder) Entries(key *keys.DataKey) ([]Entry, error) { return f.manifest.Open(key) }
 
@@ -300,6 +316,12 @@ func (f *Folder) Entries(key *keys.DataKey) ([]Entry, error) { return f.manifest
 type OpenedFile struct {
 	*File
 	f *os.File
+}
+
+// Sequential tells the kernel that all of the file will be read in order, so that
+// it reads ahead while chunks are decrypted. It is a hint.
+func (o *OpenedFile) Sequential() {
+	_ = unix.Fadvise(int(o.f.Fd()), 0, 0, unix.FADV_SEQUENTIAL)
 }
 
 // Close closes the descriptor.

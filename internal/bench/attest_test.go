@@ -242,7 +242,7 @@ func attest(t *testing.T, v *receipt.Signer, of plan.Digest, grant string) attes
 		IssuedAt: now.Unix(), Expires: now.Add(receipt.ResultLifetime).Unix(),
 		Submods:      map[string]receipt.Appraisal{"cpu0": {Status: receipt.Affirming}},
 		Confirmation: receipt.Confirmation{JWK: jwk, Recipient: recipient.PublicKey().Bytes()},
-		JobID:        "job-1", PlanDigest: of, SandboxDigest: plan.Sum([]byte("sandbox")), EvidenceDigest: plan.Sum([]byte("evidence")),
+		JobID:        "job-" + rand.Text(), PlanDigest: of, SandboxDigest: plan.Sum([]byte("sandbox")), EvidenceDigest: plan.Sum([]byte("evidence")),
 	}
 	a := attested{token: must[string](t)(v.Sign(receipt.TypeResult, r)), recipient: r.Confirmation.Recipient}
 	a.request = must[[]byte](t)(receipt.ReleaseRequest{Version: receipt.RequestVersion, Broker: bundletest.BrokerID, Grant: grant, Attempt: 1, ResultID: r.ID, Asset: "weights"}.Canonical())

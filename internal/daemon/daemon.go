@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -86,8 +87,12 @@ func Logger(w io.Writer, name string) *slog.Logger {
 
 // Serve answers HTTPS on addr until ctx ends, then lets requests finish for
 // StopGrace, cancels what is left and returns nil. It answers GET /healthz
-// itself: call it once the handler is ready.
-func Serve(ctx context.Context, addr string, tlsConfig *tls.Config, handler http.Handler) error {
+// itself: call it once the handler is ready. A handler that panics is reported
+// to log.
+func Serve(ctx context.Context, addr string, tlsConfig *tls.Config, handler http.Handler, log *slog.Logger) error {
+	if log == nil {
+		return errors.New("serve: no logger")
+	}
 	if tlsConfig == nil || tlsConfig.ClientAuth != tls.RequireAndVerifyClientCert || tlsConfig.ClientCAs == nil {
 		return errors.New("serve: refusing to serve without mutual TLS")
 	}
@@ -118,8 +123,7 @@ func Serve(ctx context.Context, addr string, tlsConfig *tls.Config, handler http
 		MaxHeaderBytes:    maxHeader,
 		BaseContext:       func(net.Listener) context.Context { return requests },
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: streamsPerConn, SendPingTimeout: stallTimeout, WriteByteTimeout: stallTimeout},
-		// Handshakes that fail are the peer's affair, and could flood the log.
-		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(serverLog{log.Handler()}, slog.LevelError),
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- srv.ServeTLS(l, "", "") }()
@@ -139,6 +143,17 @@ func Serve(ctx context.Context, addr string, tlsConfig *tls.Config, handler http
 		return fmt.Errorf("serve %s: %w", addr, err)
 	}
 	return nil
+}
+
+// serverLog takes what net/http has to say, a panic's stack among it. Handshakes
+// that fail are the peer's affair, and could flood the log.
+type serverLog struct{ slog.Handler }
+
+func (l serverLog) Handle(ctx context.Context, r slog.Record) error {
+	if strings.HasPrefix(r.Message, "http: TLS handshake error") {
+		return nil
+	}
+	return l.Handler.Handle(ctx, r)
 }
 
 // Main runs a command with the process's arguments and streams, cancels its

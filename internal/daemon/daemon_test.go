@@ -7,12 +7,14 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -54,7 +56,7 @@ func serve(t *testing.T, id daemon.TLS, handler http.Handler) (addr string, stop
 	addr = freeAddr(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- daemon.Serve(ctx, addr, cfg, handler) }()
+	go func() { done <- daemon.Serve(ctx, addr, cfg, handler, slog.New(slog.DiscardHandler)) }()
 	for range 200 {
 		c, err := net.Dial("tcp", addr)
 		if err == nil {
@@ -179,15 +181,104 @@ func TestServePortInUse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = daemon.Serve(t.Context(), l.Addr().String(), cfg, whoami())
+	err = daemon.Serve(t.Context(), l.Addr().String(), cfg, whoami(), slog.New(slog.DiscardHandler))
 	if err == nil || !strings.Contains(err.Error(), "address "+l.Addr().String()+" is in use: is another stack up?") {
 		t.Errorf("got %v", err)
 	}
 }
 
+// buffer is a log that a test reads while the server writes to it.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func TestPanicsAreLogged(t *testing.T) {
+	dir := newPKI(t, [2]string{"broker", "broker"}, [2]string{"agent", "node-1"})
+	cfg, err := pki.Files(dir, "broker", "broker").Server()
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, addr := &buffer{}, freeAddr(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		done <- daemon.Serve(ctx, addr, cfg, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("out of its depth") }), daemon.Logger(log, "test"))
+	}()
+	client, err := pki.Files(dir, "agent", "node-1").Client(daemon.RoleBroker)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 200 {
+		if c, err := net.Dial("tcp", addr); err == nil {
+			// A handshake that comes to nothing.
+			_, _ = c.Write([]byte("GET / HTTP/1.0\r\n\r\n"))
+			_ = c.Close()
+			break
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	if _, err := dial(addr, client); err == nil {
+		t.Error("a panic was answered")
+	}
+	for range 200 {
+		if strings.Contains(log.String(), "out of its depth") {
+			break
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if s := log.String(); !strings.Contains(s, "out of its depth") || !strings.Contains(s, `"level":"ERROR"`) || !strings.Contains(s, `"daemon":"test"`) {
+		t.Errorf("log: %s", s)
+	}
+	if s := log.String(); strings.Contains(s, "handshake") {
+		t.Errorf("handshakes fill the log: %s", s)
+	}
+	if err := daemon.Serve(t.Context(), addr, cfg, whoami(), nil); err == nil {
+		t.Error("served without a logger")
+	}
+}
+
+func TestKeyForOthersToRead(t *testing.T) {
+	dir := newPKI(t, [2]string{"broker", "broker"})
+	id := pki.Files(dir, "broker", "broker")
+	for _, mode := range []os.FileMode{0o640, 0o604, 0o660, 0o610} {
+		if err := os.Chmod(id.Key, mode); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := id.Server(); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+			t.Errorf("%v: %v", mode, err)
+		}
+		if _, err := id.Client(daemon.RoleBroker); err == nil {
+			t.Errorf("%v: client made", mode)
+		}
+	}
+	if err := os.Chmod(id.Key, 0o400); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := id.Server(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestServeRefusesToServeWithoutMutualTLS(t *testing.T) {
 	for name, cfg := range map[string]*tls.Config{"nil": nil, "no client certificates": {MinVersion: tls.VersionTLS13}} {
-		if err := daemon.Serve(t.Context(), "127.0.0.1:0", cfg, whoami()); err == nil {
+		if err := daemon.Serve(t.Context(), "127.0.0.1:0", cfg, whoami(), slog.New(slog.DiscardHandler)); err == nil {
 			t.Errorf("%s: served", name)
 		}
 	}

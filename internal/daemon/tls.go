@@ -11,6 +11,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 )
 
 // TrustDomain is the SPIFFE trust domain of every coffer identity.
@@ -86,7 +88,7 @@ func Identity(r *http.Request) (role, name string, err error) {
 }
 
 // TLS names the files of one identity: the authority that it trusts, its
-// certificate and its key, all in PEM.
+// certificate and its key, all in PEM. Only its owner may read the key.
 type TLS struct {
 	CA   string `json:"ca"`
 	Cert string `json:"cert"`
@@ -173,7 +175,16 @@ func (t TLS) load() (tls.Certificate, *x509.CertPool, error) {
 	if !pool.AppendCertsFromPEM(ca) {
 		return tls.Certificate{}, nil, fmt.Errorf("certificate authority %s holds no certificate", t.CA)
 	}
-	cert, err := tls.LoadX509KeyPair(t.Cert, t.Key)
+	certPEM, err := os.ReadFile(t.Cert)
+	if err != nil {
+		return tls.Certificate{}, nil, fmt.Errorf("load identity: %w", err)
+	}
+	keyPEM, err := keyfile.Read(t.Key)
+	if err != nil {
+		return tls.Certificate{}, nil, fmt.Errorf("load identity %s: %w", t.Cert, err)
+	}
+	defer clear(keyPEM)
+	cert, err := tls.X509KeyPair(certPEM, keyPEM)
 	if err != nil {
 		return tls.Certificate{}, nil, fmt.Errorf("load identity %s: %w", t.Cert, err)
 	}

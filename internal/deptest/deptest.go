@@ -84,6 +84,9 @@ type Rule struct {
 	Direct bool
 	// Forbid lists what may not be linked, whosever it is.
 	Forbid []string
+	// Past are packages whose own imports are not looked at, for the reason that
+	// Why gives.
+	Past []string
 	// Ours lists the packages of this module that may be linked; nil allows all.
 	Ours []string
 	// Why is the reason, shown with each breach.
@@ -145,7 +148,7 @@ func (r Rule) chains(g Graph, from string) [][]string {
 				out = append(out, chain)
 				continue
 			}
-			if !r.Direct {
+			if !r.Direct && !matchAny(r.Past, next) {
 				queue = append(queue, next)
 			}
 		}

@@ -72,6 +72,19 @@ func TestRulesCanFail(t *testing.T) {
 		"the enclave links http through another module": {
 			Graph{"./enclave/hold": {"example.org/lib"}, "example.org/lib": {"net/http"}}, "./enclave/hold -> example.org/lib -> net/http",
 		},
+		"the agent runs a policy's rules": {
+			Graph{"./cmd/cofferd": {"./attest/policy"}, "./attest/policy": {"github.com/open-policy-agent/opa/v1/topdown"}},
+			"./cmd/cofferd -> ./attest/policy -> github.com/open-policy-agent/opa/v1/topdown",
+		},
+		"a verifier runs rules without their limits": {
+			Graph{"./attest/verifier": {"github.com/open-policy-agent/opa/v1/topdown"}}, "./attest/verifier -> github.com/open-policy-agent/opa/v1/topdown",
+		},
+		"the offline verifier has a client beside that of OPA": {
+			Graph{
+				"./cmd/coffer-verify":                         {"github.com/open-policy-agent/opa/v1/topdown", "example.org/lib"},
+				"github.com/open-policy-agent/opa/v1/topdown": {"net/http"}, "example.org/lib": {"net/http"},
+			}, "./cmd/coffer-verify -> example.org/lib -> net/http",
+		},
 		"the runner links the verifier": {
 			Graph{"./runner/run": {"./attest/verifier"}}, "./runner/run -> ./attest/verifier",
 		},

@@ -112,7 +112,24 @@ func Rules() []Rule {
 		{
 			About:  []string{"./cmd/coffer-verify"},
 			Forbid: append([]string{"./attest/*/serve/...", "./attest/api/...", "./attest/broker", "database/sql/...", "os/exec"}, clients...),
-			Why:    "a bundle is checked offline: the program has no way to ask anyone",
+			Past:   []string{"github.com/open-policy-agent/opa/..."},
+			Why:    "a bundle is checked offline: the program has no way to ask anyone; OPA has an HTTP client in it, which the rules that attest/policy/rego compiles cannot name",
+		},
+		{
+			About: []string{"./..."},
+			Except: []string{
+				"./attest/policy/rego", "./attest/verifier/...", "./attest/bundle/verify", "./attest/*/*test",
+				"./internal/verifierd", "./cmd/coffer-verifier", "./cmd/coffer-verifier-simulated", "./cmd/coffer-verify",
+			},
+			Forbid: []string{"github.com/open-policy-agent/..."},
+			Why:    "only who appraises evidence runs a policy's rules; all others name a policy by its digest",
+		},
+		{
+			About:  []string{"./..."},
+			Except: []string{"./attest/policy/rego"},
+			Direct: true,
+			Forbid: []string{"github.com/open-policy-agent/..."},
+			Why:    "rules run with the limits of attest/policy/rego or not at all",
 		},
 		{
 			About:  []string{"./..."},

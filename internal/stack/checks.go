@@ -276,7 +276,7 @@ const folderCheck = "folder"
 func (l Layout) checkUp() Finding {
 	r, err := l.readRecord()
 	if err != nil {
-		return Finding{Name: folderCheck, Outcome: Fail, Found: err.Error(), Advice: "repair or remove that file, or choose another folder with --dir"}
+		return Finding{Name: folderCheck, Outcome: Fail, Found: err.Error(), Advice: "repair or remove what is named, or choose another folder with --dir"}
 	}
 	var alive, dead []string
 	for _, p := range r.Processes {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/coffer-run/coffer/attest/plan"
 )
@@ -111,7 +112,33 @@ type info struct {
 
 func (l Layout) infoFile() string { return l.path("stack.json") }
 
+// trusted refuses a folder that others own or may write to: what stands in it
+// is run, and signalled, by root. A folder that does not exist is trusted.
+func (l Layout) trusted() error {
+	fi, err := os.Stat(l.Dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("stack directory: %w", err)
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	switch {
+	case !fi.IsDir() || !ok:
+		return fmt.Errorf("%s is not a folder: choose another with --dir", l.Dir)
+	// Who is not root endangers nobody but himself.
+	case st.Uid != 0 && int(st.Uid) != os.Geteuid():
+		return fmt.Errorf("%s belongs to user %d, who could make root run anything: choose a folder of root's with --dir", l.Dir, st.Uid)
+	case fi.Mode().Perm()&0o022 != 0:
+		return fmt.Errorf("%s has mode %v, so that others could make root run anything: choose another folder with --dir, or `chmod go-w` it if nobody has written to it yet", l.Dir, fi.Mode().Perm())
+	}
+	return nil
+}
+
 func (l Layout) readInfo() (info, error) {
+	if err := l.trusted(); err != nil {
+		return info{}, err
+	}
 	var i info
 	if err := readJSON(l.infoFile(), &i); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {

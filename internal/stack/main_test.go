@@ -59,5 +59,5 @@ func play(ctx context.Context, name string, args []string, stderr io.Writer) err
 	if err != nil {
 		return err
 	}
-	return daemon.Serve(ctx, conf.Listen, tlsConfig, http.NotFoundHandler())
+	return daemon.Serve(ctx, conf.Listen, tlsConfig, http.NotFoundHandler(), daemon.Logger(stderr, name))
 }

@@ -200,6 +200,69 @@ func TestForeignFolders(t *testing.T) {
 	}
 }
 
+// TestFoldersOfOthers holds a stack that another user could have made up, down to
+// the program that `restart` runs and the processes that `down` ends.
+func TestFoldersOfOthers(t *testing.T) {
+	need(t, os.Geteuid() == 0, "giving folders away needs root")
+	for name, tc := range map[string]struct {
+		change func(dir string) error
+		ok     bool
+	}{
+		"root's":                  {func(string) error { return nil }, true},
+		"for all to read":         {func(dir string) error { return os.Chmod(dir, 0o755) }, true},
+		"of another user":         {func(dir string) error { return os.Chown(dir, 65534, 0) }, false},
+		"writable to its group":   {func(dir string) error { return os.Chmod(dir, 0o770) }, false},
+		"writable to all":         {func(dir string) error { return os.Chmod(dir, 0o777) }, false},
+		"writable to all, sticky": {func(dir string) error { return os.Chmod(dir, 0o777|os.ModeSticky) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := NewLayout(filepath.Join(t.TempDir(), "stack"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := l.claim(); err != nil {
+				t.Fatal(err)
+			}
+			if err := tc.change(l.Dir); err != nil {
+				t.Fatal(err)
+			}
+			check := func(what string, err error) {
+				t.Helper()
+				if ok := err == nil; ok != tc.ok {
+					t.Errorf("%s: %v", what, err)
+				}
+			}
+			check("claim an empty folder", l.claim())
+			if err := writeJSON(l.infoFile(), info{Version: infoVersion, Bin: "/tmp/evil"}); err != nil {
+				t.Fatal(err)
+			}
+			boot, err := bootID()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := l.writeRecord(record{Version: recordVersion, Boot: boot}); err != nil {
+				t.Fatal(err)
+			}
+			check("claim", l.claim())
+			_, err = l.readInfo()
+			check("info", err)
+			_, err = l.readRecord()
+			check("record", err)
+			_, err = OpenEndpoint(l.Dir)
+			check("endpoint", err)
+			if ok := l.checkUp().Outcome == OK; ok != tc.ok {
+				t.Errorf("finding: %+v", l.checkUp())
+			}
+			if !tc.ok {
+				check("down", Down(t.Context(), l.Dir, false, nil))
+				check("purge", Down(t.Context(), l.Dir, true, nil))
+				_, err = Restart(t.Context(), l.Dir, nil, nil)
+				check("restart", err)
+			}
+		})
+	}
+}
+
 func TestRecordOfAnotherBoot(t *testing.T) {
 	l, err := NewLayout(t.TempDir())
 	if err != nil {

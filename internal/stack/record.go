@@ -37,6 +37,9 @@ func bootID() (string, error) {
 
 // readRecord returns the record of this boot, empty if there is none.
 func (l Layout) readRecord() (record, error) {
+	if err := l.trusted(); err != nil {
+		return record{}, err
+	}
 	boot, err := bootID()
 	if err != nil {
 		return record{}, err

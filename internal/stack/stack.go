@@ -4,8 +4,9 @@
 //
 // Trusted: root on this machine, who can read every key under the stack's
 // folder. Checked: that nothing is half started, that `down` ends only
-// processes that are surely the stack's, and that only a folder which a stack
-// made is purged. Not done: keeping daemons alive; `coffer restart` does that
+// processes that are surely the stack's, that nobody but root may write to the
+// stack's folder, and that only a folder which a stack made is purged. Not
+// checked: who may rename the folders above it. Not done: keeping daemons alive; `coffer restart` does that
 // on demand.
 package stack
 
@@ -180,6 +181,9 @@ func tell(ctx context.Context, progress func(Step), st step) error {
 
 // claim makes the stack's folder, or refuses one that holds something else.
 func (l Layout) claim() error {
+	if err := l.trusted(); err != nil {
+		return err
+	}
 	entries, err := os.ReadDir(l.Dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

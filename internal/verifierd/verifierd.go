@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
+	endorsements "github.com/coffer-run/coffer/attest/endorse/serve"
 	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/verifier"
@@ -26,7 +27,7 @@ import (
 const maxPolicies = 256
 
 // Config is the part of the configuration that both daemons have. Every field
-// is required but PoliciesDir.
+// is required but PoliciesDir and Endorsements.
 type Config struct {
 	// Listen is the address to answer on, 127.0.0.1:7441 in the embedded stack.
 	Listen string     `json:"listen"`
@@ -39,6 +40,10 @@ type Config struct {
 	NonceKeyFile string `json:"nonceKeyFile"`
 	// PoliciesDir holds further policies, one JSON document a file.
 	PoliciesDir string `json:"policiesDir,omitempty"`
+	// Endorsements says where certificates, revocation and reference values come
+	// from. Without it, what the evidence does not carry is reported as not
+	// checked, and policies that require it refuse.
+	Endorsements *endorsements.Config `json:"endorsements,omitempty"`
 }
 
 // Run serves a verifier with the given anchors and the named policies that ship
@@ -78,6 +83,14 @@ func Run(ctx context.Context, name string, c Config, anchors anchor.Set, policie
 	}
 	defer clear(nonce)
 	o.NonceKeys = [][]byte{nonce}
+	if c.Endorsements != nil {
+		e, err := endorsements.Open(*c.Endorsements, anchors, log)
+		if err != nil {
+			return err
+		}
+		defer e.Close()
+		o.Endorsements = e.Cache
+	}
 	v, err := verifier.New(o)
 	if err != nil {
 		return err
@@ -95,8 +108,8 @@ func Run(ctx context.Context, name string, c Config, anchors anchor.Set, policie
 		names[i] = p.Name + "@" + string(d)
 	}
 	log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("address", c.Listen), slog.String("id", c.ID), slog.Bool("simulated", v.Simulated()),
-		slog.Int("endorsementKeyRoots", len(anchors.EKRoots())), slog.Any("policies", names))
-	return daemon.Serve(ctx, c.Listen, tlsConfig, handler)
+		slog.Int("endorsementKeyRoots", len(anchors.EKRoots())), slog.Any("policies", names), slog.Bool("endorsements", c.Endorsements != nil), slog.Bool("fetch", c.Endorsements != nil && c.Endorsements.Fetch))
+	return daemon.Serve(ctx, c.Listen, tlsConfig, handler, log)
 }
 
 // readPolicies reads every *.json in dir. A document that is no policy keeps

@@ -134,6 +134,7 @@ func TestStore(t *testing.T, open func(t *testing.T) (s broker.Store, reopen fun
 		"finds uses by nonce and by result":       uses,
 		"returns an update's error as it is":      sameError,
 		"lists entries by job, start and limit":   entries,
+		"finds a bundle of a job by its digest":   bundles,
 		"refuses to use a grant more than it may": overuse,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -183,8 +184,8 @@ func view(t *testing.T, s broker.Store, f func(context.Context, broker.Reader) e
 func seed(ctx context.Context, tx broker.Tx) error {
 	return errors.Join(
 		tx.InsertAsset(ctx, asset("b")), tx.InsertAsset(ctx, asset("a")), tx.InsertGrant(ctx, grant("g", "a", "b")),
-		tx.InsertEntry(ctx, entry(0), "job"), tx.InsertRelease(ctx, release("r", "a", "g", 0)),
-		tx.InsertUse(ctx, broker.Use{Verifier: "v", Nonce: "n", ResultID: "r", Recipient: "k"}), tx.InsertCounted(ctx, "g", "k"),
+		tx.InsertEntry(ctx, entry(0), "job", ""), tx.InsertRelease(ctx, release("r", "a", "g", 0)),
+		tx.InsertUse(ctx, broker.Use{Verifier: "v", Nonce: "n", ResultID: "r", Recipient: "k"}), tx.InsertCounted(ctx, "g", "job", "k"),
 	)
 }
 
@@ -205,16 +206,23 @@ func keeps(t *testing.T, s broker.Store, reopen func() broker.Store) {
 	s = reopen()
 	view(t, s, func(ctx context.Context, r broker.Reader) error {
 		same(t, "asset", asset("a"))(r.Asset(ctx, "a"))
-		same(t, "assets", []broker.Asset{asset("a"), asset("b")})(r.Assets(ctx))
+		same(t, "assets", []broker.Asset{asset("a"), asset("b")})(r.Assets(ctx, 9))
 		same(t, "grant", g)(r.Grant(ctx, "g"))
-		same(t, "grants", []broker.Grant{g})(r.Grants(ctx, ""))
-		same(t, "grants of the plan", []broker.Grant{g})(r.Grants(ctx, g.Plan))
-		same(t, "grants of another plan", []broker.Grant(nil))(r.Grants(ctx, plan.Sum(nil)))
+		same(t, "grants", []broker.Grant{g})(r.Grants(ctx, "", 9))
+		same(t, "grants of the plan", []broker.Grant{g})(r.Grants(ctx, g.Plan, 9))
+		same(t, "grants of another plan", []broker.Grant(nil))(r.Grants(ctx, plan.Sum(nil), 9))
 		same(t, "release", release("r", "a", "g", 0))(r.Release(ctx, broker.ReleaseKey{Verifier: "v", ResultID: "r", Asset: "a"}))
-		same(t, "counted", true)(r.Counted(ctx, "g", "k"))
+		same(t, "counted", true)(r.Counted(ctx, "g", "job", "k"))
 		same(t, "head", translog.Head{Size: 1, Hash: entry(0).Hash})(r.Head(ctx))
 		same(t, "entries", []translog.Entry{entry(0)})(r.Entries(ctx, "job", 0, 10))
-		same(t, "entries of the job", uint64(1))(r.JobEntries(ctx, "job"))
+		same(t, "head of the job", translog.Head{Size: 1, Hash: entry(0).Hash})(r.JobHead(ctx, "job"))
+		same(t, "counted for another job", false)(r.Counted(ctx, "g", "job 2", "k"))
+		same(t, "assets of the owner", 2)(r.OwnedAssets(ctx, "alice"))
+		same(t, "assets of another", 0)(r.OwnedAssets(ctx, "bob"))
+		same(t, "grants of the owner", 1)(r.OwnedGrants(ctx, "alice", g.Plan))
+		same(t, "grants of another", 0)(r.OwnedGrants(ctx, "bob", g.Plan))
+		same(t, "grants of the owner for another plan", 0)(r.OwnedGrants(ctx, "alice", plan.Sum(nil)))
+		same(t, "one asset", []broker.Asset{asset("a")})(r.Assets(ctx, 1))
 		return nil
 	})
 }
@@ -230,10 +238,10 @@ func empty(t *testing.T, s broker.Store, _ func() broker.Store) {
 				t.Errorf("%s: %v", what, err)
 			}
 		}
-		same(t, "assets", []broker.Asset(nil))(r.Assets(ctx))
+		same(t, "assets", []broker.Asset(nil))(r.Assets(ctx, 9))
 		same(t, "head", translog.Head{})(r.Head(ctx))
-		same(t, "counted", false)(r.Counted(ctx, "g", "k"))
-		same(t, "entries", uint64(0))(r.JobEntries(ctx, "job"))
+		same(t, "counted", false)(r.Counted(ctx, "g", "job", "k"))
+		same(t, "head of the job", translog.Head{})(r.JobHead(ctx, "job"))
 		return nil
 	})
 	if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error { return tx.SetGrant(ctx, grant("g")) }); !errors.Is(err, broker.ErrNotFound) {
@@ -245,7 +253,7 @@ func second[T any](_ T, err error) error { return err }
 
 func twice(t *testing.T, s broker.Store, _ func() broker.Store) {
 	update(t, s, seed)
-	update(t, s, func(ctx context.Context, tx broker.Tx) error { return tx.InsertEntry(ctx, entry(1), "") })
+	update(t, s, func(ctx context.Context, tx broker.Tx) error { return tx.InsertEntry(ctx, entry(1), "", "") })
 	for name, f := range map[string]func(context.Context, broker.Tx) error{
 		"asset":                 func(ctx context.Context, tx broker.Tx) error { return tx.InsertAsset(ctx, asset("a")) },
 		"grant":                 func(ctx context.Context, tx broker.Tx) error { return tx.InsertGrant(ctx, grant("g", "a")) },
@@ -258,8 +266,8 @@ func twice(t *testing.T, s broker.Store, _ func() broker.Store) {
 		"result": func(ctx context.Context, tx broker.Tx) error {
 			return tx.InsertUse(ctx, broker.Use{Verifier: "v", Nonce: "m", ResultID: "r"})
 		},
-		"counted": func(ctx context.Context, tx broker.Tx) error { return tx.InsertCounted(ctx, "g", "k") },
-		"entry":   func(ctx context.Context, tx broker.Tx) error { return tx.InsertEntry(ctx, entry(0), "job") },
+		"counted": func(ctx context.Context, tx broker.Tx) error { return tx.InsertCounted(ctx, "g", "job", "k") },
+		"entry":   func(ctx context.Context, tx broker.Tx) error { return tx.InsertEntry(ctx, entry(0), "job", "") },
 	} {
 		if err := s.Update(t.Context(), f); !errors.Is(err, broker.ErrExists) {
 			t.Errorf("%s: %v", name, err)
@@ -272,13 +280,13 @@ func dangling(t *testing.T, s broker.Store, _ func() broker.Store) {
 	for name, f := range map[string]func(context.Context, broker.Tx) error{
 		"grant of no asset": func(ctx context.Context, tx broker.Tx) error { return tx.InsertGrant(ctx, grant("h", "none")) },
 		"release of no grant": func(ctx context.Context, tx broker.Tx) error {
-			return errors.Join(tx.InsertEntry(ctx, entry(1), ""), tx.InsertRelease(ctx, release("q", "a", "none", 1)))
+			return errors.Join(tx.InsertEntry(ctx, entry(1), "", ""), tx.InsertRelease(ctx, release("q", "a", "none", 1)))
 		},
 		"release of no asset": func(ctx context.Context, tx broker.Tx) error {
-			return errors.Join(tx.InsertEntry(ctx, entry(1), ""), tx.InsertRelease(ctx, release("q", "none", "g", 1)))
+			return errors.Join(tx.InsertEntry(ctx, entry(1), "", ""), tx.InsertRelease(ctx, release("q", "none", "g", 1)))
 		},
 		"release of no entry": func(ctx context.Context, tx broker.Tx) error { return tx.InsertRelease(ctx, release("q", "a", "g", 1)) },
-		"counted for nothing": func(ctx context.Context, tx broker.Tx) error { return tx.InsertCounted(ctx, "none", "k") },
+		"counted for nothing": func(ctx context.Context, tx broker.Tx) error { return tx.InsertCounted(ctx, "none", "job", "k") },
 	} {
 		if err := s.Update(t.Context(), f); err == nil {
 			t.Errorf("%s: committed", name)
@@ -290,7 +298,7 @@ func dangling(t *testing.T, s broker.Store, _ func() broker.Store) {
 func unchanged(t *testing.T, s broker.Store) {
 	t.Helper()
 	view(t, s, func(ctx context.Context, r broker.Reader) error {
-		same(t, "assets", []broker.Asset(nil))(r.Assets(ctx))
+		same(t, "assets", []broker.Asset(nil))(r.Assets(ctx, 9))
 		return nil
 	})
 }
@@ -368,13 +376,13 @@ func serial(t *testing.T, s broker.Store, _ func() broker.Store) {
 
 func snapshot(t *testing.T, s broker.Store, _ func() broker.Store) {
 	view(t, s, func(ctx context.Context, r broker.Reader) error {
-		same(t, "assets before", []broker.Asset(nil))(r.Assets(ctx))
+		same(t, "assets before", []broker.Asset(nil))(r.Assets(ctx, 9))
 		update(t, s, seed)
-		same(t, "assets after another's update", []broker.Asset(nil))(r.Assets(ctx))
+		same(t, "assets after another's update", []broker.Asset(nil))(r.Assets(ctx, 9))
 		return nil
 	})
 	view(t, s, func(ctx context.Context, r broker.Reader) error {
-		same(t, "assets in a new view", []broker.Asset{asset("a"), asset("b")})(r.Assets(ctx))
+		same(t, "assets in a new view", []broker.Asset{asset("a"), asset("b")})(r.Assets(ctx, 9))
 		return nil
 	})
 }
@@ -417,7 +425,7 @@ func entries(t *testing.T, s broker.Store, _ func() broker.Store) {
 	update(t, s, func(ctx context.Context, tx broker.Tx) error {
 		var errs []error
 		for i := range uint64(6) {
-			errs = append(errs, tx.InsertEntry(ctx, entry(i), []string{"", "a", "b"}[i%3]))
+			errs = append(errs, tx.InsertEntry(ctx, entry(i), []string{"", "a", "b"}[i%3], ""))
 		}
 		return errors.Join(errs...)
 	})
@@ -427,10 +435,31 @@ func entries(t *testing.T, s broker.Store, _ func() broker.Store) {
 		same(t, "job", []translog.Entry{entry(1), entry(4)})(r.Entries(ctx, "a", 0, 10))
 		same(t, "job from", []translog.Entry{entry(4)})(r.Entries(ctx, "a", 2, 10))
 		same(t, "job limit", []translog.Entry{entry(2)})(r.Entries(ctx, "b", 0, 1))
-		same(t, "count", uint64(2))(r.JobEntries(ctx, "b"))
+		same(t, "head of the job", translog.Head{Size: 2, Hash: entry(5).Hash})(r.JobHead(ctx, "b"))
 		same(t, "head", translog.Head{Size: 6, Hash: entry(5).Hash})(r.Head(ctx))
 		return nil
 	})
+}
+
+func bundles(t *testing.T, s broker.Store, _ func() broker.Store) {
+	update(t, s, func(ctx context.Context, tx broker.Tx) error {
+		return errors.Join(tx.InsertEntry(ctx, entry(0), "a", ""), tx.InsertEntry(ctx, entry(1), "a", "x"), tx.InsertEntry(ctx, entry(2), "a", ""),
+			tx.InsertEntry(ctx, entry(3), "b", "x"), tx.InsertEntry(ctx, entry(4), "a", "y"))
+	})
+	view(t, s, func(ctx context.Context, r broker.Reader) error {
+		same(t, "x of a", entry(1))(r.BundleEntry(ctx, "a", "x"))
+		same(t, "y of a", entry(4))(r.BundleEntry(ctx, "a", "y"))
+		same(t, "x of b", entry(3))(r.BundleEntry(ctx, "b", "x"))
+		for _, none := range [][2]string{{"b", "y"}, {"c", "x"}, {"a", ""}} {
+			if _, err := r.BundleEntry(ctx, none[0], plan.Digest(none[1])); !errors.Is(err, broker.ErrNotFound) {
+				t.Errorf("%q of %s: %v", none[1], none[0], err)
+			}
+		}
+		return nil
+	})
+	if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error { return tx.InsertEntry(ctx, entry(5), "a", "x") }); !errors.Is(err, broker.ErrExists) {
+		t.Errorf("a bundle recorded twice: %v", err)
+	}
 }
 
 func overuse(t *testing.T, s broker.Store, _ func() broker.Store) {

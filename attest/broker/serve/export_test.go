@@ -13,3 +13,6 @@ func LimitPages(ctx context.Context, s *Store) error {
 	_, err := s.writer.db.ExecContext(ctx, `PRAGMA max_page_count = 60`)
 	return err
 }
+
+// HandlerWithin lets a test wait less than a caller may take.
+var HandlerWithin = handler

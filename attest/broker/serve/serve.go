@@ -2,8 +2,9 @@
 // SQLite.
 //
 // Trusted: who Identify says a caller is, and the database file. Checked: that
-// the caller's role may make the call, and the size of what it sends. Not
-// checked: ownership and release rules; attest/broker has them.
+// the caller's role may make the call, before anything of it is read, the size of
+// what it sends, and how long it takes to send it. Not checked: ownership and
+// release rules; attest/broker has them.
 package serve
 
 import (
@@ -28,6 +29,10 @@ import (
 const (
 	// MaxMessage bounds a request, in bytes: a result and a little more.
 	MaxMessage = receipt.MaxToken + 64<<10
+	// readTimeout bounds how long a caller may take to send a request, and
+	// writeTimeout how long it may take until it has the answer.
+	readTimeout  = 20 * time.Second
+	writeTimeout = 60 * time.Second
 	// callTimeout bounds one call; a transaction waits less than that for others.
 	callTimeout = 20 * time.Second
 )
@@ -71,7 +76,9 @@ type Options struct {
 }
 
 // Handler returns the broker's HTTP handler.
-func Handler(o Options) (http.Handler, error) {
+func Handler(o Options) (http.Handler, error) { return handler(o, readTimeout, writeTimeout) }
+
+func handler(o Options, read, write time.Duration) (http.Handler, error) {
 	if o.Broker == nil || o.Identify == nil || o.Log == nil {
 		return nil, errors.New("broker handler needs a broker, a way to identify callers and a logger")
 	}
@@ -80,21 +87,61 @@ func Handler(o Options) (http.Handler, error) {
 		connect.WithReadMaxBytes(MaxMessage),
 		connect.WithInterceptors(&gate{log: o.Log}),
 	))
-	return identify(o.Identify, mux), nil
+	return bounded(read, write, admit(o, mux)), nil
+}
+
+// bounded limits every request's size and the time that its caller may take.
+func bounded(read, write time.Duration, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rc := http.NewResponseController(w)
+		now := time.Now()
+		// Not every ResponseWriter has deadlines; the daemon's does.
+		_ = rc.SetReadDeadline(now.Add(read))
+		_ = rc.SetWriteDeadline(now.Add(write))
+		// Larger than MaxMessage by the framing of a compressed message.
+		r.Body = http.MaxBytesReader(w, r.Body, MaxMessage+64<<10)
+		next.ServeHTTP(w, r)
+	})
 }
 
 type actorKey struct{}
 
-// identify puts the caller into the context, or answers 401.
-func identify(who func(*http.Request) (role, name string, err error), next http.Handler) http.Handler {
+// admit puts the caller into the context, or answers 401, and refuses calls that
+// its role may not make. Either way a caller that may not call is answered before
+// its request is read.
+func admit(o Options, next http.Handler) http.Handler {
+	answer := connect.NewErrorWriter()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		role, name, err := who(r)
+		role, name, err := o.Identify(r)
 		if err != nil || role == "" || name == "" {
+			unread(w, r)
 			http.Error(w, "who you are could not be established", http.StatusUnauthorized)
 			return
 		}
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), actorKey{}, broker.Actor{Role: role, Name: name})))
+		a := broker.Actor{Role: role, Name: name}
+		if !slices.Contains(allowed(r.URL.Path), role) {
+			err := unauthorized("one of the roles that may call this", role, "use an identity of another role")
+			o.Log.LogAttrs(r.Context(), slog.LevelWarn, "not answered", slog.String("call", r.URL.Path), slog.String("caller", a.String()), slog.String("error", err.Error()))
+			unread(w, r)
+			_ = answer.Write(w, r, wireError(err))
+			return
+		}
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), actorKey{}, a)))
 	})
+}
+
+// unread keeps the server from reading the rest of a request before it answers,
+// as it does in HTTP/1.1 to use the connection again.
+func unread(w http.ResponseWriter, r *http.Request) {
+	if r.ProtoMajor == 1 {
+		w.Header().Set("Connection", "close")
+	}
+}
+
+func unauthorized(expected, found, hint string) error {
+	var l check.List
+	l.Fail("role", expected, found, hint)
+	return check.Refuse("authorize", l)
 }
 
 func actor(ctx context.Context) broker.Actor {
@@ -102,8 +149,7 @@ func actor(ctx context.Context) broker.Actor {
 	return a
 }
 
-// gate checks roles, bounds calls and writes the access log, which holds no
-// message.
+// gate bounds calls and writes the access log, which holds no message.
 type gate struct{ log *slog.Logger }
 
 // WrapUnary implements connect.Interceptor.
@@ -112,15 +158,7 @@ func (g *gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 		a, procedure, start := actor(ctx), req.Spec().Procedure, time.Now()
 		ctx, cancel := context.WithTimeout(ctx, callTimeout)
 		defer cancel()
-		var resp connect.AnyResponse
-		var err error
-		if slices.Contains(allowed(procedure), a.Role) {
-			resp, err = next(ctx, req)
-		} else {
-			var l check.List
-			l.Fail("role", "one of the roles that may call this", a.Role, "use an identity of another role")
-			err = check.Refuse("authorize", l)
-		}
+		resp, err := next(ctx, req)
 		attrs := []slog.Attr{slog.String("call", procedure), slog.String("caller", a.String()), slog.Duration("took", time.Since(start))}
 		if err == nil {
 			g.log.LogAttrs(ctx, slog.LevelInfo, "answered", attrs...)
@@ -156,6 +194,8 @@ func wireError(err error) *connect.Error {
 		return connect.NewError(connect.CodeNotFound, err)
 	case errors.Is(err, broker.ErrExists):
 		return connect.NewError(connect.CodeAlreadyExists, err)
+	case errors.Is(err, broker.ErrTooMany):
+		return connect.NewError(connect.CodeResourceExhausted, err)
 	case errors.Is(err, context.DeadlineExceeded):
 		return connect.NewError(connect.CodeDeadlineExceeded, broker.ErrUnavailable)
 	case errors.Is(err, broker.ErrUnavailable):
@@ -220,7 +260,13 @@ func (s *service) CreateGrant(ctx context.Context, req *connect.Request[brokerv1
 }
 
 func (s *service) ListGrants(ctx context.Context, req *connect.Request[brokerv1.ListGrantsRequest]) (*connect.Response[brokerv1.ListGrantsResponse], error) {
-	l, err := s.b.Grants(ctx, plan.Digest(req.Msg.GetPlanDigest()))
+	// A plan's digest is known to those who deal with the plan: whoever else
+	// lists grants sees what other people's jobs use.
+	p := plan.Digest(req.Msg.GetPlanDigest())
+	if a := actor(ctx); p == "" && a.Role != roleOwner {
+		return nil, unauthorized("a plan, or role "+roleOwner, a.Role+" without a plan", "name the digest of the plan")
+	}
+	l, err := s.b.Grants(ctx, p)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package serve_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/ecdsa"
@@ -10,7 +11,9 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
@@ -47,6 +50,7 @@ type stack struct {
 	verifier *receipt.Signer
 	keys     receipt.Keys
 	store    *serve.Store
+	options  serve.Options
 	log      *bytes.Buffer
 }
 
@@ -93,13 +97,14 @@ func newStack(t *testing.T) *stack {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h, err := serve.Handler(serve.Options{Broker: b, Log: slog.New(slog.NewJSONHandler(s.log, nil)), Identify: func(r *http.Request) (string, string, error) {
+	s.options = serve.Options{Broker: b, Log: slog.New(slog.NewJSONHandler(s.log, nil)), Identify: func(r *http.Request) (string, string, error) {
 		role, name, ok := strings.Cut(r.Header.Get(as), "/")
 		if !ok {
 			return "", "", errors.New("nobody")
 		}
 		return role, name, nil
-	}})
+	}}
+	h, err := serve.Handler(s.options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -251,12 +256,16 @@ func TestRoles(t *testing.T) {
 		call func(brokerv1connect.BrokerServiceClient, context.Context) error
 		in   in
 	}{
-		"Info":        {try(brokerv1connect.BrokerServiceClient.Info), let("owner", "engineer", "agent", "auditor")},
-		"CreateAsset": {try(brokerv1connect.BrokerServiceClient.CreateAsset), let("owner")},
-		"GetAsset":    {try(brokerv1connect.BrokerServiceClient.GetAsset), let("owner", "engineer", "agent", "auditor")},
-		"ListAssets":  {try(brokerv1connect.BrokerServiceClient.ListAssets), let("owner", "engineer", "agent", "auditor")},
-		"CreateGrant": {try(brokerv1connect.BrokerServiceClient.CreateGrant), let("owner")},
-		"ListGrants":  {try(brokerv1connect.BrokerServiceClient.ListGrants), let("owner", "engineer", "agent", "auditor")},
+		"Info":                     {try(brokerv1connect.BrokerServiceClient.Info), let("owner", "engineer", "agent", "auditor")},
+		"CreateAsset":              {try(brokerv1connect.BrokerServiceClient.CreateAsset), let("owner")},
+		"GetAsset":                 {try(brokerv1connect.BrokerServiceClient.GetAsset), let("owner", "engineer", "agent", "auditor")},
+		"ListAssets":               {try(brokerv1connect.BrokerServiceClient.ListAssets), let("owner", "engineer", "agent", "auditor")},
+		"CreateGrant":              {try(brokerv1connect.BrokerServiceClient.CreateGrant), let("owner")},
+		"ListGrants of every plan": {try(brokerv1connect.BrokerServiceClient.ListGrants), let("owner")},
+		"ListGrants of one plan": {func(c brokerv1connect.BrokerServiceClient, ctx context.Context) error {
+			_, err := c.ListGrants(ctx, connect.NewRequest(&brokerv1.ListGrantsRequest{PlanDigest: string(plan.Sum([]byte("plan")))}))
+			return err
+		}, let("owner", "engineer", "agent", "auditor")},
 		"RevokeGrant": {try(brokerv1connect.BrokerServiceClient.RevokeGrant), let("owner")},
 		"Release":     {try(brokerv1connect.BrokerServiceClient.Release), let("agent")},
 		"LogBundle":   {try(brokerv1connect.BrokerServiceClient.LogBundle), let("agent")},
@@ -283,6 +292,77 @@ func try[Req, Resp any](f func(brokerv1connect.BrokerServiceClient, context.Cont
 		_, err := f(c, ctx, connect.NewRequest(new(Req)))
 		return err
 	}
+}
+
+// begin sends the head of a call and the first byte of its body.
+func (s *stack) begin(t *testing.T, url, who, procedure string) net.Conn {
+	t.Helper()
+	c, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	if _, err := fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: x\r\n%s: %s\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n{", procedure, as, who); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// TestRoleIsCheckedBeforeTheBodyIsRead begins calls that it may not make, and
+// wants the answer without having sent the rest.
+func TestRoleIsCheckedBeforeTheBodyIsRead(t *testing.T) {
+	s := newStack(t)
+	for who, want := range map[string]int{"engineer/x": http.StatusForbidden, "root/x": http.StatusForbidden, "nobody": http.StatusUnauthorized} {
+		c := s.begin(t, s.url, who, brokerv1connect.BrokerServiceReleaseProcedure)
+		if err := c.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Errorf("%s: %v", who, err)
+			continue
+		}
+		if resp.StatusCode != want {
+			t.Errorf("%s: %s", who, resp.Status)
+		}
+		_ = resp.Body.Close()
+	}
+}
+
+// TestSlowBody drips a body into a server that waits for a fraction of a second.
+func TestSlowBody(t *testing.T) {
+	s := newStack(t)
+	h, err := serve.HandlerWithin(s.options, 300*time.Millisecond, time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(h)
+	t.Cleanup(srv.Close)
+	c := s.begin(t, srv.URL, "agent/node-1", brokerv1connect.BrokerServiceReleaseProcedure)
+	began, answered := time.Now(), make(chan string, 1)
+	go func() {
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			answered <- err.Error()
+			return
+		}
+		_ = resp.Body.Close()
+		answered <- resp.Status
+	}()
+	drip := time.NewTicker(50 * time.Millisecond)
+	defer drip.Stop()
+	for time.Since(began) < 10*time.Second {
+		select {
+		case status := <-answered:
+			if took := time.Since(began); took < 200*time.Millisecond || strings.HasPrefix(status, "2") {
+				t.Errorf("answered %s after %s", status, took)
+			}
+			return
+		case <-drip.C:
+			_, _ = c.Write([]byte(" "))
+		}
+	}
+	t.Fatal("still read after 10 s")
 }
 
 func TestErrorsOnTheWire(t *testing.T) {

@@ -22,7 +22,7 @@ import (
 
 const (
 	// schemaVersion is the only schema there is; another one is an error.
-	schemaVersion = 1
+	schemaVersion = 2
 	// busyTimeout is how long a statement waits for another process's lock.
 	busyTimeout = 5 * time.Second
 	// readers is how many connections serve reads beside the one writer.
@@ -43,7 +43,8 @@ CREATE TABLE grants (
 	owner TEXT NOT NULL, allow_simulated INTEGER NOT NULL CHECK (allow_simulated IN (0, 1)),
 	revoked INTEGER, reason TEXT NOT NULL
 ) STRICT;
-CREATE INDEX grants_plan ON grants (plan);
+CREATE INDEX assets_owner ON assets (owner);
+CREATE INDEX grants_plan ON grants (plan, owner);
 CREATE TABLE grant_assets (
 	grant_id TEXT NOT NULL REFERENCES grants (id), asset TEXT NOT NULL REFERENCES assets (name),
 	PRIMARY KEY (grant_id, asset)
@@ -53,13 +54,14 @@ CREATE TABLE uses (
 	PRIMARY KEY (verifier, nonce), UNIQUE (verifier, result_id)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE counted (
-	grant_id TEXT NOT NULL REFERENCES grants (id), recipient TEXT NOT NULL,
-	PRIMARY KEY (grant_id, recipient)
+	grant_id TEXT NOT NULL REFERENCES grants (id), job TEXT NOT NULL, recipient TEXT NOT NULL,
+	PRIMARY KEY (grant_id, job, recipient)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE log (
-	idx INTEGER PRIMARY KEY, job TEXT NOT NULL, body BLOB NOT NULL, hash BLOB NOT NULL
+	idx INTEGER PRIMARY KEY, job TEXT NOT NULL, bundle TEXT NOT NULL, body BLOB NOT NULL, hash BLOB NOT NULL
 ) STRICT;
 CREATE INDEX log_job ON log (job, idx);
+CREATE UNIQUE INDEX log_bundle ON log (job, bundle) WHERE bundle <> '';
 CREATE TABLE releases (
 	verifier TEXT NOT NULL, result_id TEXT NOT NULL, asset TEXT NOT NULL REFERENCES assets (name),
 	id TEXT NOT NULL UNIQUE, grant_id TEXT NOT NULL REFERENCES grants (id), attempt INTEGER NOT NULL,
@@ -85,15 +87,18 @@ const (
 	releaseColumns = `verifier, result_id, asset, id, grant_id, attempt, job, plan, asset_digest, request, enc, ciphertext, time, not_after, simulated, log_index, log_hash`
 
 	qAsset      = `SELECT ` + assetColumns + ` FROM assets WHERE name = ?`
-	qAssets     = `SELECT ` + assetColumns + ` FROM assets ORDER BY name`
+	qAssets     = `SELECT ` + assetColumns + ` FROM assets ORDER BY name LIMIT ?`
+	qOwnAssets  = `SELECT count(*) FROM assets WHERE owner = ?`
 	qGrant      = `SELECT ` + grantColumns + ` FROM grants WHERE id = ?`
-	qGrants     = `SELECT ` + grantColumns + ` FROM grants ORDER BY rowid`
-	qPlanGrants = `SELECT ` + grantColumns + ` FROM grants WHERE plan = ? ORDER BY rowid`
+	qGrants     = `SELECT ` + grantColumns + ` FROM grants ORDER BY rowid LIMIT ?`
+	qPlanGrants = `SELECT ` + grantColumns + ` FROM grants WHERE plan = ? ORDER BY rowid LIMIT ?`
+	qOwnGrants  = `SELECT count(*) FROM grants WHERE plan = ? AND owner = ?`
 	qRelease    = `SELECT ` + releaseColumns + ` FROM releases WHERE verifier = ? AND result_id = ? AND asset = ?`
 	qUses       = `SELECT verifier, nonce, result_id, recipient FROM uses WHERE verifier = ?1 AND nonce = ?2 UNION SELECT verifier, nonce, result_id, recipient FROM uses WHERE verifier = ?1 AND result_id = ?3`
-	qCounted    = `SELECT count(*) FROM counted WHERE grant_id = ? AND recipient = ?`
+	qCounted    = `SELECT count(*) FROM counted WHERE grant_id = ? AND job = ? AND recipient = ?`
 	qHead       = `SELECT idx, hash FROM log ORDER BY idx DESC LIMIT 1`
-	qJobEntries = `SELECT count(*) FROM log WHERE job = ?`
+	qJobHead    = `SELECT (SELECT count(*) FROM log WHERE job = ?1), hash FROM log WHERE job = ?1 ORDER BY idx DESC LIMIT 1`
+	qBundle     = `SELECT idx, body, hash FROM log WHERE job = ? AND bundle = ? AND bundle <> ''`
 	qEntries    = `SELECT idx, body, hash FROM log WHERE idx >= ? ORDER BY idx LIMIT ?`
 	qJobLog     = `SELECT idx, body, hash FROM log WHERE job = ? AND idx >= ? ORDER BY idx LIMIT ?`
 
@@ -103,12 +108,12 @@ const (
 	uGrant      = `UPDATE grants SET used = ?, revoked = ?, reason = ? WHERE id = ?`
 	iRelease    = `INSERT INTO releases (` + releaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iUse        = `INSERT INTO uses (verifier, nonce, result_id, recipient) VALUES (?, ?, ?, ?)`
-	iCounted    = `INSERT INTO counted (grant_id, recipient) VALUES (?, ?)`
-	iEntry      = `INSERT INTO log (idx, job, body, hash) VALUES (?, ?, ?, ?)`
+	iCounted    = `INSERT INTO counted (grant_id, job, recipient) VALUES (?, ?, ?)`
+	iEntry      = `INSERT INTO log (idx, job, bundle, body, hash) VALUES (?, ?, ?, ?, ?)`
 )
 
 func readQueries() []string {
-	return []string{qAsset, qAssets, qGrant, qGrants, qPlanGrants, qRelease, qUses, qCounted, qHead, qJobEntries, qEntries, qJobLog}
+	return []string{qAsset, qAssets, qOwnAssets, qGrant, qGrants, qPlanGrants, qOwnGrants, qRelease, qUses, qCounted, qHead, qJobHead, qBundle, qEntries, qJobLog}
 }
 
 func writeQueries() []string {
@@ -229,7 +234,7 @@ func (p *pool) migrate(ctx context.Context, origin string) (err error) {
 			return err
 		}
 	case version != schemaVersion:
-		return fmt.Errorf("schema version is %d, this broker knows %d", version, schemaVersion)
+		return fmt.Errorf("schema version is %d and this broker reads version %d only: keep the file for its log, and start with a database that does not exist yet", version, schemaVersion)
 	default:
 		var found string
 		if err := tx.QueryRowContext(ctx, `SELECT origin FROM meta`).Scan(&found); err != nil {
@@ -386,19 +391,29 @@ func (t *tx) Asset(ctx context.Context, name string) (broker.Asset, error) {
 	return scanAsset(t.row(ctx, qAsset, name))
 }
 
-func (t *tx) Assets(ctx context.Context) ([]broker.Asset, error) {
-	return list(ctx, t, scanAsset, qAssets)
+func (t *tx) Assets(ctx context.Context, limit int) ([]broker.Asset, error) {
+	return list(ctx, t, scanAsset, qAssets, limit)
+}
+
+func (t *tx) OwnedAssets(ctx context.Context, owner string) (n int, err error) {
+	err = t.row(ctx, qOwnAssets, owner).Scan(&n)
+	return n, err
 }
 
 func (t *tx) Grant(ctx context.Context, id string) (broker.Grant, error) {
 	return scanGrant(t.row(ctx, qGrant, id))
 }
 
-func (t *tx) Grants(ctx context.Context, p plan.Digest) ([]broker.Grant, error) {
+func (t *tx) Grants(ctx context.Context, p plan.Digest, limit int) ([]broker.Grant, error) {
 	if p == "" {
-		return list(ctx, t, scanGrant, qGrants)
+		return list(ctx, t, scanGrant, qGrants, limit)
 	}
-	return list(ctx, t, scanGrant, qPlanGrants, string(p))
+	return list(ctx, t, scanGrant, qPlanGrants, string(p), limit)
+}
+
+func (t *tx) OwnedGrants(ctx context.Context, owner string, p plan.Digest) (n int, err error) {
+	err = t.row(ctx, qOwnGrants, string(p), owner).Scan(&n)
+	return n, err
 }
 
 func (t *tx) Release(ctx context.Context, k broker.ReleaseKey) (broker.Release, error) {
@@ -409,9 +424,9 @@ func (t *tx) Uses(ctx context.Context, verifier, nonce, resultID string) ([]brok
 	return list(ctx, t, scanUse, qUses, verifier, nonce, resultID)
 }
 
-func (t *tx) Counted(ctx context.Context, grant string, recipient plan.Digest) (bool, error) {
+func (t *tx) Counted(ctx context.Context, grant, job string, recipient plan.Digest) (bool, error) {
 	var n int
-	err := t.row(ctx, qCounted, grant, string(recipient)).Scan(&n)
+	err := t.row(ctx, qCounted, grant, job, string(recipient)).Scan(&n)
 	return n > 0, mapped(err)
 }
 
@@ -427,9 +442,20 @@ func (t *tx) Head(ctx context.Context) (translog.Head, error) {
 	return translog.Head{Size: idx + 1, Hash: hash}, nil
 }
 
-func (t *tx) JobEntries(ctx context.Context, job string) (n uint64, err error) {
-	err = mapped(t.row(ctx, qJobEntries, job).Scan(&n))
-	return n, err
+func (t *tx) JobHead(ctx context.Context, job string) (translog.Head, error) {
+	var h translog.Head
+	switch err := t.row(ctx, qJobHead, job).Scan(&h.Size, &h.Hash); {
+	case errors.Is(err, sql.ErrNoRows):
+		return translog.Head{}, nil
+	case err != nil:
+		return translog.Head{}, err
+	}
+	return h, nil
+}
+
+func (t *tx) BundleEntry(ctx context.Context, job string, bundle plan.Digest) (translog.Entry, error) {
+	e, err := scanEntry(t.row(ctx, qBundle, job, string(bundle)))
+	return e, mapped(err)
 }
 
 func (t *tx) Entries(ctx context.Context, job string, from uint64, limit int) ([]translog.Entry, error) {
@@ -472,10 +498,10 @@ func (t *tx) InsertUse(ctx context.Context, u broker.Use) error {
 	return t.exec(ctx, iUse, u.Verifier, u.Nonce, u.ResultID, string(u.Recipient))
 }
 
-func (t *tx) InsertCounted(ctx context.Context, grant string, recipient plan.Digest) error {
-	return t.exec(ctx, iCounted, grant, string(recipient))
+func (t *tx) InsertCounted(ctx context.Context, grant, job string, recipient plan.Digest) error {
+	return t.exec(ctx, iCounted, grant, job, string(recipient))
 }
 
-func (t *tx) InsertEntry(ctx context.Context, e translog.Entry, job string) error {
-	return t.exec(ctx, iEntry, int64(e.Index), job, e.Body, e.Hash)
+func (t *tx) InsertEntry(ctx context.Context, e translog.Entry, job string, bundle plan.Digest) error {
+	return t.exec(ctx, iEntry, int64(e.Index), job, string(bundle), e.Body, e.Hash)
 }

@@ -68,18 +68,20 @@ func TestOpenStore(t *testing.T) {
 	if _, err := serve.OpenStore(t.Context(), path, ""); err == nil {
 		t.Error("opened as nobody")
 	}
-	db, err := sql.Open("sqlite", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := db.ExecContext(t.Context(), `PRAGMA user_version = 2`); err != nil {
-		t.Fatal(err)
-	}
-	if err := db.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := serve.OpenStore(t.Context(), path, "broker.test"); err == nil || !strings.Contains(err.Error(), "schema version is 2") {
-		t.Errorf("opened another schema: %v", err)
+	for _, version := range []int{1, 3} {
+		db, err := sql.Open("sqlite", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.ExecContext(t.Context(), fmt.Sprintf(`PRAGMA user_version = %d`, version)); err != nil {
+			t.Fatal(err)
+		}
+		if err := db.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := serve.OpenStore(t.Context(), path, "broker.test"); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("schema version is %d and this broker reads version 2 only", version)) {
+			t.Errorf("opened another schema: %v", err)
+		}
 	}
 	foreign := filepath.Join(t.TempDir(), "foreign.db")
 	if err := os.WriteFile(foreign, []byte("not a database at all, but long enough to be looked at as one........................................"), 0o600); err != nil {
@@ -112,7 +114,7 @@ func TestDatabaseFull(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "full") {
 		t.Errorf("full database: %v", err)
 	}
-	if err := s.View(t.Context(), func(ctx context.Context, r broker.Reader) error { _, err := r.Assets(ctx); return err }); err != nil {
+	if err := s.View(t.Context(), func(ctx context.Context, r broker.Reader) error { _, err := r.Assets(ctx, 9); return err }); err != nil {
 		t.Errorf("reading a full database: %v", err)
 	}
 }
@@ -186,7 +188,7 @@ func commitForever(t *testing.T, path string) {
 			if err != nil {
 				return err
 			}
-			return tx.InsertEntry(ctx, e, "")
+			return tx.InsertEntry(ctx, e, "", "")
 		}); err != nil {
 			t.Fatal(err)
 		}

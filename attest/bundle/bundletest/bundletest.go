@@ -350,7 +350,7 @@ func (j *Job) Release(r receipt.Release) (string, error) {
 		j.Log = &bundle.Log{}
 	}
 	e, err := j.lab.Append(translog.Body{
-		Kind: translog.KindRelease, Job: j.ID, JobSequence: uint64(len(j.Log.Entries)) + 1,
+		Kind: translog.KindRelease, Job: j.ID, JobSequence: uint64(len(j.Log.Entries)) + 1, JobPrev: j.lastEntry(),
 		Release: &translog.Release{
 			Grant: r.Grant, Attempt: r.Attempt, Plan: r.Plan, Asset: r.Asset, Verifier: VerifierID, ResultID: r.ResultID,
 			Recipient: plan.Sum(j.recipient), Request: plan.Sum([]byte("request")), Wrapped: r.WrappedDigest,
@@ -363,6 +363,14 @@ func (j *Job) Release(r receipt.Release) (string, error) {
 	j.Log.Entries = append(j.Log.Entries, e)
 	r.LogIndex, r.LogHash = e.Index, e.Hash
 	return j.SignRelease(r)
+}
+
+// lastEntry is the chain hash of the job's last entry so far.
+func (j *Job) lastEntry() []byte {
+	if n := len(j.Log.Entries); n > 0 {
+		return j.Log.Entries[n-1].Hash
+	}
+	return nil
 }
 
 // SignRelease signs a release receipt.
@@ -478,7 +486,7 @@ func (j *Job) Bundle() ([]byte, error) {
 		return b.Finish(signature, nil)
 	}
 	e, err := j.lab.Append(translog.Body{
-		Kind: translog.KindBundle, Job: j.ID, JobSequence: uint64(len(j.Log.Entries)) + 1, Bundle: &translog.Bundle{Digest: plan.Sum(statement)},
+		Kind: translog.KindBundle, Job: j.ID, JobSequence: uint64(len(j.Log.Entries)) + 1, JobPrev: j.lastEntry(), Bundle: &translog.Bundle{Digest: plan.Sum(statement)},
 	})
 	if err != nil {
 		return nil, err

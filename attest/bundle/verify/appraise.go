@@ -9,8 +9,11 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/composite"
+	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/policy"
+	"github.com/coffer-run/coffer/attest/policy/rego"
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/vtpm"
 )
 
 // evidenceGroup appraises the raw evidence again. For a job that the verifier
@@ -41,13 +44,17 @@ func (v *verification) refusal() bool {
 }
 
 // asRefused returns the checks of what the verifier refused: the record is true
-// if it was refused for what is found here. Failures of the record itself stay.
+// if it was refused for what is found here. Failures of the record itself stay,
+// and what the result holds against the job though it passes here is told.
 func (v *verification) asRefused(id string, found check.List, ofRecord ...string) check.List {
 	signed := ids(v.result.AllChecks().Failed())
 	var out check.List
-	var same, more []string
+	var same, more, pass []string
 	for _, c := range found {
 		switch {
+		case c.Outcome == check.Pass && slices.Contains(signed, c.ID):
+			out = append(out, c)
+			pass = append(pass, c.ID)
 		case c.Outcome != check.Fail || slices.Contains(ofRecord, c.ID):
 			out = append(out, c)
 		case slices.Contains(signed, c.ID):
@@ -56,15 +63,20 @@ func (v *verification) asRefused(id string, found check.List, ofRecord ...string
 			more = append(more, c.ID)
 		}
 	}
-	for _, l := range []*[]string{&same, &more} {
+	for _, l := range []*[]string{&same, &more, &pass} {
 		slices.Sort(*l)
 		*l = slices.Compact(*l)
 	}
+	// Of several devices, one may pass what another fails.
+	pass = slices.DeleteFunc(pass, func(id string) bool { return slices.Contains(same, id) })
 	if len(same) > 0 {
 		out.Pass(id, "refused for what is found here too: "+strings.Join(same, ", "))
 	}
 	if len(more) > 0 {
 		out.Skip(id, "does not hold either, which the result does not say: "+strings.Join(more, ", "))
+	}
+	if len(pass) > 0 {
+		out.Skip(id, "the result says that this does not hold, and here it does: "+strings.Join(pass, ", "))
 	}
 	return out
 }
@@ -90,7 +102,13 @@ func (v *verification) appraise() check.List {
 	if err != nil {
 		keys = receipt.Keys{}
 	}
-	found := s.Appraise(context.Background(), composite.Trust{Anchors: v.trust.Anchors, CredentialKeys: keys}, v.rep.At)
+	trust := composite.Trust{Anchors: v.trust.Anchors, CredentialKeys: keys}
+	if v.trust.Endorsements != nil {
+		if trust.Endorsements, err = endorse.Offline(v.trust.Endorsements, v.trust.Anchors, v.rep.At); err != nil {
+			l.Fail("evidence.endorsements", "endorsements to check the devices by", err.Error(), "")
+		}
+	}
+	found := s.Appraise(context.Background(), trust, v.rep.At)
 	v.rooted = v.rooted || found.CPU.Genuine()
 	v.rep.Simulated = v.rep.Simulated || found.Simulated()
 	if found.CPU == nil {
@@ -117,13 +135,19 @@ func told(d *composite.Device, severalGPUs, pinned bool) check.List {
 		if d.Kind == composite.GPU && severalGPUs {
 			c.Found = d.Name + ": " + c.Found
 		}
-		if c.ID == "tpm.ak-credential" && c.Outcome == check.Pass && !pinned {
+		if c.ID == "tpm.ak-credential" && c.Outcome == check.Pass && byCredential(d.Claims) && !pinned {
 			l.Skip(c.ID, fromBundle)
 			continue
 		}
 		l = append(l, c)
 	}
 	return l
+}
+
+// byCredential reports whether a verifier's credential stands for the
+// attestation key, and not the platform's report or the caller's anchors.
+func byCredential(claims map[string]any) bool {
+	return claims["tpm.ak-by"] == vtpm.AKByCredential
 }
 
 // acceptable holds the evidence against the plan's policy, if it is one that
@@ -143,14 +167,23 @@ func (v *verification) acceptable(l *check.List, found *composite.Appraisal) {
 		return
 	}
 	l.Pass("policy.known", p.Name)
-	*l = append(*l, v.decide(p, found.Evidence(v.pl.Resources.GPUs))...)
+	rules, whole := v.decide(p, found.Evidence(v.pl.Resources.GPUs))
+	v.applied = whole && len(rules.Failed()) == 0
+	*l = append(*l, rules...)
 }
 
-// decide applies the policy. The verifier may have had endorsements that the
-// bundle does not carry: a check that it made, and that cannot be made here,
-// counts for the policy, and is told as the verifier's word.
-func (v *verification) decide(p policy.Policy, seen policy.Evidence) check.List {
-	word := map[string]bool{}
+// Why a check that a policy requires is neither passed nor failed here.
+const (
+	verifiersWord = "passed, by the verifier's word; the bundle lacks what the check needs"
+	nobodysWord   = "the bundle lacks what the check needs, and nobody whose keys are pinned says that it passed"
+)
+
+// decide applies the policy, and says whether all that it requires was made
+// here. The verifier may have had endorsements that the bundle does not carry: a
+// check that it made, and that cannot be made here, counts for the policy, and is
+// told as the verifier's word.
+func (v *verification) decide(p policy.Policy, seen policy.Evidence) (_ check.List, whole bool) {
+	word := map[string]string{}
 	for _, d := range []struct {
 		name   string
 		device *policy.Device
@@ -163,37 +196,52 @@ func (v *verification) decide(p policy.Policy, seen policy.Evidence) check.List 
 		seen.GPUs[i].Checks = v.believe(fmt.Sprintf("gpu%d", i), seen.GPUs[i].Checks, word)
 	}
 	var out check.List
-	for _, c := range p.Decide(seen).All() {
+	rules, err := rego.Compile(p)
+	if err != nil {
+		out.Fail("policy.rules", "rules that this program can apply", err.Error(), "")
+		return out, false
+	}
+	whole = true
+	for _, c := range rules.Decide(seen).All() {
 		switch {
 		case c.Outcome != check.Pass:
-		case strings.HasSuffix(c.ID, ".require") && word[c.Found]:
-			c.Outcome, c.Found = check.NotChecked, c.Found+": passed, by the verifier's word; the bundle lacks what the check needs"
-		case strings.HasPrefix(c.ID, "policy.tpm.") && c.ID != "policy.tpm.required" && v.trust.VerifierKeys == nil:
+		case strings.HasSuffix(c.ID, ".require") && word[c.Found] != "":
+			c.Outcome, c.Found = check.NotChecked, c.Found+": "+word[c.Found]
+			whole = false
+		case strings.HasPrefix(c.ID, "policy.tpm.") && c.ID != "policy.tpm.required" && v.trust.VerifierKeys == nil && seen.TPM != nil && byCredential(seen.TPM.Claims):
 			// The attestation key is the TPM's by the verifier's credential alone.
 			c.Outcome, c.Found = check.NotChecked, c.Found+": "+fromBundle
+			whole = false
 		}
 		out = append(out, c)
+	}
+	return out, whole
+}
+
+// believe returns checks with those passed that were not made here, and notes in
+// word who says so: the result, if the caller knows its keys. Without such a
+// result nobody does, and the policy has an open question, but no answer to
+// refuse for.
+func (v *verification) believe(device string, checks check.List, word map[string]string) check.List {
+	out := slices.Clone(checks)
+	for i, c := range out {
+		if c.Outcome != check.NotChecked {
+			continue
+		}
+		passed := func(t check.Check) bool { return t.ID == c.ID && t.Outcome == check.Pass }
+		switch {
+		case !v.believed():
+			out[i].Outcome, word[c.ID] = check.Pass, nobodysWord
+		case slices.ContainsFunc(v.result.Submods[device].Checks, passed):
+			out[i].Outcome, word[c.ID] = check.Pass, verifiersWord
+		default:
+		}
 	}
 	return out
 }
 
-// believe returns checks with those passed that were not made here and that the
-// result says passed there, and notes them in word.
-func (v *verification) believe(device string, checks check.List, word map[string]bool) check.List {
-	if v.result == nil {
-		return checks
-	}
-	there := v.result.Submods[device].Checks
-	out := slices.Clone(checks)
-	for i, c := range out {
-		passed := func(t check.Check) bool { return t.ID == c.ID && t.Outcome == check.Pass }
-		if c.Outcome == check.NotChecked && slices.ContainsFunc(there, passed) {
-			out[i].Outcome = check.Pass
-			word[c.ID] = true
-		}
-	}
-	return out
-}
+// believed reports whether there is a result under keys that the caller pinned.
+func (v *verification) believed() bool { return v.result != nil && v.trust.VerifierKeys != nil }
 
 // devices holds the devices in the evidence against those in the result.
 func (v *verification) devices(l *check.List) {

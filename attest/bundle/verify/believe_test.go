@@ -5,8 +5,10 @@ import (
 	"testing"
 
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/composite"
 	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/vtpm"
 )
 
 // Checks that need endorsements may have been made by the verifier and not be
@@ -33,5 +35,21 @@ func TestVerifiersWord(t *testing.T) {
 	}
 	if got := outcome(check.NotChecked); !slices.Equal(got, []check.Outcome{check.Fail}) {
 		t.Errorf("made nowhere: %v", got)
+	}
+}
+
+// A credential under keys from the bundle proves nothing. The platform's report
+// and a pinned key need no such keys.
+func TestWhoseWordStandsForTheAttestationKey(t *testing.T) {
+	for by, want := range map[string]check.Outcome{
+		vtpm.AKByCredential: check.NotChecked, vtpm.AKByPlatform: check.Pass, vtpm.AKByPin: check.Pass,
+	} {
+		d := &composite.Device{Kind: composite.TPM, Claims: map[string]any{"tpm.ak-by": by}, Checks: check.List{{ID: "tpm.ak-credential", Outcome: check.Pass}}}
+		if got := told(d, false, false); len(got) != 1 || got[0].Outcome != want {
+			t.Errorf("%s, no keys pinned: %+v", by, got)
+		}
+		if got := told(d, false, true); len(got) != 1 || got[0].Outcome != check.Pass {
+			t.Errorf("%s, keys pinned: %+v", by, got)
+		}
 	}
 }

@@ -19,7 +19,15 @@ func (v *verification) planGroup() {
 	g := v.group("plan", "What was asked for")
 	defer v.done("plan", g)
 	b, ok := v.part(bundle.Plan)
-	if !ok {
+	if v.env != nil {
+		g.Equal("plan.bound", string(plan.Sum(v.env.Plan)), string(v.st.PlanDigest), "the evidence speaks of another plan than the statement")
+	}
+	switch {
+	case !ok && v.env != nil:
+		// Without it nothing below could be held against what was asked for.
+		g.Fail("plan.digest", "the plan of which the evidence speaks", "none that can be relied on", "the record is not complete")
+		return
+	case !ok:
 		g.Skip("plan.digest", "the bundle has no plan that can be relied on")
 		return
 	}
@@ -44,7 +52,11 @@ func (v *verification) sandboxGroup() {
 	g := v.group("sandbox", "What it ran in")
 	defer v.done("sandbox", g)
 	b, ok := v.part(bundle.Sandbox)
-	if !ok {
+	switch {
+	case !ok && v.env != nil:
+		g.Fail("sandbox.form", "the sandbox description of which the evidence speaks", "none that can be relied on", "the record is not complete")
+		return
+	case !ok:
 		g.Skip("sandbox.form", "the bundle has no sandbox description that can be relied on")
 		return
 	}
@@ -83,6 +95,7 @@ func (v *verification) sandboxGroup() {
 		g.Fail("sandbox.agent", "the agent's description of itself", err.Error(), "")
 		return
 	}
+	g.Skip("agent.word", fmt.Sprintf("node, versions and submitter (%.80q, for %.80q): nothing but the agent says so", a.Node, a.Submitter))
 	g.Equal("sandbox.agent", s.Profile.Shim+", "+s.Profile.Runtime, a.Shim+", "+a.Runtime, "the agent says that something else ran")
 }
 
@@ -208,8 +221,11 @@ func (v *verification) releaseGroup() {
 	case v.reached(bundle.StageRelease):
 		g.Pass("release.complete", "the plan asks for no key")
 		return
+	case v.b.Log == nil:
+		g.Skip("release.signature", "not known whether a key was released: the bundle has neither receipts nor the log")
+		return
 	default:
-		g.Skip("release.signature", "no key was released")
+		g.Skip("release.signature", "the bundle has no receipts; the log shows whether it should")
 		return
 	}
 	tokens, err := bundle.Decode[[]string](b)

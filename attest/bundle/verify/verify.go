@@ -26,6 +26,7 @@ import (
 	"github.com/coffer-run/coffer/attest/anchor"
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
@@ -44,6 +45,9 @@ type Trust struct {
 	// At is the clock for certificates; zero means the time at which the
 	// result was issued.
 	At time.Time
+	// Endorsements are what vendors published about the devices. Nil has none:
+	// what the verifier checked with its own is its word then.
+	Endorsements *endorse.Library
 }
 
 // Verdict is what a report comes to. The zero value is not a pass.
@@ -57,7 +61,9 @@ const (
 	Failed Verdict = "failed"
 	// Unknown means that nothing failed, but that there is nothing the caller
 	// trusts to hold the record against: the job ended before there was
-	// evidence, or its evidence is not genuine and no keys are pinned.
+	// evidence; its evidence is not genuine; nobody whose keys are pinned judged
+	// it, and no policy of this program could be applied in full; or the record
+	// is in no log, so that what it leaves out cannot be seen.
 	Unknown Verdict = "could not tell"
 )
 
@@ -138,6 +144,9 @@ type verification struct {
 	// session key: a genuine SEV-SNP report that binds it, or a result under
 	// pinned keys that confirms it.
 	rooted bool
+	// applied is true if a policy of this program accepts the evidence, and every
+	// check that it requires was made here.
+	applied bool
 
 	verifierKeys receipt.Keys
 	result       *receipt.Result
@@ -378,6 +387,12 @@ func (v *verification) conclude(l *check.List) {
 	case !v.rooted:
 		v.rep.Verdict = Unknown
 		v.rep.Summary = fmt.Sprintf("job %s ended %s at %s, and the evidence is not genuine; pin the verifier's keys to see whether it said so", v.rep.JobID, o.State, o.Stage)
+	case !v.believed() && !v.applied:
+		v.rep.Verdict = Unknown
+		v.rep.Summary = fmt.Sprintf("job %s ended %s at %s, and nobody whose keys are pinned says that the machine was acceptable", v.rep.JobID, o.State, o.Stage)
+	case v.b.Log == nil:
+		v.rep.Verdict = Unknown
+		v.rep.Summary = fmt.Sprintf("job %s ended %s at %s, and no evidence log has the record: what it leaves out cannot be seen", v.rep.JobID, o.State, o.Stage)
 	case o.State == bundle.Succeeded:
 		v.rep.Verdict = Verified
 		v.rep.Summary = fmt.Sprintf("job %s succeeded; every check that was made holds", v.rep.JobID)
@@ -414,7 +429,9 @@ func notProven() []string {
 		"That the GPU sits in the same machine as the CPU: on Hopper that follows only from the measured guest having collected the report itself.",
 		"That the node's root did not read the container's memory or files through the runtime: until the node image is locked down, only the trace of an operator's exec would show it.",
 		"What the job's code did with what it was given: it ran with the named image, command and inputs, and could print what it liked within its output budget.",
-		"Outcome, timeline and trace beyond what devices sign: they are the word of the measured agent and holder, signed by the job's key.",
+		"Outcome, timeline, trace, what the holder counted, digests of output, and who submitted the job to which node, beyond what devices sign: they are the word of the measured agent and holder, signed by the job's key.",
+		"A refusal at any other stage than verify: only the verifier's is signed by whoever refused.",
+		"That no other record of the job was logged after this one.",
 		"That nothing leaked through side channels of the CPU, the GPU or the network.",
 		"That the broker shows everyone the same log: no witness cosigns its head.",
 	}

@@ -13,6 +13,7 @@ import (
 	"crypto/elliptic"
 	"crypto/hmac"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -41,7 +42,7 @@ type TPM struct {
 	Events []vtpm.Event
 
 	ek   *ecdsa.PrivateKey
-	ak   *ecdsa.PrivateKey
+	ak   crypto.Signer
 	pcrs [24][sha256.Size]byte
 }
 
@@ -55,9 +56,11 @@ func New(now time.Time) (*TPM, error) {
 	if t.ek, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		return nil, err
 	}
-	if t.ak, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+	ak, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
 		return nil, err
 	}
+	t.ak = ak
 	root := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "simulated TPM root"},
 		NotBefore: now.Add(-time.Hour), NotAfter: now.AddDate(10, 0, 0),
@@ -80,8 +83,52 @@ func New(now time.Time) (*TPM, error) {
 		return nil, err
 	}
 	t.EKChain = [][]byte{der}
-	t.AKPublic, err = AKPublic(&t.ak.PublicKey, nil)
+	t.AKPublic, err = AKPublic(&ak.PublicKey, nil)
 	return t, err
+}
+
+// NewRSA makes a TPM whose attestation key is RSA-2048, signing by RSASSA.
+func NewRSA(now time.Time) (*TPM, error) {
+	t, err := New(now)
+	if err != nil {
+		return nil, err
+	}
+	ak, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return nil, err
+	}
+	t.ak, t.AKPublic = ak, AKPublicRSA(&ak.PublicKey)
+	return t, nil
+}
+
+// AK returns the attestation key's public half.
+func (t *TPM) AK() crypto.PublicKey { return t.ak.Public() }
+
+// AKPublicRSA returns the TPMT_PUBLIC of an RSA attestation key.
+func AKPublicRSA(key *rsa.PublicKey) []byte {
+	return tpm2.Marshal(tpm2.TPMTPublic{
+		Type: tpm2.TPMAlgRSA, NameAlg: tpm2.TPMAlgSHA256,
+		ObjectAttributes: tpm2.TPMAObject{
+			FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true,
+			NoDA: true, Restricted: true, SignEncrypt: true,
+		},
+		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgRSA, &tpm2.TPMSRSAParms{
+			KeyBits: tpm2.TPMKeyBits(key.Size() * 8), //nolint:gosec // 2048 to 4096
+			Scheme: tpm2.TPMTRSAScheme{
+				Scheme:  tpm2.TPMAlgRSASSA,
+				Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgRSASSA, &tpm2.TPMSSigSchemeRSASSA{HashAlg: tpm2.TPMAlgSHA256}),
+			},
+		}),
+		Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{Buffer: key.N.FillBytes(make([]byte, key.Size()))}),
+	})
+}
+
+// RSASignature wraps a bare RSASSA signature over SHA-256 into TPMT_SIGNATURE.
+func RSASignature(bare []byte) []byte {
+	return tpm2.Marshal(tpm2.TPMTSignature{
+		SigAlg:    tpm2.TPMAlgRSASSA,
+		Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgRSASSA, &tpm2.TPMSSignatureRSA{Hash: tpm2.TPMAlgSHA256, Sig: tpm2.TPM2BPublicKeyRSA{Buffer: bare}}),
+	})
 }
 
 // AKPublic returns the TPMT_PUBLIC of an ECC attestation key; change, if there,
@@ -166,9 +213,12 @@ func (t *TPM) Quote(extraData []byte, change func(*tpm2.TPMSAttest), index ...in
 // Sign returns TPMT_SIGNATURE over any bytes at all.
 func (t *TPM) Sign(b []byte) ([]byte, error) {
 	sum := sha256.Sum256(b)
-	der, err := ecdsa.SignASN1(rand.Reader, t.ak, sum[:])
+	der, err := t.ak.Sign(rand.Reader, sum[:], crypto.SHA256)
 	if err != nil {
 		return nil, err
+	}
+	if _, ok := t.ak.(*rsa.PrivateKey); ok {
+		return RSASignature(der), nil
 	}
 	var s struct{ R, S *big.Int }
 	if _, err := asn1.Unmarshal(der, &s); err != nil {
@@ -240,3 +290,11 @@ func (t *TPM) Activate(credentialBlob, encryptedSecret []byte) ([]byte, error) {
 	}
 	return secret.Buffer, nil
 }
+
+// ExtendDigest is TPM2_PCR_Extend of the SHA-256 bank, as firmware does it.
+func (t *TPM) ExtendDigest(pcr int, digest [sha256.Size]byte) {
+	t.pcrs[pcr] = sha256.Sum256(append(t.pcrs[pcr][:], digest[:]...))
+}
+
+// SetPCR gives a PCR a value that no TPM would take from a command.
+func (t *TPM) SetPCR(pcr int, value [sha256.Size]byte) { t.pcrs[pcr] = value }

@@ -40,7 +40,7 @@ func CreateP384(path string) error {
 
 // ReadP384 reads what CreateP384 made.
 func ReadP384(path string) (*ecdsa.PrivateKey, error) {
-	b, err := read(path)
+	b, err := Read(path)
 	if err != nil {
 		return nil, err
 	}
@@ -72,7 +72,7 @@ func CreateSecret(path string, size int) error {
 
 // ReadSecret reads what CreateSecret made. The caller clears it after use.
 func ReadSecret(path string, size int) ([]byte, error) {
-	b, err := read(path)
+	b, err := Read(path)
 	if err != nil {
 		return nil, err
 	}
@@ -96,7 +96,7 @@ func CreateHPKE(path string) error {
 
 // ReadHPKE reads what CreateHPKE made.
 func ReadHPKE(path string) (hpke.PrivateKey, error) {
-	b, err := read(path)
+	b, err := Read(path)
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +120,8 @@ func create(path string, generate func() ([]byte, error)) error {
 	return Write(path, b)
 }
 
-// Write puts b into path, whole or not at all, readable by its owner alone.
+// Write puts b into path, whole or not at all, readable by its owner alone, and
+// durably so: a key that a receipt was signed with must not be gone after a crash.
 func Write(path string, b []byte) error {
 	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*") // mode 0600
 	if err != nil {
@@ -134,10 +135,24 @@ func Write(path string, b []byte) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("write %s: %w", path, err), os.Remove(tmp.Name()))
 	}
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
 	return nil
 }
 
-func read(path string) ([]byte, error) {
+// syncDir makes a rename in dir outlast a power cut.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// Read returns the bytes of a key file, of any format, that no one but its owner
+// may read. The caller clears them after use.
+func Read(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("read key file: %w", err)

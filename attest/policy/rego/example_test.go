@@ -1,14 +1,20 @@
-package policy_test
+package rego_test
 
 import (
 	"fmt"
 
 	"github.com/coffer-run/coffer/attest/policy"
+	"github.com/coffer-run/coffer/attest/policy/rego"
 )
 
 // Evidence that is not there is refused, with every rule that it breaks.
 func ExamplePolicy_Decide() {
-	p, err := policy.Named("production")
+	document, err := policy.Named("production")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	p, err := rego.Compile(document)
 	if err != nil {
 		fmt.Println(err)
 		return
