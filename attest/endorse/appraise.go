@@ -135,9 +135,8 @@ func (c *Cache) AppraiseGPU(ctx context.Context, ev nvgpu.Evidence, want nvgpu.W
 // AppraiseSNP is snp.Appraise, with what the cache has: certificates that the
 // evidence lacks, and the revocation list.
 //
-// A list in the evidence counts only if nothing else could be had at all: who
-// shows the evidence chose it, and may have chosen one from before the
-// revocation.
+// A list in the evidence never passes the check: who shows the evidence chose it,
+// and may have chosen one from before the revocation.
 func (c *Cache) AppraiseSNP(ctx context.Context, ev snp.Evidence, want snp.Want, anchors anchor.Set, now time.Time) snp.Result {
 	report, err := snp.Parse(ev.Report)
 	if c == nil || err != nil {

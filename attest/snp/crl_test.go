@@ -59,7 +59,12 @@ func TestRevocation(t *testing.T) {
 				}
 				res := snp.Appraise(ev, snp.Want{ReportData: data}, v.Anchors(), at)
 				i := slices.IndexFunc(res.Checks, func(c check.Check) bool { return c.ID == snp.CheckCRL })
-				if i < 0 || res.Checks[i].Outcome != tt.outcome {
+				want := tt.outcome
+				if where == "in the table" && want == check.Pass {
+					// Whoever shows the evidence chose the list.
+					want = check.NotChecked
+				}
+				if i < 0 || res.Checks[i].Outcome != want {
 					t.Errorf("%s: %+v", where, res.Checks)
 				}
 				if res.Genuine() != (tt.outcome != check.Fail) {

@@ -119,7 +119,9 @@ Usage:
 
 BUNDLE is a file, or - for standard input. Chains of device certificates must
 end in the vendors' pinned roots. Keys that you do not pin are taken from the
-bundle, and what rests on them is reported as not checked.
+bundle, and what rests on them is reported as not checked: without the
+verifier's, a bundle verifies only if its policy is one of this program's and
+everything that it requires can be checked here.
 
 Flags:
   --verifier-keys FILE    JSON Web Key Set of the verifier that you trust

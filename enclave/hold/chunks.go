@@ -127,8 +127,6 @@ func (c *chunkCache) ahead(s *chunkSource, i int64) {
 				c.decrypt(s, b)
 			}
 			c.unref(b)
-			// Whoever waited for this chunk answers before the next is begun.
-			runtime.Gosched()
 		}
 	}()
 }

@@ -202,7 +202,7 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 		defer last.Unlock()
 		if s := err.Error(); s != last.said {
 			last.said = s
-			h.log.Warn("input was refused", "error", err)
+			h.log.WarnContext(ctx, "input was refused", "error", err)
 			h.events.add(holdapi.Event{Kind: "input-error", Detail: s})
 		}
 	}
@@ -358,7 +358,7 @@ func (h *Holder) input(ctx context.Context, in holdapi.Input, root *os.Root) (er
 		return &apiError{holdapi.CodeRefused, err}
 	}
 	held := &heldInput{Input: in, root: root, folder: folder, prepared: make([]*dma.Region, len(sizes)), done: make(chan struct{})}
-	h.prepare(held, sizes)
+	h.prepare(held, sizes) //nolint:contextcheck // it ends with the job, not with the request
 	h.inputs = append(h.inputs, held)
 	h.inputFS.addInput(ctx, in.Name)
 	return nil

@@ -866,6 +866,7 @@ func TestFlags(t *testing.T) {
 		"root as the job":    append(slices.Clone(good), "--uid", "0"),
 		"an argument":        append(slices.Clone(good), "x"),
 		"no log":             append(slices.Clone(good), "--log-bytes", "0"),
+		"negative memory":    append(slices.Clone(good), "--region-bytes", "-1"),
 		"an unknown flag":    append(slices.Clone(good), "--x"),
 		"a folder for all":   good,
 		"a folder not there": append(slices.Clone(good), "--run", dir+"/x"),

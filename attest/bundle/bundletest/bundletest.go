@@ -13,6 +13,8 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
@@ -34,6 +36,9 @@ const (
 	BrokerID   = "broker.test"
 )
 
+// OwnPolicy names a policy that the verifier has and no other program.
+const OwnPolicy = "own"
+
 // Lab is a machine, a verifier and a broker.
 type Lab struct {
 	Chip     *simulate.Chip
@@ -44,8 +49,9 @@ type Lab struct {
 	Broker   *receipt.Signer
 	Now      time.Time
 
-	service *verifier.Verifier
-	head    translog.Head
+	service  *verifier.Verifier
+	policies map[string]policy.Policy
+	head     translog.Head
 }
 
 // New makes a lab whose devices and keys are minted at now.
@@ -71,16 +77,17 @@ func On(chip *simulate.Chip, gpus []*simulate.GPU, anchors anchor.Set, now time.
 	if l.Broker, err = signer(BrokerID); err != nil {
 		return nil, err
 	}
-	var policies []policy.Policy
+	l.policies = map[string]policy.Policy{}
 	for _, name := range policy.Names() {
-		p, err := policy.Named(name)
-		if err != nil {
+		if l.policies[name], err = policy.Named(name); err != nil {
 			return nil, err
 		}
-		policies = append(policies, p)
 	}
+	own := l.policies["simulation"]
+	own.Name = OwnPolicy
+	l.policies[OwnPolicy] = own
 	l.service, err = verifier.New(verifier.Options{
-		ID: VerifierID, Anchors: anchors, Policies: policies, Signer: l.Verifier,
+		ID: VerifierID, Anchors: anchors, Policies: slices.Collect(maps.Values(l.policies)), Signer: l.Verifier,
 		NonceKeys: [][]byte{make([]byte, verifier.NonceKeySize)}, Clock: func() time.Time { return l.Now }, Build: "test",
 	})
 	return l, err
@@ -178,9 +185,9 @@ func (j *Job) documents(o Options) error {
 	if o.Policy == "" {
 		o.Policy = "simulation"
 	}
-	pol, err := policy.Named(o.Policy)
-	if err != nil {
-		return err
+	pol, ok := j.lab.policies[o.Policy]
+	if !ok {
+		return fmt.Errorf("no policy %q", o.Policy)
 	}
 	ref, err := pol.Ref()
 	if err != nil {

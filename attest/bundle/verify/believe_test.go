@@ -18,23 +18,31 @@ func TestVerifiersWord(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	outcome := func(there check.Outcome) []check.Outcome {
-		v := &verification{result: &receipt.Result{Submods: map[string]receipt.Appraisal{
+	outcome := func(there check.Outcome, pinned []byte) []check.Outcome {
+		v := &verification{trust: Trust{VerifierKeys: pinned}, result: &receipt.Result{Submods: map[string]receipt.Appraisal{
 			"cpu0": {Checks: check.List{{ID: "snp.crl", Outcome: there}}},
 		}}}
 		var out []check.Outcome
-		for _, c := range v.decide(p, policy.Evidence{SNP: &policy.Device{Checks: check.List{{ID: "snp.crl", Outcome: check.NotChecked}}}}) {
+		rules, whole := v.decide(p, policy.Evidence{SNP: &policy.Device{Checks: check.List{{ID: "snp.crl", Outcome: check.NotChecked}}}})
+		if whole && !slices.Contains(ids(rules.Failed()), "policy.snp.require") {
+			t.Error("a policy with an open question was applied in full")
+		}
+		for _, c := range rules {
 			if c.ID == "policy.snp.require" && (c.Expected == "snp.crl to be checked" || len(c.Found) > 7 && c.Found[:7] == "snp.crl") {
 				out = append(out, c.Outcome)
 			}
 		}
 		return out
 	}
-	if got := outcome(check.Pass); !slices.Equal(got, []check.Outcome{check.NotChecked}) {
+	pinned := []byte("{}")
+	if got := outcome(check.Pass, pinned); !slices.Equal(got, []check.Outcome{check.NotChecked}) {
 		t.Errorf("made there alone: %v", got)
 	}
-	if got := outcome(check.NotChecked); !slices.Equal(got, []check.Outcome{check.Fail}) {
+	if got := outcome(check.NotChecked, pinned); !slices.Equal(got, []check.Outcome{check.Fail}) {
 		t.Errorf("made nowhere: %v", got)
+	}
+	if got := outcome(check.Pass, nil); !slices.Equal(got, []check.Outcome{check.NotChecked}) {
+		t.Errorf("by the word of nobody who is known: %v", got)
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/simulate"
+	"github.com/coffer-run/coffer/attest/translog"
 )
 
 var clock = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
@@ -127,11 +128,11 @@ func TestVerify(t *testing.T) {
 	})
 	t.Run("keys that are not pinned pass nothing", func(t *testing.T) {
 		r := verify.Verify(file, verify.Trust{Anchors: l.Anchors})
-		if r.Verdict != verify.Verified {
+		if r.Verdict != verify.Unknown {
 			dump(t, r)
 			t.Fatal(r.Verdict)
 		}
-		for _, id := range []string{"result.signature", "release.signature", "log.receipt", "tpm.ak-credential", "result.status", "policy.tpm.trust-class"} {
+		for _, id := range []string{"log.releases", "result.signature", "release.signature", "log.receipt", "tpm.ak-credential", "result.status", "policy.tpm.trust-class"} {
 			if len(outcomes(r, id)) == 0 {
 				t.Errorf("%s: not reported", id)
 			}
@@ -449,6 +450,17 @@ func TestLyingAgent(t *testing.T) {
 		{"start not seen", "holder.started", edit(bundle.HolderStatus, func(s *bundle.Status) { s.Started = false })},
 		{"no start in the trace", "trace.start", edit(bundle.Trace, func(l *[]bundle.Event) { *l = (*l)[1:] })},
 		{"checkpoint before the start", "trace.start", edit(bundle.Trace, func(l *[]bundle.Event) { (*l)[0], (*l)[2] = (*l)[2], (*l)[0] })},
+		{"event cut out", "trace.operator", edit(bundle.Trace, func(l *[]bundle.Event) { *l = slices.Delete(*l, 2, 3) })},
+		{"event cut out, trace", "trace.complete", edit(bundle.Trace, func(l *[]bundle.Event) { *l = slices.Delete(*l, 2, 3) })},
+		{"programs cut out, events renumbered", "trace.execs", edit(bundle.Trace, func(l *[]bundle.Event) {
+			*l = slices.Delete(*l, 1, 2)
+			for i := range *l {
+				(*l)[i].Sequence = uint64(i) + 1 //nolint:gosec // an index
+			}
+		})},
+		{"input that could not be read", "trace.inputs", edit(bundle.Trace, func(l *[]bundle.Event) {
+			*l = append(*l, bundle.Event{Sequence: 5, Kind: bundle.EventInputError, Detail: "does not open"})
+		})},
 		{"trace reordered", "trace.order", edit(bundle.Trace, func(l *[]bundle.Event) { (*l)[1], (*l)[2] = (*l)[2], (*l)[1] })},
 		{"an operator looked in", "trace.operator", edit(bundle.Trace, func(l *[]bundle.Event) { (*l)[1].Kind = bundle.EventOperatorExec })},
 		{"trace lost in the trace", "trace.lost", edit(bundle.Trace, func(l *[]bundle.Event) { (*l)[1].Kind = bundle.EventTraceLost })},
@@ -457,6 +469,34 @@ func TestLyingAgent(t *testing.T) {
 		{"releases withheld", "release.complete", func(_ *testing.T, j *bundletest.Job) { delete(j.Parts, bundle.Releases) }},
 		{"stages in another order", "outcome.timeline", func(_ *testing.T, j *bundletest.Job) { j.Timeline[1], j.Timeline[2] = j.Timeline[2], j.Timeline[1] }},
 		{"stage left out", "outcome.state", func(_ *testing.T, j *bundletest.Job) { j.Timeline = slices.Delete(j.Timeline, 3, 4) }},
+		{"first stages left out", "outcome.state", withoutPlan},
+		{"first stages left out, timeline", "outcome.timeline", withoutPlan},
+		{"first stages left out, plan", "plan.digest", withoutPlan},
+		{"plan withheld", "plan.digest", func(_ *testing.T, j *bundletest.Job) { delete(j.Parts, bundle.Plan) }},
+		{"sandbox withheld", "sandbox.form", func(_ *testing.T, j *bundletest.Job) { delete(j.Parts, bundle.Sandbox) }},
+		{"stage decrypt left out", "outcome.timeline", func(_ *testing.T, j *bundletest.Job) { j.Timeline = slices.Delete(j.Timeline, 6, 7) }},
+		{"checkpoints before the start", "outcome.timeline", func(_ *testing.T, j *bundletest.Job) {
+			j.Timeline = append(j.Timeline[:6:6], j.Timeline[len(j.Timeline)-1])
+		}},
+		{"stages after one that failed", "outcome.timeline", func(_ *testing.T, j *bundletest.Job) { j.Timeline[3].Outcome = bundle.StepFailed }},
+		{"another plan digest", "plan.bound", func(_ *testing.T, j *bundletest.Job) { j.Plan = plan.Sum([]byte("x")) }},
+		{"failure long after the last stage", "outcome.stage", func(_ *testing.T, j *bundletest.Job) {
+			j.Timeline = j.Timeline[:4]
+			j.Outcome = bundle.Outcome{State: bundle.Cancelled, Stage: bundle.StageRun, Reason: "cancelled"}
+		}},
+		{"timeline with holes, evidence alone", "outcome.timeline", evidenceAlone},
+		{"timeline with holes, evidence alone, plan", "plan.bound", evidenceAlone},
+		{"second record of the job", "log.single", func(t *testing.T, j *bundletest.Job) {
+			last := j.Log.Entries[len(j.Log.Entries)-1]
+			e, err := l.Append(translog.Body{
+				Kind: translog.KindBundle, Job: j.ID, JobSequence: uint64(len(j.Log.Entries)) + 1, JobPrev: last.Hash,
+				Bundle: &translog.Bundle{Digest: plan.Sum([]byte("another statement"))},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			j.Log.Entries = append(j.Log.Entries, e)
+		}},
 		{"success in another stage", "outcome.stage", func(_ *testing.T, j *bundletest.Job) { j.Outcome.Stage = bundle.StageStart }},
 		{"success with an exit code", "outcome.state", func(_ *testing.T, j *bundletest.Job) { j.Outcome.ExitCode = 1 }},
 		{"success that was not logged", "log.receipt", func(_ *testing.T, j *bundletest.Job) { j.Log = nil }},
@@ -475,6 +515,205 @@ func TestLyingAgent(t *testing.T) {
 				t.Errorf("verdict %s, failed %v, want %s", r.Verdict, failedIDs(r), tt.want)
 			}
 		})
+	}
+}
+
+// withoutPlan leaves out the first stages, and with them everything that would
+// have to be there and could be held against a plan.
+func withoutPlan(_ *testing.T, j *bundletest.Job) {
+	j.Timeline = j.Timeline[2:]
+	for _, p := range []bundle.Part{bundle.Plan, bundle.JobFile, bundle.AgentPart} {
+		delete(j.Parts, p)
+	}
+	j.Parts[bundle.Releases] = []byte("[]")
+	j.Log.Entries = nil
+}
+
+// evidenceAlone hides all that followed the evidence.
+func evidenceAlone(_ *testing.T, j *bundletest.Job) {
+	j.Plan, j.Log = plan.Sum([]byte("x")), nil
+	j.Outcome = bundle.Outcome{State: bundle.Cancelled, Stage: bundle.StageRun, Reason: "cancelled"}
+	run := j.Timeline[8]
+	run.Outcome = bundle.StepFailed
+	j.Timeline = []bundle.Step{j.Timeline[3], run}
+	j.Parts = map[bundle.Part][]byte{bundle.Evidence: j.Parts[bundle.Evidence]}
+}
+
+// A record that leaves out the log can leave out what the log would show.
+func TestNotLogged(t *testing.T) {
+	l := newLab(t)
+	j := newJob(t, l, bundletest.Options{})
+	j.Log = nil
+	j.Outcome = bundle.Outcome{State: bundle.Cancelled, Stage: bundle.StageVerify, Reason: "cancelled"}
+	j.Timeline = j.Timeline[:4]
+	keep := []bundle.Part{bundle.JobFile, bundle.Plan, bundle.AgentPart, bundle.Sandbox, bundle.Evidence, bundle.VerifierKeys, bundle.BrokerKeys}
+	for _, p := range bundle.Parts() {
+		if !slices.Contains(keep, p) {
+			delete(j.Parts, p)
+		}
+	}
+	r := verify.Verify(build(t, j), pinned(t, l))
+	if r.Verdict != verify.Unknown || !strings.Contains(r.Summary, "no evidence log") {
+		dump(t, r)
+		t.Error(r.Verdict, r.Summary)
+	}
+	for _, c := range r.Checks() {
+		if strings.Contains(c.Found, "no key was released") {
+			t.Errorf("%s: %s", c.ID, c.Found)
+		}
+	}
+}
+
+// What is true, though not as usual, still verifies.
+func TestHonestAgent(t *testing.T) {
+	l := newLab(t)
+	tests := map[string]func(t *testing.T, j *bundletest.Job){
+		"more checkpoints than a status has": func(t *testing.T, j *bundletest.Job) {
+			var list []bundle.Checkpoint
+			parent := plan.Digest("")
+			for i := range uint64(130) {
+				c, err := j.Checkpoint(i+1, parent, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				list, parent = append(list, c), c.Digest
+			}
+			edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { *l = list })(t, j)
+			edit(bundle.HolderStatus, func(s *bundle.Status) { s.Checkpoints = list[30:] })(t, j)
+		},
+		"ended by another agent than began it": func(_ *testing.T, j *bundletest.Job) {
+			for i := range j.Timeline {
+				if j.Timeline[i].Stage == bundle.StageRun {
+					j.Timeline[i].StartUnixNano += int64(time.Minute)
+				}
+			}
+		},
+		"taken over, by the times of notes": func(_ *testing.T, j *bundletest.Job) {
+			j.Timeline[1].StartUnixNano -= int64(3 * time.Second)
+			j.Timeline[1].Nanos += int64(3 * time.Second)
+		},
+		"ended while it attested again": func(_ *testing.T, j *bundletest.Job) {
+			j.Timeline = j.Timeline[:5]
+			j.Timeline[4].Outcome = bundle.StepFailed
+			j.Outcome = bundle.Outcome{State: bundle.Failed, Stage: bundle.StageCollect, Reason: "agent-restarted"}
+			for _, p := range []bundle.Part{bundle.Result, bundle.Releases, bundle.HolderStatus, bundle.Trace, bundle.Checkpoints, bundle.LogsDigest} {
+				delete(j.Parts, p)
+			}
+			j.Log = &bundle.Log{}
+		},
+		"concluded twice": func(_ *testing.T, j *bundletest.Job) {
+			last := j.Timeline[len(j.Timeline)-1]
+			last.Stage = bundle.StageEvidence
+			j.Timeline = append(j.Timeline[:len(j.Timeline)-1:len(j.Timeline)-1], last, j.Timeline[len(j.Timeline)-1])
+		},
+		"failed in its run": func(_ *testing.T, j *bundletest.Job) {
+			j.Timeline[8].Outcome = bundle.StepFailed
+			j.Outcome = bundle.Outcome{State: bundle.Failed, Stage: bundle.StageRun, Reason: "exit-code", ExitCode: 3}
+		},
+		"agent killed after the start": func(_ *testing.T, j *bundletest.Job) {
+			j.Timeline = j.Timeline[:8]
+			j.Outcome = bundle.Outcome{State: bundle.Failed, Stage: bundle.StageRun, Reason: "internal"}
+		},
+		"agent killed before it noted the verifier's answer": func(t *testing.T, j *bundletest.Job) {
+			j.Timeline = j.Timeline[:4]
+			j.Outcome = bundle.Outcome{State: bundle.Failed, Stage: bundle.StageVerify, Reason: "agent-restarted"}
+			for _, p := range []bundle.Part{bundle.Releases, bundle.HolderStatus, bundle.Trace, bundle.Checkpoints, bundle.LogsDigest} {
+				delete(j.Parts, p)
+			}
+			j.Log = &bundle.Log{}
+		},
+	}
+	for name, change := range tests {
+		t.Run(name, func(t *testing.T) {
+			j := newJob(t, l, bundletest.Options{})
+			change(t, j)
+			if r := verify.Verify(build(t, j), pinned(t, l)); r.Verdict != verify.Verified {
+				dump(t, r)
+				t.Error(r.Verdict, r.Summary)
+			}
+		})
+	}
+}
+
+// The status's newest checkpoints must still be the last of the list.
+func TestNewestCheckpoints(t *testing.T) {
+	l := newLab(t)
+	j := newJob(t, l, bundletest.Options{})
+	var list []bundle.Checkpoint
+	parent := plan.Digest("")
+	for i := range uint64(101) {
+		c, err := j.Checkpoint(i+1, parent, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, parent = append(list, c), c.Digest
+	}
+	edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { *l = list })(t, j)
+	edit(bundle.HolderStatus, func(s *bundle.Status) { s.Checkpoints = list[:100] })(t, j)
+	if r := verify.Verify(build(t, j), pinned(t, l)); !slices.Contains(failedIDs(r), "checkpoint.complete") {
+		t.Error(r.Verdict, failedIDs(r))
+	}
+}
+
+// Whoever makes the result's keys makes the result: it neither accepts nor
+// refuses anything.
+func TestUnknownVerifier(t *testing.T) {
+	l := newLab(t)
+	nobody := verify.Trust{Anchors: l.Anchors}
+	t.Run("a policy that nobody knows", func(t *testing.T) {
+		file := build(t, newJob(t, l, bundletest.Options{Policy: bundletest.OwnPolicy}))
+		if r := verify.Verify(file, pinned(t, l)); r.Verdict != verify.Verified {
+			dump(t, r)
+			t.Error("by pinned keys:", r.Verdict, r.Summary)
+		}
+		if r := verify.Verify(file, nobody); r.Verdict != verify.Unknown {
+			dump(t, r)
+			t.Error(r.Verdict, r.Summary)
+		}
+	})
+	t.Run("an invented refusal", func(t *testing.T) {
+		j := newJob(t, l, bundletest.Options{})
+		failed := check.List{{ID: "policy.snp.debug", Outcome: check.Fail, Expected: "off", Found: "on"}}
+		resign(t, j, func(r *receipt.Result) {
+			r.Submods = maps.Clone(r.Submods)
+			a := r.Submods["cpu0"]
+			a.Status, a.Checks = receipt.Contraindicated, failed
+			r.Submods["cpu0"] = a
+		})
+		j.Timeline = j.Timeline[:5]
+		j.Timeline[4].Outcome = bundle.StepFailed
+		j.Outcome = bundle.Outcome{State: bundle.Refused, Stage: bundle.StageVerify, Reason: "verify-refused", Checks: failed}
+		for _, p := range []bundle.Part{bundle.Releases, bundle.HolderStatus, bundle.Trace, bundle.Checkpoints, bundle.LogsDigest} {
+			delete(j.Parts, p)
+		}
+		j.Log = &bundle.Log{}
+		r := verify.Verify(build(t, j), nobody)
+		if r.Verdict != verify.Unknown {
+			dump(t, r)
+			t.Error(r.Verdict, r.Summary)
+		}
+		if !slices.ContainsFunc(r.Checks(), func(c check.Check) bool {
+			return c.ID == "evidence.refusal" && strings.Contains(c.Found, "here it does: policy.snp.debug")
+		}) {
+			dump(t, r)
+			t.Error("what the result says against the evidence is not told")
+		}
+	})
+}
+
+// What nobody but the agent says is told as such.
+func TestAgentsWord(t *testing.T) {
+	l := newLab(t)
+	r := verify.Verify(build(t, newJob(t, l, bundletest.Options{})), pinned(t, l))
+	for _, id := range []string{"agent.word", "holder.word", "logs.digest"} {
+		if o := outcomes(r, id); !slices.Equal(o, []check.Outcome{check.NotChecked}) {
+			t.Errorf("%s: %v", id, o)
+		}
+	}
+	j := newJob(t, l, bundletest.Options{RefuseAdmit: true})
+	r = verify.Verify(build(t, j), pinned(t, l))
+	if o := outcomes(r, "outcome.refusal"); !slices.Equal(o, []check.Outcome{check.NotChecked}) {
+		t.Errorf("outcome.refusal: %v", o)
 	}
 }
 
