@@ -147,7 +147,7 @@ var simulations = map[anchor.Product]func() (*simulate.Vendor, error){
 	anchor.Turin: sync.OnceValues(func() (*simulate.Vendor, error) {
 		return simulate.New(simulate.Options{Product: anchor.Turin, Fast: true})
 	}),
-	"another": sync.OnceValues(func() (*simulate.Vendor, error) { return simulate.New(simulate.Options{Plain: true}) }),
+	"another": sync.OnceValues(func() (*simulate.Vendor, error) { return simulate.New(simulate.Options{Plain: true, Fast: true}) }),
 }
 
 func simulation(t testing.TB, p anchor.Product) *simulate.Vendor {

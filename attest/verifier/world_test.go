@@ -40,8 +40,8 @@ var vendors = sync.OnceValues(func() (struct{ plain, other *simulate.Vendor }, e
 	var v struct{ plain, other *simulate.Vendor }
 	var errs [2]error
 	var wg sync.WaitGroup
-	wg.Go(func() { v.plain, errs[0] = simulate.New(simulate.Options{GPUs: 2, Plain: true}) })
-	wg.Go(func() { v.other, errs[1] = simulate.New(simulate.Options{GPUs: 1}) })
+	wg.Go(func() { v.plain, errs[0] = simulate.New(simulate.Options{GPUs: 2, Plain: true, Fast: true}) })
+	wg.Go(func() { v.other, errs[1] = simulate.New(simulate.Options{GPUs: 1, Fast: true}) })
 	wg.Wait()
 	return v, errors.Join(errs[:]...)
 })

@@ -23,7 +23,7 @@ func TestServesUntilItIsStopped(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	sim := filepath.Join(dir, "sim")
-	if err := simulate.Mint(sim, simulate.Options{Product: anchor.Genoa}); err != nil {
+	if err := simulate.Mint(sim, simulate.Options{Product: anchor.Genoa, Fast: true}); err != nil {
 		t.Fatal(err)
 	}
 	socket, path := filepath.Join(dir, "s"), filepath.Join(dir, "config.json")

@@ -53,7 +53,7 @@ func setup(t *testing.T) (dir string, c config, tpm *vtpmtest.TPM) {
 	must(keyfile.CreateP384(filepath.Join(dir, "key.pem")))
 	must(keyfile.CreateSecret(filepath.Join(dir, "nonce.key"), verifier.NonceKeySize))
 	sim := filepath.Join(dir, "simulation")
-	must(simulate.Mint(sim, simulate.Options{}))
+	must(simulate.Mint(sim, simulate.Options{Fast: true}))
 	tpm, err := vtpmtest.New(time.Now())
 	must(err)
 	must(os.MkdirAll(filepath.Join(sim, "roots", "tpm"), 0o700))

@@ -2,6 +2,7 @@ package verify
 
 import (
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/coffer-run/coffer/attest/check"
@@ -30,6 +31,9 @@ func TestVerifiersWord(t *testing.T) {
 		for _, c := range rules {
 			if c.ID == "policy.snp.require" && (c.Expected == "snp.crl to be checked" || len(c.Found) > 7 && c.Found[:7] == "snp.crl") {
 				out = append(out, c.Outcome)
+				if pinned == nil && !strings.HasSuffix(c.Found, nobodysWord) {
+					t.Errorf("told as somebody's word: %s", c.Found)
+				}
 			}
 		}
 		return out
@@ -43,6 +47,9 @@ func TestVerifiersWord(t *testing.T) {
 	}
 	if got := outcome(check.Pass, nil); !slices.Equal(got, []check.Outcome{check.NotChecked}) {
 		t.Errorf("by the word of nobody who is known: %v", got)
+	}
+	if got := outcome(check.NotChecked, nil); !slices.Equal(got, []check.Outcome{check.NotChecked}) {
+		t.Errorf("made nowhere, and nobody known says so: %v", got)
 	}
 }
 

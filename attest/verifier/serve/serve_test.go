@@ -56,7 +56,7 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-var vendor = sync.OnceValues(func() (*simulate.Vendor, error) { return simulate.New(simulate.Options{GPUs: -1}) })
+var vendor = sync.OnceValues(func() (*simulate.Vendor, error) { return simulate.New(simulate.Options{GPUs: -1, Fast: true}) })
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()

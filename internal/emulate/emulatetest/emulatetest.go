@@ -21,7 +21,7 @@ import (
 // mint makes the RSA keys of a vendor once for all tests of a package: they take
 // seconds.
 var mint = sync.OnceValues(func() (*simulate.Vendor, error) {
-	return simulate.New(simulate.Options{Product: anchor.Genoa, GPUs: 2})
+	return simulate.New(simulate.Options{Product: anchor.Genoa, GPUs: 2, Fast: true})
 })
 
 // Vendor returns a simulated chip and two GPUs.

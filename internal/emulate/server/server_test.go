@@ -140,7 +140,7 @@ func TestConfigurations(t *testing.T) {
 		t.Error("loaded an empty folder")
 	}
 	dir := filepath.Join(t.TempDir(), "sim")
-	if err := simulate.Mint(dir, simulate.Options{Product: anchor.Genoa}); err != nil {
+	if err := simulate.Mint(dir, simulate.Options{Product: anchor.Genoa, Fast: true}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := server.Load(server.Config{SimulationDir: dir, GPUs: 1}, log); err != nil {
