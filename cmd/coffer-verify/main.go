@@ -91,7 +91,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	if err := ctx.Err(); err != nil {
 		return &exitError{exitUnknown, err}
 	}
-	report := verify.Verify(file, trust)
+	report := verify.Verify(file, trust) //nolint:contextcheck // a bundle takes milliseconds; ctx was asked just before
 	if o.output == "json" {
 		err = writeJSON(stdout, report)
 	} else {

@@ -16,9 +16,11 @@ const (
 	reservedEvents = 2_000
 	// maxText bounds each text in an event, in bytes.
 	maxText = 512
-	// maxBatch bounds one answer, in events and in bytes of text.
+	// maxBatch and maxBatchBytes bound one answer, in events and in bytes of JSON.
 	maxBatch      = 256
 	maxBatchBytes = 96 << 10
+	// maxEscape is the most bytes that encoding/json writes for one of a string.
+	maxEscape = 6
 	// maxWait bounds how long one Logs or Events operation waits.
 	maxWait = time.Minute
 )
@@ -41,14 +43,15 @@ func newEventLog(now func() time.Time) *eventLog {
 }
 
 // add appends e. Those that a job can cause at will (exec, connect, ptrace,
-// input-error) stop at the bound, so that they cannot push out the others.
+// input-error, checkpoint-error) stop at the bound, so that they cannot push out
+// the others.
 func (l *eventLog) add(e holdapi.Event) {
 	e.Detail, e.Process = text(e.Detail), text(e.Process)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	limit := maxEvents - reservedEvents
 	switch e.Kind {
-	case "container-start", "operator-exec", "trace-lost", "checkpoint-error":
+	case "container-start", "operator-exec", "trace-lost":
 		limit = maxEvents
 	case "checkpoint":
 		limit = maxEvents + maxCommits
@@ -83,9 +86,10 @@ func (l *eventLog) after(ctx context.Context, seq uint64, wait time.Duration) []
 		if seq < uint64(len(l.list)) {
 			out, size := []holdapi.Event(nil), 0
 			for _, e := range l.list[seq:] {
-				size += 256 + len(e.Detail) + len(e.Process) + len(e.Digest)
+				// A job chooses the text, and JSON may take six bytes for one of it.
+				size += 256 + maxEscape*(len(e.Detail)+len(e.Process)+len(e.Digest))
 				if e.Checkpoint != nil {
-					size += 2 * (len(e.Checkpoint.Record) + len(e.Checkpoint.Signature) + len(e.Checkpoint.Name))
+					size += 2*(len(e.Checkpoint.Record)+len(e.Checkpoint.Signature)) + maxEscape*len(e.Checkpoint.Name)
 				}
 				if len(out) > 0 && (size > maxBatchBytes || len(out) == maxBatch) {
 					break

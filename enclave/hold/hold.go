@@ -25,6 +25,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/dma"
@@ -256,8 +257,22 @@ func (h *Holder) signRelease(request []byte) ([]byte, error) {
 	return sig, nil
 }
 
-// sign signs a statement, at any time: the last one speaks of the scrubbing.
+// sign signs a bundle statement of this job once the job is over: what it says of
+// the end is then known.
 func (h *Holder) sign(statement []byte) ([]byte, error) {
+	st, err := bundle.ParseStatement(statement)
+	if err != nil {
+		return nil, &apiError{holdapi.CodeRefused, err}
+	}
+	if st.JobID != h.cfg.JobID {
+		return nil, fail(holdapi.CodeRefused, "the statement speaks of another job")
+	}
+	h.mu.Lock()
+	over := h.finished != nil && isClosed(h.finished)
+	h.mu.Unlock()
+	if !over {
+		return nil, fail(holdapi.CodeState, "the job is not finished")
+	}
 	sig, err := h.session.SignStatement(statement)
 	if err != nil {
 		return nil, &apiError{holdapi.CodeRefused, err}

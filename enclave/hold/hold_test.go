@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	pb "gvisor.dev/gvisor/pkg/sentry/seccheck/points/points_go_proto"
 
+	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
@@ -352,7 +353,10 @@ func TestEndToEnd(t *testing.T) {
 	if _, err := h.c.SignRelease(ctx, []byte("{}")); code(err) != holdapi.CodeState {
 		t.Errorf("release request after finish: %v", err)
 	}
-	statement := []byte(`{"a":1}`)
+	if _, err := h.c.Sign(ctx, statementOf(t, "another-job")); code(err) != holdapi.CodeRefused {
+		t.Errorf("a statement of another job: %v", err)
+	}
+	statement := statementOf(t, h.hi.JobID)
 	sig, err := h.c.Sign(ctx, statement)
 	must(t, err)
 	must(t, keys.VerifyLabelled(h.hi.SessionKey, keys.LabelStatement, statement, sig))
@@ -361,6 +365,15 @@ func TestEndToEnd(t *testing.T) {
 	if es, err := os.ReadDir(h.run); err != nil || len(es) != 0 {
 		t.Errorf("left behind: %v", es)
 	}
+}
+
+// statementOf is a bundle statement of a job.
+func statementOf(t *testing.T, job string) []byte {
+	t.Helper()
+	b, err := bundle.NewBuilder().Statement(job, plan.Sum(nil), bundle.Outcome{State: bundle.Succeeded, Stage: bundle.StageRun},
+		[]bundle.Step{{Stage: bundle.StageRun, StartUnixNano: 1, Nanos: 1, Outcome: bundle.StepDone}})
+	must(t, err)
+	return b
 }
 
 func openSealed(t *testing.T, key *keys.DataKey, asset, dir string, digest plan.Digest, want map[string][]byte) {
@@ -421,6 +434,7 @@ func TestRefusals(t *testing.T) {
 		"an input that leaves":      {func() error { return h.c.Input(ctx, holdapi.Input{Name: "../in", Asset: "a", Digest: digest}, dir) }, holdapi.CodeInvalid},
 		"a folder that is not one":  {func() error { return h.c.Input(ctx, in, filepath.Join(dir, seal.ManifestName)) }, ""},
 		"a release request that is": {func() error { _, err := h.c.SignRelease(ctx, []byte(`{"a":1}`)); return err }, holdapi.CodeRefused},
+		"a statement before finish": {func() error { _, err := h.c.Sign(ctx, statementOf(t, h.hi.JobID)); return err }, holdapi.CodeState},
 		"a statement that is none":  {func() error { _, err := h.c.Sign(ctx, []byte(`x`)); return err }, holdapi.CodeRefused},
 		"a stream that is none":     {func() error { _, err := h.c.Logs(ctx, holdapi.Logs{Stream: "x"}); return err }, holdapi.CodeInvalid},
 		"a sink without a bound":    {func() error { return h.c.Sink(ctx, holdapi.Sink{Asset: "a", Plan: planDigest}, dir) }, holdapi.CodeInvalid},

@@ -19,6 +19,9 @@ const (
 	// drainQuiet is how long a pipe must stay empty, after the task has ended,
 	// to be believed empty: the runtime's copier may still be writing.
 	drainQuiet = 100 * time.Millisecond
+	// drainLimit ends the draining of a pipe that never falls silent: whoever
+	// still writes then should have been gone.
+	drainLimit = 2 * time.Second
 )
 
 // budget is what both streams together may still say.
@@ -100,7 +103,8 @@ func (s *logStream) wake() {
 	s.news = make(chan struct{})
 }
 
-// finish ends the stream once the pipe has been empty for drainQuiet.
+// finish ends the stream once the pipe has been empty for drainQuiet, or after
+// drainLimit.
 func (s *logStream) finish(ctx context.Context) error {
 	start := time.Now()
 	t := time.NewTicker(drainQuiet / 5)
@@ -113,7 +117,7 @@ func (s *logStream) finish(ctx context.Context) error {
 			quiet = true
 		case <-t.C:
 			s.mu.Lock()
-			quiet = time.Since(s.last) >= drainQuiet && time.Since(start) >= drainQuiet
+			quiet = time.Since(s.last) >= drainQuiet && time.Since(start) >= drainQuiet || time.Since(start) >= drainLimit
 			s.mu.Unlock()
 		}
 	}
