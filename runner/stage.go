@@ -45,11 +45,12 @@ func stage[T any](ctx context.Context, a *Agent, j *Job, name bundle.Stage, f fu
 	return v, nil
 }
 
-// step records how a stage went; a stage that is repeated counts as it went last.
+// step records how a stage went. Where a stage is repeated, the way begins anew
+// there: what came after it the first time led nowhere.
 func (j *Job) step(s bundle.Step) {
 	for i := range j.timeline {
 		if j.timeline[i].Stage == s.Stage {
-			j.timeline[i] = s
+			j.timeline = append(j.timeline[:i], s)
 			return
 		}
 	}

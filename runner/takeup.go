@@ -79,7 +79,15 @@ func (a *Agent) rebuild(ctx context.Context, row journal.Job) (*Job, bool, error
 		started = s == bundle.StageStart
 		break
 	}
-	return j, started, a.replay(ctx, j)
+	if err := a.replay(ctx, j); err != nil {
+		return nil, false, err
+	}
+	// The journal's entry is the promise that the job had started; the event that
+	// tells of it may have been lost with the agent.
+	if last := len(j.timeline) - 1; started && last >= 0 && j.timeline[last].Stage != bundle.StageStart && j.at == bundle.StageStart {
+		j.step(bundle.Step{Stage: bundle.StageStart, StartUnixNano: j.timeline[last].StartUnixNano + j.timeline[last].Nanos, Outcome: bundle.StepDone})
+	}
+	return j, started, nil
 }
 
 // maxReplay bounds the events of a job that are read back.

@@ -393,7 +393,7 @@ func (c *cli) evidenceCmd() *cobra.Command {
 		Short: "Fetch the evidence bundle of a job that has ended",
 		Long: `get fetches the evidence bundle of a job, which coffer-verify checks on any
 machine, without a network.`,
-		Example: "  coffer evidence get 01JD3V8Q -o bundle.json\n  coffer-verify --simulation-roots /var/lib/coffer/simulation bundle.json",
+		Example: "  coffer evidence get 01JD3V8Q -o bundle.json\n  coffer-verify --verifier-keys verifier.jwks --broker-keys broker.jwks bundle.json",
 		Args:    exactly("a job id"),
 	}
 	get.Flags().StringVarP(&file, "file", "o", "", "`FILE` to write; must not exist")
