@@ -76,9 +76,14 @@ lint: ## run go vet and golangci-lint
 check: lint ## vet, linters and unit tests, without what needs root
 	@go test -race -short ./...
 
+# These run programs and images, which Go's test cache knows nothing of: they always run.
+MODULE      := github.com/coffer-run/coffer
+INTEGRATION := $(MODULE)/(internal/e2e|internal/stack|cmd/coffer|runner/sandbox|enclave/hold|plugins/host)
+
 .PHONY: test
 test: deps build image-numpy lint ## everything: vet, linters, unit tests, and integration tests on real parts (as root)
-	@go test -race -timeout 20m ./...
+	@go test -race -timeout 20m $$(go list ./... | grep -vxE '$(INTEGRATION)')
+	@go test -race -timeout 20m -count=1 $$(go list ./... | grep -xE '$(INTEGRATION)')
 
 .PHONY: bench
 bench: ## measure coffer against what its work must cost at least, into build/bench.json
