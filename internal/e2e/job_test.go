@@ -156,6 +156,16 @@ func needles(weights []byte) map[string][]byte {
 	return out
 }
 
+// unreadable is what a file that cannot be read means: nothing, if it has gone,
+// or if it is another test's, whose mounts come and go in the common folder for
+// temporary files.
+func unreadable(path string, err error) error {
+	if os.IsNotExist(err) || strings.HasPrefix(path, os.TempDir()) && !strings.HasPrefix(path, shared.dir) {
+		return nil
+	}
+	return err
+}
+
 // scan looks for needles in every regular file below dirs.
 func scan(t *testing.T, dirs []string, needles map[string][]byte, skip func(string) bool) []string {
 	t.Helper()
@@ -164,10 +174,7 @@ func scan(t *testing.T, dirs []string, needles map[string][]byte, skip func(stri
 	for _, dir := range dirs {
 		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil {
-				if os.IsNotExist(err) {
-					return nil
-				}
-				return err
+				return unreadable(path, err)
 			}
 			if skip(path) {
 				if d.IsDir() {
@@ -180,10 +187,7 @@ func scan(t *testing.T, dirs []string, needles map[string][]byte, skip func(stri
 			}
 			b, err := os.ReadFile(path)
 			if err != nil {
-				if os.IsNotExist(err) {
-					return nil
-				}
-				return err
+				return unreadable(path, err)
 			}
 			files, size = files+1, size+int64(len(b))
 			for name, needle := range needles {
