@@ -258,7 +258,8 @@ func bounded[T any](ctx context.Context, g *GPU, call func(context.Context) (T, 
 		return v, nil
 	case ctx.Err() != nil:
 		return none, fmt.Errorf("%w: %w", ctx.Err(), err)
-	case limited.Err() != nil:
+	case limited.Err() != nil, status.Code(err) == codes.DeadlineExceeded:
+		// The plugin has the same deadline and may notice it a moment before.
 		return none, fmt.Errorf("%w (%s): %w", ErrTimeout, g.call, err)
 	case status.Code(err) == codes.Unavailable || g.client.Exited():
 		return none, fmt.Errorf("%w: %w", ErrDied, err)
