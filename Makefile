@@ -74,7 +74,7 @@ lint: ## run go vet and golangci-lint
 
 .PHONY: check
 check: lint ## vet, linters and unit tests, without what needs root
-	@go test -race -short ./...
+	@go test -short ./...
 
 # These run programs and images, which Go's test cache knows nothing of: they always run.
 MODULE      := github.com/coffer-run/coffer

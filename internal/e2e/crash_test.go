@@ -172,9 +172,8 @@ func TestEditedJournalIsNotAdopted(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			var other map[string]any
 			if tt.field == "result" {
-				id := n.submit(t, n.granted(t, "donor", 1))
-				n.wait(t, id, "ended", ended)
-				n.journalEntry(t, id, func(rec map[string]any) { other = rec })
+				n.honest(t)
+				n.journalEntry(t, honestID, func(rec map[string]any) { other = rec })
 			}
 			id := n.submit(t, n.granted(t, "edited", 50))
 			n.wait(t, id, "running", running)
@@ -230,7 +229,7 @@ func (n *node) journalEntry(t *testing.T, id string, edit func(map[string]any)) 
 // node's root can, and expects the bundle to say so.
 func TestOperatorExecIsSeen(t *testing.T) {
 	n := need(t)
-	id := n.submit(t, n.granted(t, "exec", 3))
+	id := n.submit(t, n.granted(t, "exec", 2))
 	n.wait(t, id, "running", running)
 	ctr := exec.Command(filepath.Join(os.Getenv("COFFER_TOOLS"), "ctr"), "--address", filepath.Join(filepath.Dir(n.layout.Jobs()), "containerd.sock"),
 		"--namespace", "coffer", "tasks", "exec", "--exec-id", "x", "job-"+strings.ToLower(id), "/usr/bin/python3", "-c", "print(1)")

@@ -234,7 +234,7 @@ func TestNoPlaintextAtRest(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	id := n.submit(t, n.granted(t, "scanned", 3))
+	id := n.submit(t, n.granted(t, "scanned", 2))
 	n.wait(t, id, "running", running)
 	opened := filepath.Join(n.layout.Jobs(), id, "inputs", "model", "model.safetensors")
 	if b, err := os.ReadFile(opened); err != nil || !bytes.Equal(b, n.weights) {
