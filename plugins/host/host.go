@@ -44,8 +44,8 @@ const (
 var (
 	// ErrChecksum means that no checksum was given, or that the binary has another.
 	ErrChecksum = errors.New("plugin checksum")
-	// ErrDied means that the plugin's process is gone. It is not started again
-	// by itself: the caller decides what its death means.
+	// ErrDied means that the plugin's process is gone. A GPU plugin is not started
+	// again by itself: the caller decides what its death means.
 	ErrDied = errors.New("plugin died")
 	// ErrTimeout means that the plugin did not answer in time.
 	ErrTimeout = errors.New("plugin did not answer in time")
@@ -68,12 +68,13 @@ type Options struct {
 	Env []string
 	// Start and Call bound the start and each call.
 	Start, Call time.Duration
-	Log         *slog.Logger
+	// BackOff is how long a key store plugin stays down after its first death.
+	BackOff time.Duration
+	Log     *slog.Logger
 }
 
-// GPU is a running GPU plugin. It is safe for concurrent use.
-type GPU struct {
-	gpu      contract.GPU
+// process is a running plugin.
+type process struct {
 	client   *plugin.Client
 	end      context.CancelFunc
 	lifeline *os.File
@@ -81,10 +82,30 @@ type GPU struct {
 	call     time.Duration
 }
 
+// GPU is a running GPU plugin. It is safe for concurrent use.
+type GPU struct {
+	*process
+	gpu contract.GPU
+}
+
 var _ contract.GPU = (*GPU)(nil)
 
 // StartGPU starts a GPU plugin whose binary has the configured checksum.
-func StartGPU(ctx context.Context, cfg Config, o Options) (_ *GPU, err error) {
+func StartGPU(ctx context.Context, cfg Config, o Options) (*GPU, error) {
+	p, gpu, err := start[contract.GPU](ctx, cfg, o, contract.GPUName, &contract.GPUPlugin{})
+	if err != nil {
+		return nil, err
+	}
+	return &GPU{process: p, gpu: gpu}, nil
+}
+
+// start starts a plugin whose binary has the configured checksum and returns
+// what it serves under kind.
+func start[T any](ctx context.Context, cfg Config, o Options, kind string, wire plugin.Plugin) (_ *process, served T, err error) {
+	fail := func(err error) (*process, T, error) {
+		var none T
+		return nil, none, fmt.Errorf("start plugin %s: %w", filepath.Base(cfg.Path), err)
+	}
 	if o.Start == 0 {
 		o.Start = DefaultStart
 	}
@@ -94,15 +115,14 @@ func StartGPU(ctx context.Context, cfg Config, o Options) (_ *GPU, err error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	name := filepath.Base(cfg.Path)
 	binary, sum, err := pin(cfg)
 	if err != nil {
-		return nil, fmt.Errorf("start plugin %s: %w", name, err)
+		return fail(err)
 	}
 	defer binary.Close() //nolint:errcheck // a memory file
 	dead, alive, err := os.Pipe()
 	if err != nil {
-		return nil, fmt.Errorf("start plugin %s: %w", name, err)
+		return fail(err)
 	}
 	defer dead.Close() //nolint:errcheck // the plugin has its own
 	defer func() {
@@ -112,9 +132,9 @@ func StartGPU(ctx context.Context, cfg Config, o Options) (_ *GPU, err error) {
 	}()
 
 	// A plugin that is killed leaves its socket behind.
-	dir, err := os.MkdirTemp(o.SocketDir, "gpu-plugin-")
+	dir, err := os.MkdirTemp(o.SocketDir, kind+"-plugin-")
 	if err != nil {
-		return nil, fmt.Errorf("start plugin %s: %w", name, err)
+		return fail(err)
 	}
 	defer func() {
 		if err != nil {
@@ -130,10 +150,10 @@ func StartGPU(ctx context.Context, cfg Config, o Options) (_ *GPU, err error) {
 	cmd.Args[0] = cfg.Path
 	cmd.ExtraFiles = []*os.File{dead}
 	cmd.Env = append(append([]string{}, o.Env...), contract.LifelineEnv+"="+strconv.Itoa(3), plugin.EnvUnixSocketDir+"="+dir)
-	log := &stderrLog{log: o.Log.With("plugin", name)}
+	log := &stderrLog{log: o.Log.With("plugin", filepath.Base(cfg.Path))}
 	client := plugin.NewClient(&plugin.ClientConfig{
 		HandshakeConfig:  contract.Handshake(),
-		Plugins:          plugin.PluginSet{contract.GPUName: &contract.GPUPlugin{}},
+		Plugins:          plugin.PluginSet{kind: wire},
 		Cmd:              cmd,
 		SecureConfig:     &plugin.SecureConfig{Checksum: sum, Hash: sha256.New()},
 		AutoMTLS:         true,
@@ -151,17 +171,19 @@ func StartGPU(ctx context.Context, cfg Config, o Options) (_ *GPU, err error) {
 	}()
 	rpc, err := client.Client()
 	if err != nil {
-		return nil, fmt.Errorf("start plugin %s: %w%s", name, errors.Join(err, ctx.Err()), log.said())
+		// Kill waits until everything that the plugin said was read.
+		client.Kill()
+		return fail(fmt.Errorf("%w%s", errors.Join(err, ctx.Err()), log.said()))
 	}
-	raw, err := rpc.Dispense(contract.GPUName)
+	raw, err := rpc.Dispense(kind)
 	if err != nil {
-		return nil, fmt.Errorf("start plugin %s: %w", name, err)
+		return fail(err)
 	}
-	gpu, ok := raw.(contract.GPU)
+	served, ok := raw.(T)
 	if !ok {
-		return nil, fmt.Errorf("start plugin %s: it serves a %T", name, raw)
+		return fail(fmt.Errorf("it serves a %T", raw))
 	}
-	return &GPU{gpu: gpu, client: client, end: end, lifeline: alive, dir: dir, call: o.Call}, nil
+	return &process{client: client, end: end, lifeline: alive, dir: dir, call: o.Call}, served, nil
 }
 
 // pin copies the binary into memory that nobody can write to any more and checks
@@ -233,24 +255,24 @@ func Checksum(path string) (string, error) {
 
 // Inventory asks the plugin for the machine's GPUs.
 func (g *GPU) Inventory(ctx context.Context) (*contract.Inventory, error) {
-	return bounded(ctx, g, func(ctx context.Context) (*contract.Inventory, error) { return g.gpu.Inventory(ctx) })
+	return bounded(ctx, g.process, func(ctx context.Context) (*contract.Inventory, error) { return g.gpu.Inventory(ctx) })
 }
 
 // Collect asks the plugin for evidence.
 func (g *GPU) Collect(ctx context.Context, nonce [contract.NonceSize]byte, uuids []string) ([]contract.Evidence, error) {
-	return bounded(ctx, g, func(ctx context.Context) ([]contract.Evidence, error) { return g.gpu.Collect(ctx, nonce, uuids) })
+	return bounded(ctx, g.process, func(ctx context.Context) ([]contract.Evidence, error) { return g.gpu.Collect(ctx, nonce, uuids) })
 }
 
 // SetReady tells the driver, through the plugin, whether GPUs may take work.
 func (g *GPU) SetReady(ctx context.Context, ready bool) error {
-	_, err := bounded(ctx, g, func(ctx context.Context) (struct{}, error) { return struct{}{}, g.gpu.SetReady(ctx, ready) })
+	_, err := bounded(ctx, g.process, func(ctx context.Context) (struct{}, error) { return struct{}{}, g.gpu.SetReady(ctx, ready) })
 	return err
 }
 
 // bounded runs one call and names what went wrong with the plugin itself.
-func bounded[T any](ctx context.Context, g *GPU, call func(context.Context) (T, error)) (T, error) {
+func bounded[T any](ctx context.Context, p *process, call func(context.Context) (T, error)) (T, error) {
 	var none T
-	limited, cancel := context.WithTimeout(ctx, g.call)
+	limited, cancel := context.WithTimeout(ctx, p.call)
 	defer cancel()
 	v, err := call(limited)
 	switch {
@@ -260,8 +282,8 @@ func bounded[T any](ctx context.Context, g *GPU, call func(context.Context) (T, 
 		return none, fmt.Errorf("%w: %w", ctx.Err(), err)
 	case limited.Err() != nil, status.Code(err) == codes.DeadlineExceeded:
 		// The plugin has the same deadline and may notice it a moment before.
-		return none, fmt.Errorf("%w (%s): %w", ErrTimeout, g.call, err)
-	case status.Code(err) == codes.Unavailable || g.client.Exited():
+		return none, fmt.Errorf("%w (%s): %w", ErrTimeout, p.call, err)
+	case status.Code(err) == codes.Unavailable || p.client.Exited():
 		return none, fmt.Errorf("%w: %w", ErrDied, err)
 	default:
 		return none, err
@@ -270,8 +292,8 @@ func bounded[T any](ctx context.Context, g *GPU, call func(context.Context) (T, 
 
 // Close ends the plugin's process. A plugin has no state to save, so it is not
 // asked; one that hangs is ended like any other.
-func (g *GPU) Close() error {
-	g.end()
-	g.client.Kill()
-	return errors.Join(g.lifeline.Close(), os.RemoveAll(g.dir))
+func (p *process) Close() error {
+	p.end()
+	p.client.Kill()
+	return errors.Join(p.lifeline.Close(), os.RemoveAll(p.dir))
 }

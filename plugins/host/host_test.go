@@ -38,6 +38,12 @@ func TestMain(m *testing.M) {
 		fmt.Println("1|1|tcp|127.0.0.1:1|grpc")
 		time.Sleep(time.Hour)
 	default:
+		if behaviour, ok := strings.CutPrefix(arg, "keystore-"); ok {
+			if err := kit.ServeKeyStore(hostile(behaviour), os.Stderr); err != nil {
+				_, _ = fmt.Fprintln(os.Stderr, err)
+			}
+			os.Exit(1)
+		}
 		if err := kit.ServeGPU(fake(arg), os.Stderr); err != nil {
 			_, _ = fmt.Fprintln(os.Stderr, err)
 		}

@@ -10,8 +10,10 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/go-plugin"
+	"google.golang.org/grpc"
 
 	"github.com/coffer-run/coffer/plugins/contract"
+	"github.com/coffer-run/coffer/plugins/contract/keystore"
 )
 
 // ServeGPU serves a GPU plugin until its host ends it, and ends the process
@@ -20,20 +22,41 @@ func ServeGPU(impl contract.GPU, stderr io.Writer) error {
 	if impl == nil {
 		return errors.New("serve GPU plugin: no implementation")
 	}
+	return serve("GPU", "cofferd", contract.GPUName, &contract.GPUPlugin{Impl: impl}, plugin.DefaultGRPCServer, stderr)
+}
+
+// ServeKeyStore serves a key store plugin as ServeGPU does a GPU plugin.
+func ServeKeyStore(impl keystore.Store, stderr io.Writer) error {
+	if impl == nil {
+		return errors.New("serve key store plugin: no implementation")
+	}
+	server := func(opts []grpc.ServerOption) *grpc.Server {
+		return plugin.DefaultGRPCServer(append(opts, grpc.MaxRecvMsgSize(keystore.MaxMessage)))
+	}
+	return serve("key store", "coffer-broker", keystore.PluginName, &keystore.Plugin{Impl: impl}, server, stderr)
+}
+
+// Hosted reports whether a host started this process as its plugin. It is for
+// programs that can do something else; Serve functions look for themselves.
+func Hosted() bool {
 	hs := contract.Handshake()
-	if os.Getenv(hs.MagicCookieKey) != hs.MagicCookieValue {
-		return errors.New("this is a plugin of cofferd, which starts it itself")
+	return os.Getenv(hs.MagicCookieKey) == hs.MagicCookieValue
+}
+
+func serve(kind, host, name string, p plugin.Plugin, server func([]grpc.ServerOption) *grpc.Server, stderr io.Writer) error {
+	if !Hosted() {
+		return fmt.Errorf("this is a plugin of %s, which starts it itself", host)
 	}
 	if os.Getenv("PLUGIN_CLIENT_CERT") == "" {
-		return errors.New("serve GPU plugin: the host gave no certificate to authenticate itself by")
+		return fmt.Errorf("serve %s plugin: the host gave no certificate to authenticate itself by", kind)
 	}
 	if err := watchHost(os.Getenv(contract.LifelineEnv)); err != nil {
-		return fmt.Errorf("serve GPU plugin: %w", err)
+		return fmt.Errorf("serve %s plugin: %w", kind, err)
 	}
 	plugin.Serve(&plugin.ServeConfig{
-		HandshakeConfig: hs,
-		Plugins:         plugin.PluginSet{contract.GPUName: &contract.GPUPlugin{Impl: impl}},
-		GRPCServer:      plugin.DefaultGRPCServer,
+		HandshakeConfig: contract.Handshake(),
+		Plugins:         plugin.PluginSet{name: p},
+		GRPCServer:      server,
 		Logger:          hclog.New(&hclog.LoggerOptions{Output: stderr, JSONFormat: true, Level: hclog.Warn}),
 	})
 	return nil

@@ -1,0 +1,56 @@
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// TestDocumented types what docs/keystores.md says of this program, in its order.
+func TestDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/keystores.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, found := strings.Cut(string(page), "\n## Local\n")
+	section, _, end := strings.Cut(section, "\n## ")
+	if !found || !end {
+		t.Fatal("docs/keystores.md has no section of this program")
+	}
+	config := regexp.MustCompile("(?ms)^```json\n(.*?)^```$").FindStringSubmatch(section)
+	fences := regexp.MustCompile("(?ms)^```sh\n(.*?)^```$").FindAllStringSubmatch(section, -1)
+	if config == nil || len(fences) != 2 {
+		t.Fatalf("a configuration and two fences are expected, not %d", len(fences))
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, bin := t.TempDir(), t.TempDir()
+	files := map[string]string{
+		filepath.Join(dir, "local.json"):            config[1],
+		filepath.Join(bin, "coffer-keystore-local"): "#!/bin/sh\n" + asCommand + "=1 exec " + exe + ` "$@"` + "\n",
+	}
+	for path, text := range files {
+		if err := os.WriteFile(path, []byte(text), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	script := "set -eu\n"
+	for _, f := range fences {
+		script += f[1]
+	}
+	cmd := exec.Command("bash", "-c", script+"coffer-keystore-local --config local.json status\n")
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if last := "default  versions 1 to 2  enabled\n"; !strings.HasSuffix(string(out), last) {
+		t.Errorf("it ended with %s", out)
+	}
+}
