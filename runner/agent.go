@@ -27,6 +27,7 @@ import (
 	"github.com/coffer-run/coffer/runner/journal"
 	"github.com/coffer-run/coffer/runner/remote"
 	"github.com/coffer-run/coffer/runner/sandbox"
+	"github.com/coffer-run/coffer/runner/source/cache"
 )
 
 type grantInfo = brokerv1.Grant
@@ -39,7 +40,7 @@ type GPUs interface {
 	SetReady(ctx context.Context, ready bool) error
 }
 
-// Deps are the parts of a node that an agent drives. All are required.
+// Deps are the parts of a node that an agent drives. All but Cache are required.
 type Deps struct {
 	Node      *sandbox.Node
 	Journal   *journal.Journal
@@ -49,6 +50,8 @@ type Deps struct {
 	GPUs      GPUs
 	// AKCredential returns a current credential of the TPM's attestation key.
 	AKCredential func(ctx context.Context) (string, error)
+	// Cache has the inputs that come from object stores; without it there are none.
+	Cache *cache.Cache
 	// Holder is the holder's binary.
 	Holder string
 	// RunDir holds a directory per running job.
@@ -113,6 +116,7 @@ func Open(ctx context.Context, d Deps) (*Agent, error) {
 	if err := a.takeUp(ctx); err != nil {
 		return nil, err
 	}
+	a.jobs.Go(func() { a.renewals(a.ctx) }) //nolint:contextcheck // for as long as the agent runs
 	return a, nil
 }
 
@@ -136,6 +140,7 @@ type Job struct {
 	feed      *feed
 	cancel    context.CancelCauseFunc
 	redacted  []byte
+	lease     leaseState
 
 	// What follows belongs to the goroutine that runs the job.
 	slot     bool
@@ -171,6 +176,8 @@ type record struct {
 	Evidence []byte   `json:"evidence,omitempty"`
 	Result   string   `json:"result,omitempty"`
 	Releases []string `json:"releases,omitempty"`
+	// Approved is one for each grant of Releases, if the broker said.
+	Approved []bundle.Approved `json:"approved,omitempty"`
 }
 
 // assets lists the assets whose keys the job needs, inputs first, each once.
@@ -319,6 +326,9 @@ func (a *Agent) Submit(ctx context.Context, submitter string, file []byte, key s
 		a.tell(ctx, j, stageEvent(s.Stage, "done", s.Nanos, detail))
 	}
 	a.launch(j, func(ctx context.Context) error { //nolint:contextcheck // a job outlives the call that submits it
+		if err := a.approval(ctx, j); err != nil {
+			return err
+		}
 		if err := a.acquire(ctx, j); err != nil {
 			return err
 		}
@@ -343,7 +353,8 @@ func (a *Agent) launch(j *Job, work func(context.Context) error) {
 			a.detach(j)
 			return
 		}
-		a.conclude(context.WithoutCancel(ctx), j, a.outcome(ctx, j, err))
+		j.lease.release()
+		a.conclude(context.WithoutCancel(ctx), j, a.outcome(ctx, j, j.ended(ctx, err)))
 	})
 }
 
@@ -502,5 +513,8 @@ func (a *Agent) cleanUp(ctx context.Context, j *Job) error {
 		errs = append(errs, holdapi.Cleanup(j.runDir))
 	}
 	errs = append(errs, sandbox.OpenCgroup(sandbox.JobCgroup(a.Cgroup, j.id)).Remove(), os.RemoveAll(j.runDir))
+	if a.Cache != nil {
+		errs = append(errs, a.Cache.Release(j.id))
+	}
 	return errors.Join(errs...)
 }

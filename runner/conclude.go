@@ -11,6 +11,7 @@ import (
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/journal"
@@ -93,6 +94,7 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	}
 	if gone == nil {
 		j.sandbox = nil
+		j.goneNow()
 	}
 	b := bundle.NewBuilder()
 	errs := []error{
@@ -110,9 +112,19 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	}
 	if j.record.Result != "" {
 		errs = append(errs, b.Add(bundle.Result, []byte(j.record.Result)))
+		// Without them the record is as true: they can be exported and given to
+		// whoever verifies it.
+		if used, err := a.Verifier.Endorsements(ctx, j.record.Result); err != nil {
+			a.Log.WarnContext(ctx, "the bundle lacks the endorsements that the appraisal used", slog.String("job", j.id), slog.String("error", err.Error()))
+		} else if used != nil {
+			errs = append(errs, b.Add(bundle.Endorsements, used))
+		}
 	}
 	if len(j.record.Releases) > 0 {
 		errs = append(errs, b.AddJSON(bundle.Releases, j.record.Releases))
+	}
+	if len(j.record.Approved) > 0 {
+		errs = append(errs, b.AddJSON(bundle.Approvals, j.record.Approved))
 	}
 	last, heldErr := a.finish(ctx, j)
 	if heldErr == nil {
@@ -137,7 +149,7 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 		j.step(j.checkpoints)
 	}
 	statement, err := b.Statement(j.id, j.digest, bundle.Outcome{
-		State: bundle.State(end.State), ExitCode: end.ExitCode, Stage: bundle.Stage(end.Stage), Reason: end.Reason, Checks: end.Checks,
+		State: bundle.State(end.State), ExitCode: end.ExitCode, Stage: bundle.Stage(end.Stage), Reason: end.Reason, Checks: end.Checks, Stop: j.stopped(end.Reason, last.trace),
 	}, j.timeline)
 	if err != nil {
 		return nil, err
@@ -148,13 +160,21 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 			return nil, fmt.Errorf("sign bundle: %w", err)
 		}
 	}
+	a.reportStopped(ctx, j, end.Reason, last.trace)
 	token, entries, err := a.Broker.LogBundle(ctx, j.id, plan.Sum(statement))
 	if err != nil {
 		// Kept without the log's word: verification says so.
 		out, ferr := b.Finish(signature, nil)
 		return out, errors.Join(fmt.Errorf("log bundle: %w", err), ferr, gone)
 	}
-	out, err := b.Finish(signature, &bundle.Log{Receipt: token, Entries: entries})
+	logged := &bundle.Log{Receipt: token, Entries: entries}
+	// Without them verification says that they are not there yet.
+	if p, err := a.Broker.Proofs(ctx, entries); err != nil {
+		a.log.WarnContext(ctx, "no proofs in the bundle", slog.String("job", j.id), slog.Any("error", err))
+	} else {
+		logged.Checkpoint, logged.Proofs = p.Checkpoint, p.Hashes
+	}
+	out, err := b.Finish(signature, logged)
 	if err != nil {
 		return nil, err
 	}
@@ -162,6 +182,37 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 		heldErr = nil // it never ran
 	}
 	return out, errors.Join(heldErr, gone)
+}
+
+// approvalsTimeout bounds how long a job that has its keys waits for the broker to
+// say who approved.
+const approvalsTimeout = 5 * time.Second
+
+// noteApprovals keeps for the bundle on whose word the keys were released. It asks
+// right after the release: the grant and the policies may change while the job
+// runs. Without an answer the bundle has the digests that the receipts name.
+func (a *Agent) noteApprovals(ctx context.Context, j *Job, released []receipt.Grant) {
+	ctx, cancel := context.WithTimeout(ctx, approvalsTimeout)
+	defer cancel()
+	counted := map[string][]plan.Digest{}
+	var order []string
+	for _, g := range released {
+		r := g.Release()
+		if _, seen := counted[r.Grant]; !seen {
+			order = append(order, r.Grant)
+		}
+		counted[r.Grant] = r.Approvals
+	}
+	var out []bundle.Approved
+	for _, id := range order {
+		one, err := a.Broker.Approved(ctx, id, counted[id])
+		if err != nil {
+			a.Log.WarnContext(ctx, "the bundle lacks the approvals that counted", slog.String("job", j.id), slog.String("error", err.Error()))
+			return
+		}
+		out = append(out, one)
+	}
+	j.record.Approved = out
 }
 
 // lastWords are what a holder says when it has finished.

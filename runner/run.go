@@ -106,7 +106,7 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 		return nil, "", err
 	}
 	h, err := holder.Start(ctx, holder.Config{
-		Path: a.Holder, RunDir: j.runDir, JobID: j.id, UID: sandbox.UID, GID: sandbox.GID, LogBytes: j.plan.Output.LogBytes, Join: cgroup.Add,
+		Path: a.Holder, RunDir: j.runDir, JobID: j.id, UID: sandbox.UID, GID: sandbox.GID, LogBytes: j.plan.Output.LogBytes, Join: cgroup.Add, Procs: cgroup.Procs,
 	})
 	if err != nil {
 		return nil, "", err
@@ -114,10 +114,13 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 	j.holder = h
 	var binds []sandbox.Bind
 	for i, in := range j.plan.Inputs {
-		if err := a.handInput(ctx, h, j.spec.Inputs[i].URI, in); err != nil {
+		if err := a.handInput(ctx, j.id, h, j.spec.Inputs[i].URI, in); err != nil {
 			return nil, "", err
 		}
 		binds = append(binds, sandbox.Bind{Source: filepath.Join(j.runDir, holdapi.InputsName, in.Name), Target: in.Mount})
+	}
+	if len(binds) > 0 {
+		binds = append(binds, sandbox.Bind{Source: filepath.Join(j.runDir, holdapi.RegionsDir), Target: sandbox.RegionsMount})
 	}
 	if c := j.plan.Checkpoints; c != nil {
 		dir, err := source.Sink(j.spec.Checkpoints.URI, j.id)
@@ -144,15 +147,27 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 	return &created{sandbox: box, holder: h}, a.Node.Profile().Runtime, nil
 }
 
-func (a *Agent) handInput(ctx context.Context, h *holder.Holder, uri string, in plan.Input) error {
-	dir, err := source.Folder(uri)
+func (a *Agent) handInput(ctx context.Context, job string, h *holder.Holder, uri string, in plan.Input) error {
+	dir, err := a.inputFolder(ctx, job, uri, in.Digest)
 	if err != nil {
-		return err
+		return fmt.Errorf("input %s: %w", in.Name, err)
 	}
 	if err := h.Input(ctx, holdapi.Input{Name: in.Name, Asset: in.Asset, Digest: in.Digest}, dir); err != nil {
 		return fmt.Errorf("hand over input %s: %w", in.Name, err)
 	}
 	return nil
+}
+
+// inputFolder is where an input lies, fetched from its object store if it has one.
+func (a *Agent) inputFolder(ctx context.Context, job, uri string, digest plan.Digest) (string, error) {
+	at, err := source.Parse(uri)
+	if err != nil {
+		return source.Folder(uri)
+	}
+	if a.Cache == nil {
+		return "", fmt.Errorf("fetch %s: this node has no cache for object stores: its configuration has no sources", at)
+	}
+	return a.Cache.Hold(ctx, job, at, digest)
 }
 
 // collect is stage 4: the binding of plan, job, sandbox, nonce and keys -> evidence.
@@ -217,7 +232,9 @@ func (a *Agent) release(ctx context.Context, j *Job, box *created, v receipt.Ver
 	}
 	var out []receipt.Grant
 	for _, asset := range j.assets() {
-		i := slices.IndexFunc(known, func(g *grantInfo) bool { return slices.Contains(g.GetAssets(), asset) && g.GetState() == "active" })
+		i := slices.IndexFunc(known, func(g *grantInfo) bool {
+			return slices.Contains(g.GetAssets(), asset) && g.GetState() == grantActive && a.mayUse(g, j)
+		})
 		if i < 0 {
 			i = slices.IndexFunc(known, func(g *grantInfo) bool { return slices.Contains(g.GetAssets(), asset) })
 		}
@@ -227,7 +244,7 @@ func (a *Agent) release(ctx context.Context, j *Job, box *created, v receipt.Ver
 				fmt.Sprintf("its owner may run: coffer grant create --plan %s --asset %s", j.digest, asset))
 			return nil, "", check.Refuse("release", l)
 		}
-		g, err := a.Broker.Release(ctx, v, known[i].GetId(), asset, 1, box.holder.SignRelease)
+		g, err := a.Broker.Release(ctx, v, remote.Ask{Grant: known[i].GetId(), Asset: asset, Attempt: 1, Submitter: j.submitter, Plan: j.canonical}, box.holder.SignRelease)
 		if err != nil {
 			return nil, "", err
 		}
@@ -238,17 +255,19 @@ func (a *Agent) release(ctx context.Context, j *Job, box *created, v receipt.Ver
 			l.Fail("grant.asset-digest", string(want), string(g.Release().AssetDigest), "the asset "+asset+" is not the one in the plan")
 			return nil, "", check.Refuse("release", l)
 		}
-		info, err := receipt.WrapInfo(g.Release().Grant, j.digest, asset, v.Result().ID)
+		info, err := receipt.WrapInfo(g.Release().Grant, j.digest, asset, v.Result().ID, g.Release().LeaseTerms())
 		if err != nil {
 			return nil, "", err
 		}
 		enc, ciphertext := g.Wrapped()
-		if err := box.holder.Deliver(ctx, holdapi.Deliver{Asset: asset, Info: info, Enc: enc, Ciphertext: ciphertext}); err != nil {
+		if err := box.holder.Deliver(ctx, holdapi.Deliver{Asset: asset, Info: info, Enc: enc, Ciphertext: ciphertext, LeaseKeys: a.Broker.JWKS()}); err != nil {
 			return nil, "", fmt.Errorf("deliver key of %s: %w", asset, err)
 		}
+		j.lease.hold()
 		j.record.Releases = append(j.record.Releases, g.Token())
 		out = append(out, g)
 	}
+	a.noteApprovals(ctx, j, out)
 	return out, fmt.Sprintf("%d keys, wrapped to the job", len(out)), a.Journal.Leave(ctx, j.id, string(bundle.StageRelease), j.record)
 }
 

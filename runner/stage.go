@@ -90,12 +90,15 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 	var refused *check.Refusal
 	var away *remote.Unavailable
 	var exit *exitError
+	var stop *stopError
 	switch {
 	case err == nil:
 		out.State = journal.Succeeded
 		return out
 	case errors.Is(err, errCancelled):
 		out.State, out.Reason = journal.Cancelled, "cancelled"
+	case errors.As(err, &stop):
+		out.Reason = stop.code
 	case errors.As(err, &refused):
 		out.State, out.Reason, out.Checks = journal.Refused, refused.Stage+"-refused", refused.Checks
 	case errors.Is(err, errDeadline):

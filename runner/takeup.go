@@ -30,6 +30,15 @@ func (a *Agent) takeUp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if a.Cache != nil {
+		ids := make([]string, 0, len(rows))
+		for _, row := range rows {
+			ids = append(ids, row.ID)
+		}
+		if err := a.Cache.Keep(ids); err != nil {
+			return err
+		}
+	}
 	for _, row := range rows {
 		j, started, err := a.rebuild(ctx, row)
 		if err != nil {
@@ -78,6 +87,9 @@ func (a *Agent) rebuild(ctx context.Context, row journal.Job) (*Job, bool, error
 		}
 		started = s == bundle.StageStart
 		break
+	}
+	if len(j.record.Releases) > 0 {
+		j.lease.hold()
 	}
 	if err := a.replay(ctx, j); err != nil {
 		return nil, false, err

@@ -57,8 +57,12 @@ func (j *Job) began() time.Time {
 // wait waits for the first of the ways in which a job ends.
 func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 	end := func(reason error) (int, error) {
-		stop := context.WithoutCancel(ctx)
-		if err := r.box.sandbox.Stop(stop, stopGrace); err != nil {
+		grace := stopGrace
+		if stop := (*stopError)(nil); errors.As(reason, &stop) {
+			grace = stop.grace
+		}
+		j.toldNow()
+		if err := r.box.sandbox.Stop(context.WithoutCancel(ctx), grace); err != nil {
 			return 0, errors.Join(reason, err)
 		}
 		return 0, reason

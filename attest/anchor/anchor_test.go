@@ -1,6 +1,7 @@
 package anchor_test
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -239,4 +240,37 @@ func sign(t *testing.T, c, parent *x509.Certificate, pub *ecdsa.PublicKey, key *
 		t.Fatal(err)
 	}
 	return out
+}
+
+// What is remembered of a certificate is its content, and nothing that vouches
+// for it.
+func TestCertificatesAreRememberedByContent(t *testing.T) {
+	s := simulation(t)
+	root, key := ca(t, "root", nil, nil)
+	leaf, _ := ca(t, "leaf", root, key)
+	first, err := s.Certificate(leaf.Raw)
+	if err != nil || !first.Equal(leaf) {
+		t.Fatal("read another certificate:", err)
+	}
+	again, err := s.Certificate(bytes.Clone(leaf.Raw))
+	if err != nil || again != first {
+		t.Error("the same bytes were read again:", err)
+	}
+	other, err := s.Certificate(root.Raw)
+	if err != nil || !other.Equal(root) {
+		t.Error("another certificate was taken for one that is remembered:", err)
+	}
+	for i := range leaf.Raw {
+		b := bytes.Clone(leaf.Raw)
+		b[i] ^= 1
+		if c, err := s.Certificate(b); err == nil && (c == first || !bytes.Equal(c.Raw, b)) {
+			t.Fatalf("byte %d was changed, and the certificate before was given", i)
+		}
+	}
+	if _, err := s.Certificate(leaf.Raw[:len(leaf.Raw)-1]); err == nil {
+		t.Error("half a certificate was read")
+	}
+	if err := s.Path([]*x509.Certificate{first, again}); err == nil {
+		t.Error("a certificate that is remembered was taken for a good chain")
+	}
 }

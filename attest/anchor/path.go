@@ -14,14 +14,49 @@ import (
 // MaxPath bounds the certificates of one chain.
 const MaxPath = 8
 
-// maxRemembered bounds what a set remembers: some tens of bytes a chain.
-const maxRemembered = 4096
+// What a set remembers is bounded: chains at some tens of bytes, certificates at
+// about twice their length.
+const (
+	maxRemembered   = 4096
+	maxCertificates = 1024
+	// maxKept is the length in bytes above which a certificate is not remembered.
+	// Those of chips and GPUs have half of it.
+	maxKept = 4 << 10
+)
 
-// paths remembers by content the chains whose signatures were found good. A
-// signature stays good, so nothing that depends on time is in here.
+// paths remembers by content the certificates that were read, and the chains
+// whose signatures were found good. Both stay so: nothing that depends on time is
+// in here.
 type paths struct {
 	mu   sync.Mutex
-	good map[[sha256.Size]byte]struct{} // guarded by mu
+	good map[[sha256.Size]byte]struct{}          // guarded by mu
+	read map[[sha256.Size]byte]*x509.Certificate // guarded by mu
+}
+
+// Certificate reads a certificate, and remembers it, trusted or not. Callers must
+// not change what they get: others have it too.
+func (s Set) Certificate(der []byte) (*x509.Certificate, error) {
+	if s.paths == nil || len(der) > maxKept {
+		return x509.ParseCertificate(der)
+	}
+	key := sha256.Sum256(der)
+	s.paths.mu.Lock()
+	c := s.paths.read[key]
+	s.paths.mu.Unlock()
+	if c != nil {
+		return c, nil
+	}
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, err
+	}
+	s.paths.mu.Lock()
+	defer s.paths.mu.Unlock()
+	if s.paths.read == nil || len(s.paths.read) >= maxCertificates {
+		s.paths.read = map[[sha256.Size]byte]*x509.Certificate{}
+	}
+	s.paths.read[key] = c
+	return c, nil
 }
 
 // Path checks that each certificate of chain, leaf first, was issued by the

@@ -48,7 +48,7 @@ func TestReleaseGivesTheKeyToTheJobAlone(t *testing.T) {
 			t.Errorf("receipt %+v", rel)
 		}
 	}
-	if l := must[[]broker.Grant](t)(w.Grants(t.Context(), w.plan)); len(l) != 1 || l[0].Used != 1 || l[0].State(w.clock()) != broker.StateExhausted {
+	if l := must[[]broker.Grant](t)(w.grants(t)); len(l) != 1 || l[0].Used != 1 || l[0].State(w.clock(), false) != broker.StateExhausted {
 		t.Errorf("one attempt for three assets: %+v", l)
 	}
 }
@@ -68,13 +68,13 @@ func TestReleaseAttacks(t *testing.T) {
 			r := j.request(g, "weights")
 			change(&r)
 			req, sig := sign(t, j.session, r)
-			return w.Release(t.Context(), node, j.token, req, sig)
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
 		}
 	}
 	withToken := func(forge func(t *testing.T, w *world, j *job) string) func(*testing.T, *world, broker.Grant, *job) (broker.Answer, error) {
 		return func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			req, sig := sign(t, j.session, j.request(g, "weights"))
-			return w.Release(t.Context(), node, forge(t, w, j), req, sig)
+			return w.Release(t.Context(), node, broker.Ask{Result: forge(t, w, j), Request: req, Signature: sig})
 		}
 	}
 	after := func(d time.Duration) func(*testing.T, *world, broker.Grant, *job) (broker.Answer, error) {
@@ -91,39 +91,39 @@ func TestReleaseAttacks(t *testing.T) {
 	for name, a := range map[string]attack{
 		"result replayed by a third party without the session key": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			req, sig := sign(t, newJob(t, w, nil).session, j.request(g, "weights"))
-			return w.Release(t.Context(), node, j.token, req, sig)
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
 		}, want: "release.session-key"},
 		"request changed after it was signed": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			_, sig := sign(t, j.session, j.request(g, "data"))
 			req, _ := sign(t, j.session, j.request(g, "weights"))
-			return w.Release(t.Context(), node, j.token, req, sig)
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
 		}, want: "release.session-key"},
 		"no signature": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			req, _ := sign(t, j.session, j.request(g, "weights"))
-			return w.Release(t.Context(), node, j.token, req, nil)
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: nil})
 		}, want: "release.session-key"},
 		"request of one result sent with another of the same job": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			req, sig := sign(t, j.session, j.request(g, "weights"))
 			j.attest(t, w, nil)
-			return w.Release(t.Context(), node, j.token, req, sig)
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
 		}, want: "release.result"},
 		"malformed request": {act: func(t *testing.T, w *world, _ broker.Grant, j *job) (broker.Answer, error) {
-			return w.Release(t.Context(), node, j.token, []byte(`{"version":"`+receipt.RequestVersion+`","extra":1}`), nil)
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: []byte(`{"version":"` + receipt.RequestVersion + `","extra":1}`)})
 		}, want: "release.request"},
 		"request whose attempt is no double": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			req, _ := sign(t, j.session, j.request(g, "weights"))
 			req = bytes.Replace(req, []byte(`"attempt":1`), []byte(`"attempt":9223372036854775807`), 1)
 			sum := sha256.Sum256(req)
-			return w.Release(t.Context(), node, j.token, req, must[[]byte](t)(ecdsa.SignASN1(rand.Reader, j.session, sum[:])))
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: must[[]byte](t)(ecdsa.SignASN1(rand.Reader, j.session, sum[:]))})
 		}, want: "release.request"},
 		"request that names two assets": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			req, _ := sign(t, j.session, j.request(g, "weights"))
 			req = bytes.Replace(req, []byte(`"asset":"weights"`), []byte(`"asset":"data","Asset":"weights"`), 1)
 			sum := sha256.Sum256(req)
-			return w.Release(t.Context(), node, j.token, req, must[[]byte](t)(ecdsa.SignASN1(rand.Reader, j.session, sum[:])))
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: must[[]byte](t)(ecdsa.SignASN1(rand.Reader, j.session, sum[:]))})
 		}, want: "release.request"},
 		"oversized request": {act: func(t *testing.T, w *world, _ broker.Grant, j *job) (broker.Answer, error) {
-			return w.Release(t.Context(), node, j.token, make([]byte, receipt.MaxRequest+1), nil)
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: make([]byte, receipt.MaxRequest+1)})
 		}, want: "release.request"},
 		"request for another broker": {act: asking(func(r *receipt.ReleaseRequest) { r.Broker = "other.test" }), want: "release.broker"},
 
@@ -137,7 +137,8 @@ func TestReleaseAttacks(t *testing.T) {
 		"result with a failed check":    {result: func(r *receipt.Result) { r.Checks.Fail("binding.gpu", "a", "b", "") }, want: "binding.gpu"},
 		"result without a nonce":        {result: func(r *receipt.Result) { r.Nonce = "" }, want: "result.complete"},
 		"result with a strange job id":  {result: func(r *receipt.Result) { r.JobID = "../job" }, want: "result.job"},
-		"recipient key of another kind": {result: func(r *receipt.Result) { r.Confirmation.Recipient = make([]byte, 32) }, want: "release.recipient-key"},
+		"recipient key of another kind": {result: func(r *receipt.Result) { r.Confirmation.Recipient = make([]byte, 32) }, want: "asset.kem"},
+		"recipient key of no kind":      {result: func(r *receipt.Result) { r.Confirmation.Recipient = make([]byte, 31) }, want: "release.recipient-key"},
 
 		"result of a verifier unknown here": {act: withToken(func(t *testing.T, _ *world, j *job) string {
 			other, _ := newSigner(t, "other.test")
@@ -191,9 +192,9 @@ func TestReleaseAttacks(t *testing.T) {
 		}, want: "grant.revoked"},
 		"answer repeated after the revocation": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			req, sig := sign(t, j.session, j.request(g, "weights"))
-			must[broker.Answer](t)(w.Release(t.Context(), node, j.token, req, sig))
+			must[broker.Answer](t)(w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig}))
 			must[broker.Grant](t)(w.Revoke(t.Context(), alice, g.ID, "changed my mind"))
-			return w.Release(t.Context(), node, j.token, req, sig)
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
 		}, want: "grant.revoked"},
 		"grant used twice with a new recipient key": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			released(t, w, g, j)
@@ -212,12 +213,12 @@ func TestReleaseAttacks(t *testing.T) {
 		"job of another agent": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			released(t, w, g, j)
 			req, sig := sign(t, j.session, j.request(g, "data"))
-			return w.Release(t.Context(), stranger, j.token, req, sig)
+			return w.Release(t.Context(), stranger, broker.Ask{Result: j.token, Request: req, Signature: sig})
 		}, want: "job.agent"},
 		"answer of another agent's job": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			req, sig := sign(t, j.session, j.request(g, "weights"))
-			must[broker.Answer](t)(w.Release(t.Context(), node, j.token, req, sig))
-			return w.Release(t.Context(), stranger, j.token, req, sig)
+			must[broker.Answer](t)(w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig}))
+			return w.Release(t.Context(), stranger, broker.Ask{Result: j.token, Request: req, Signature: sig})
 		}, want: "job.agent"},
 		"job of another agent that only logged a bundle": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			must[string](t)(w.LogBundle(t.Context(), stranger, "job-1", plan.Sum(nil)))
@@ -236,7 +237,7 @@ func TestReleaseAttacks(t *testing.T) {
 			r := j.request(g, "weights")
 			r.Attempt = 2
 			req, sig := sign(t, j.session, r)
-			return w.Release(t.Context(), node, j.token, req, sig)
+			return w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
 		}, want: "release.replay"},
 		"same result and asset under another grant": {act: func(t *testing.T, w *world, g broker.Grant, j *job) (broker.Answer, error) {
 			released(t, w, g, j)
@@ -263,7 +264,7 @@ func TestReleaseAttacks(t *testing.T) {
 			w := newWorld(t, a.simulation)
 			g := w.grant(t, a.grant)
 			j := newJob(t, w, a.result)
-			before := must[[]broker.Grant](t)(w.Grants(t.Context(), ""))[0].Used
+			before := must[[]broker.Grant](t)(w.grants(t))[0].Used
 			var ans broker.Answer
 			var err error
 			if a.act != nil {
@@ -272,7 +273,7 @@ func TestReleaseAttacks(t *testing.T) {
 				ans, err = j.release(t, w.Broker, g, "weights")
 			}
 			wantRefused(t, ans, err, a.want)
-			if used := must[[]broker.Grant](t)(w.Grants(t.Context(), ""))[0].Used; used > before+1 {
+			if used := must[[]broker.Grant](t)(w.grants(t))[0].Used; used > before+1 {
 				t.Errorf("the grant counts %d uses", used)
 			}
 			if _, err := w.CheckLog(t.Context()); err != nil {
@@ -329,7 +330,9 @@ func TestRacingReleases(t *testing.T) {
 	var wg sync.WaitGroup
 	for i, j := range jobs {
 		req, sig := sign(t, j.session, j.request(g, "weights"))
-		wg.Go(func() { _, errs[i] = w.Release(t.Context(), node, j.token, req, sig) })
+		wg.Go(func() {
+			_, errs[i] = w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
+		})
 	}
 	wg.Wait()
 	won := 0
@@ -356,11 +359,13 @@ func TestSameRequestGetsTheSameAnswer(t *testing.T) {
 	errs := make([]error, len(answers))
 	var wg sync.WaitGroup
 	for i := range answers {
-		wg.Go(func() { answers[i], errs[i] = w.Release(t.Context(), node, j.token, req, sig) })
+		wg.Go(func() {
+			answers[i], errs[i] = w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
+		})
 	}
 	wg.Wait()
 	restarted := must[*broker.Broker](t)(broker.New(w.cfg))
-	again, err := restarted.Release(t.Context(), node, j.token, req, sig)
+	again, err := restarted.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
 	answers, errs = append(answers, again), append(errs, err)
 	for i := range answers {
 		if errs[i] != nil {
@@ -370,10 +375,10 @@ func TestSameRequestGetsTheSameAnswer(t *testing.T) {
 			t.Errorf("answer %d differs", i)
 		}
 	}
-	if used := must[[]broker.Grant](t)(w.Grants(t.Context(), ""))[0].Used; used != 1 {
+	if used := must[[]broker.Grant](t)(w.grants(t))[0].Used; used != 1 {
 		t.Errorf("counted %d times", used)
 	}
-	if l, err := w.Entries(t.Context(), "job-1"); err != nil || len(l) != 1 {
+	if l, err := w.Entries(t.Context(), alice, "job-1"); err != nil || len(l) != 1 {
 		t.Errorf("%d log entries, %v", len(l), err)
 	}
 }
@@ -391,7 +396,7 @@ func TestReattestationOfTheSameJobIsTheSameAttempt(t *testing.T) {
 	if key, err := j.open(a, g, "weights"); err != nil || !bytes.Equal(key, w.keys["weights"]) {
 		t.Error(err)
 	}
-	if used := must[[]broker.Grant](t)(w.Grants(t.Context(), ""))[0].Used; used != 1 {
+	if used := must[[]broker.Grant](t)(w.grants(t))[0].Used; used != 1 {
 		t.Errorf("counted %d times", used)
 	}
 }

@@ -1,12 +1,14 @@
 // Package broker holds the rules by which data keys are released to attested
 // jobs under grants.
 //
-// Trusted: the pinned keys of verifiers, the KeyStore, the Store and the clock.
-// Checked: the result's signature, issuer, audience, lifetime and verdict; the
-// session key's signature over the request; that the grant is of that plan and
-// asset, active, unrevoked and unspent; that a nonce, a result and an asset come
-// together once; that one agent alone acts for a job. Not checked: evidence; the
-// verifier appraised it. Not bounded: how many jobs an agent logs bundles for.
+// Trusted: the pinned keys of verifiers, the KeyStore, the Store, the Authorizer,
+// the Directory and the clock. Checked: the result's signature, issuer, audience,
+// lifetime and verdict; the session key's signature over the request; that the
+// grant is of that plan and asset, active, unrevoked and unspent; its approvals,
+// again at every release; that nothing which was taken back concerns the job;
+// that a nonce, a result and an asset come together once; that one agent alone
+// acts for a job. Not checked: evidence; the verifier appraised it. Who submitted
+// a job is the agent's word. Not bounded: how many jobs an agent logs bundles for.
 package broker
 
 import (
@@ -17,10 +19,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/check"
@@ -30,19 +33,8 @@ import (
 )
 
 const (
-	// MaxGrantAssets bounds the assets of one grant.
-	MaxGrantAssets = 64
-	// MaxGrantReleases bounds the attempts that one grant allows.
-	MaxGrantReleases = 1000
-	// MaxGrantDuration bounds how long a grant may last.
-	MaxGrantDuration = 366 * 24 * time.Hour
-	// MaxReason bounds the reason of a revocation, in bytes.
-	MaxReason = 512
 	// MaxOwnerAssets bounds the assets of one owner.
 	MaxOwnerAssets = 5_000
-	// MaxPlanGrants bounds the grants that one owner makes for one plan, over
-	// and revoked ones included: each allows MaxGrantReleases attempts.
-	MaxPlanGrants = 1_000
 	// MaxList bounds how many assets or grants one call returns. What does not
 	// fit is an error: a list cut short would pass for a whole one.
 	MaxList = 10_000
@@ -62,7 +54,8 @@ func Suite() (hpke.KEM, hpke.KDF, hpke.AEAD) {
 	return hpke.MLKEM768X25519(), hpke.HKDFSHA256(), hpke.AES256GCM()
 }
 
-// Config is what a Broker is made of. Every field but Simulation is required.
+// Config is what a Broker is made of. Every field but KeyStores, Directory and
+// Simulation is required.
 type Config struct {
 	// ID is the broker's name: audience of results, issuer of receipts.
 	ID     string
@@ -70,7 +63,13 @@ type Config struct {
 	// OwnerKey opens the data keys that owners hand over.
 	OwnerKey hpke.PrivateKey
 	Keys     KeyStore
-	Store    Store
+	// KeyStores are further key stores by the names by which assets choose them.
+	KeyStores map[string]KeyStore
+	Store     Store
+	// Access decides who may do what.
+	Access Authorizer
+	// Directory knows approvers. Without one no approval counts.
+	Directory Directory
 	// Verifiers are the pinned keys of those whose results count.
 	Verifiers []receipt.Keys
 	// Simulation lets grants accept results rooted in simulation anchors.
@@ -83,11 +82,16 @@ type Broker struct {
 	id         string
 	signer     *receipt.Signer
 	ownerKey   hpke.PrivateKey
-	keys       KeyStore
+	keys       map[string]KeyStore // the default one under ""
 	store      Store
+	access     Authorizer
+	directory  Directory
 	verifiers  map[string]receipt.Keys
 	simulation bool
 	now        func() time.Time
+	signatures signatures
+	// policySets counts the sets of access policies that were put into force.
+	policySets atomic.Uint64
 }
 
 // New returns a broker. An incomplete configuration is an error.
@@ -99,6 +103,8 @@ func New(c Config) (*Broker, error) {
 		return nil, errors.New("broker needs an ML-KEM-768+X25519 key for owners to wrap to")
 	case c.Keys == nil || c.Store == nil || c.Now == nil:
 		return nil, errors.New("broker needs a key store, a store and a clock")
+	case c.Access == nil:
+		return nil, errors.New("broker needs an authorizer")
 	case len(c.Verifiers) == 0:
 		return nil, errors.New("broker needs the keys of at least one verifier")
 	}
@@ -109,7 +115,17 @@ func New(c Config) (*Broker, error) {
 		}
 		vs[k.Issuer()] = k
 	}
-	return &Broker{id: c.ID, signer: c.Signer, ownerKey: c.OwnerKey, keys: c.Keys, store: c.Store, verifiers: vs, simulation: c.Simulation, now: c.Now}, nil
+	keys := map[string]KeyStore{"": c.Keys}
+	for name, k := range c.KeyStores {
+		if !keyStoreForm.MatchString(name) || k == nil {
+			return nil, fmt.Errorf("key store %.80q has no name or is none", name)
+		}
+		keys[name] = k
+	}
+	return &Broker{
+		id: c.ID, signer: c.Signer, ownerKey: c.OwnerKey, keys: keys, store: c.Store, access: c.Access, directory: c.Directory, verifiers: vs,
+		simulation: c.Simulation, now: c.Now,
+	}, nil
 }
 
 // Info is what clients need to know of a broker.
@@ -129,14 +145,6 @@ func (b *Broker) Info() (Info, error) {
 	return Info{ID: b.id, OwnerWrapKey: b.ownerKey.PublicKey().Bytes(), JWKS: jwks, Simulation: b.simulation}, nil
 }
 
-// Actor is who asks: an authenticated role and name.
-type Actor struct {
-	Role string
-	Name string
-}
-
-func (a Actor) String() string { return a.Role + "/" + a.Name }
-
 var (
 	assetForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
 	jobForm   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
@@ -152,12 +160,38 @@ type NewAsset struct {
 	// for checkpoints, whose key the broker makes.
 	Enc        []byte
 	Ciphertext []byte
+	Labels     Labels
+	// Policy is DefaultPolicy if it is nil.
+	Policy *Policy
+	// KeyStore is empty for the broker's default.
+	KeyStore string
 }
 
 // CreateAsset registers a sealed object of owner.
 func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asset, error) {
 	if !assetForm.MatchString(n.Name) {
 		return Asset{}, fmt.Errorf("%w: asset name %.80q: want lower-case letters, digits, '-' and '.', at most 63", ErrInvalid, n.Name)
+	}
+	if n.Policy == nil {
+		p := DefaultPolicy()
+		n.Policy = &p
+	}
+	policy, err := b.settled(*n.Policy)
+	if err != nil {
+		return Asset{}, err
+	}
+	if err := n.Labels.validate(); err != nil {
+		return Asset{}, err
+	}
+	store, ok := b.keys[n.KeyStore]
+	if !ok {
+		return Asset{}, fmt.Errorf("%w: this broker has no key store %.80q", ErrInvalid, n.KeyStore)
+	}
+	a := Asset{
+		Name: n.Name, Kind: n.Kind, Digest: n.Digest, Owner: owner.Name, Created: b.now().UTC().Truncate(time.Second), KeyStore: n.KeyStore, Labels: n.Labels, Policy: policy, Revision: 1,
+	}
+	if err := b.may(ctx, owner, ActionCreateAsset, a.resource()); err != nil {
+		return Asset{}, err
 	}
 	var key *DataKey
 	switch n.Kind {
@@ -170,7 +204,6 @@ func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asse
 		if _, err := plan.ParseDigest(string(n.Digest)); err != nil {
 			return Asset{}, fmt.Errorf("%w: asset %s: %w", ErrInvalid, n.Name, err)
 		}
-		var err error
 		if key, err = b.openOwnerKey(n); err != nil {
 			return Asset{}, err
 		}
@@ -179,12 +212,19 @@ func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asse
 	}
 	defer key.Destroy()
 
-	a := Asset{Name: n.Name, Kind: n.Kind, Digest: n.Digest, Owner: owner.Name, Created: b.now().UTC().Truncate(time.Second)}
+	doc, err := a.document()
+	if err != nil {
+		return Asset{}, err
+	}
 	ad, err := a.associated()
 	if err != nil {
 		return Asset{}, err
 	}
-	if a.Wrapped, err = b.keys.Wrap(ctx, key, ad); err != nil {
+	a.Wrapped, err = store.Wrap(ctx, key, ad)
+	switch {
+	case errors.Is(err, ErrKeyDisabled):
+		return Asset{}, fmt.Errorf("%w: in %s the %w", ErrInvalid, a.keyStore(), ErrKeyDisabled)
+	case err != nil:
 		return Asset{}, fmt.Errorf("%w: wrap key of asset %s: %w", ErrUnavailable, a.Name, err)
 	}
 	err = b.update(ctx, func(ctx context.Context, tx Tx) error {
@@ -197,7 +237,7 @@ func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asse
 		if err := tx.InsertAsset(ctx, a); err != nil {
 			return fmt.Errorf("asset %s: %w", a.Name, err)
 		}
-		_, err := b.log(ctx, tx, translog.Body{Kind: translog.KindAsset, Actor: owner.String(), Asset: &translog.Asset{Name: a.Name, Kind: string(a.Kind), Digest: a.Digest}})
+		_, err := b.log(ctx, tx, translog.Body{Kind: translog.KindAsset, Actor: owner.String(), Asset: &translog.Asset{Name: a.Name, Kind: string(a.Kind), Digest: a.Digest, Policy: plan.Sum(doc)}})
 		return err
 	})
 	if err != nil {
@@ -230,149 +270,37 @@ func (a Asset) associated() ([]byte, error) {
 	return plan.Canonical(map[string]string{"label": "coffer/v1 asset", "name": a.Name, "kind": string(a.Kind), "digest": string(a.Digest), "owner": a.Owner})
 }
 
-// Asset returns one asset.
-func (b *Broker) Asset(ctx context.Context, name string) (Asset, error) {
+// ReadAsset returns one asset.
+func (b *Broker) ReadAsset(ctx context.Context, who Actor, name string) (Asset, error) {
 	var a Asset
 	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
 		if a, err = r.Asset(ctx, name); err != nil {
 			return fmt.Errorf("asset %.80q: %w", name, err)
 		}
-		return nil
+		return b.may(ctx, who, ActionReadAsset, a.resource())
 	})
-	return a, err
+	if err != nil {
+		return Asset{}, err
+	}
+	return a, nil
 }
 
-// Assets returns every asset. More than MaxList are ErrTooMany.
-func (b *Broker) Assets(ctx context.Context) ([]Asset, error) {
+// ReadAssets returns every asset that who may read. More than MaxList are
+// ErrTooMany.
+func (b *Broker) ReadAssets(ctx context.Context, who Actor) ([]Asset, error) {
 	var l []Asset
 	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
 		l, err = r.Assets(ctx, MaxList+1)
 		return err
 	})
+	if err != nil {
+		return nil, err
+	}
 	if len(l) > MaxList {
 		return nil, fmt.Errorf("%w: more than %d assets: ask for one by its name", ErrTooMany, MaxList)
 	}
-	return l, err
+	return slices.DeleteFunc(l, func(a Asset) bool { return b.may(ctx, who, ActionReadAsset, a.resource()) != nil }), nil
 }
-
-// NewGrant is an owner's request to let one plan use assets.
-type NewGrant struct {
-	Assets []string
-	Plan   plan.Digest
-	// NotBefore may be zero, which is now.
-	NotBefore      time.Time
-	NotAfter       time.Time
-	MaxReleases    int
-	AllowSimulated bool
-}
-
-// CreateGrant makes a grant over assets that owner owns.
-func (b *Broker) CreateGrant(ctx context.Context, owner Actor, n NewGrant) (Grant, error) {
-	now := b.now().UTC().Truncate(time.Second)
-	if n.NotBefore.IsZero() {
-		n.NotBefore = now
-	}
-	assets := slices.Sorted(maps.Keys(set(n.Assets)))
-	switch {
-	case len(n.Assets) == 0 || len(n.Assets) > MaxGrantAssets:
-		return Grant{}, fmt.Errorf("%w: a grant names 1 to %d assets", ErrInvalid, MaxGrantAssets)
-	case len(assets) != len(n.Assets):
-		return Grant{}, fmt.Errorf("%w: a grant names each asset once", ErrInvalid)
-	case n.MaxReleases < 1 || n.MaxReleases > MaxGrantReleases:
-		return Grant{}, fmt.Errorf("%w: a grant allows 1 to %d releases", ErrInvalid, MaxGrantReleases)
-	case !n.NotAfter.After(now) || !n.NotAfter.After(n.NotBefore):
-		return Grant{}, fmt.Errorf("%w: a grant ends after now and after it begins", ErrInvalid)
-	case n.NotAfter.Sub(n.NotBefore) > MaxGrantDuration || n.NotAfter.Sub(now) > MaxGrantDuration:
-		return Grant{}, fmt.Errorf("%w: a grant lasts at most %d days", ErrInvalid, MaxGrantDuration/(24*time.Hour))
-	case n.AllowSimulated && !b.simulation:
-		return Grant{}, fmt.Errorf("%w: this broker accepts no simulated evidence", ErrInvalid)
-	}
-	if _, err := plan.ParseDigest(string(n.Plan)); err != nil {
-		return Grant{}, fmt.Errorf("%w: plan: %w", ErrInvalid, err)
-	}
-	g := Grant{
-		ID: newID("grant"), Assets: assets, Plan: n.Plan, NotBefore: n.NotBefore.UTC().Truncate(time.Second), NotAfter: n.NotAfter.UTC().Truncate(time.Second),
-		MaxReleases: n.MaxReleases, Owner: owner.Name, AllowSimulated: n.AllowSimulated,
-	}
-	err := b.update(ctx, func(ctx context.Context, tx Tx) error {
-		var l check.List
-		for _, name := range assets {
-			a, err := tx.Asset(ctx, name)
-			if err != nil {
-				return fmt.Errorf("asset %.80q: %w", name, err)
-			}
-			if a.Owner != owner.Name {
-				l.Fail("grant.owner", "assets of "+owner.Name, name+" of "+a.Owner, "ask the owner of "+name+" for a grant")
-			}
-		}
-		if len(l) > 0 {
-			return check.Refuse("grant", l)
-		}
-		switch n, err := tx.OwnedGrants(ctx, g.Owner, g.Plan); {
-		case err != nil:
-			return err
-		case n >= MaxPlanGrants:
-			return fmt.Errorf("%w: %s made %d grants for this plan, which is as many as an owner may make", ErrTooMany, owner, n)
-		}
-		if err := tx.InsertGrant(ctx, g); err != nil {
-			return fmt.Errorf("grant %s: %w", g.ID, err)
-		}
-		_, err := b.log(ctx, tx, translog.Body{Kind: translog.KindGrant, Actor: owner.String(), Grant: &translog.Grant{
-			ID: g.ID, Assets: g.Assets, Plan: g.Plan, NotBefore: g.NotBefore.Unix(), NotAfter: g.NotAfter.Unix(), MaxReleases: g.MaxReleases, AllowSimulated: g.AllowSimulated,
-		}})
-		return err
-	})
-	if err != nil {
-		return Grant{}, err
-	}
-	return g, nil
-}
-
-// Grants returns the grants of a plan, or all if p is empty. More than MaxList
-// are ErrTooMany.
-func (b *Broker) Grants(ctx context.Context, p plan.Digest) ([]Grant, error) {
-	var l []Grant
-	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
-		l, err = r.Grants(ctx, p, MaxList+1)
-		return err
-	})
-	if len(l) > MaxList {
-		return nil, fmt.Errorf("%w: more than %d grants: name a plan", ErrTooMany, MaxList)
-	}
-	return l, err
-}
-
-// Revoke takes a grant back: no release happens under it after Revoke returns.
-// Revoking twice changes nothing.
-func (b *Broker) Revoke(ctx context.Context, owner Actor, id, reason string) (Grant, error) {
-	if reason == "" || len(reason) > MaxReason {
-		return Grant{}, fmt.Errorf("%w: a revocation has a reason of at most %d bytes", ErrInvalid, MaxReason)
-	}
-	var g Grant
-	err := b.update(ctx, func(ctx context.Context, tx Tx) (err error) {
-		if g, err = tx.Grant(ctx, id); err != nil {
-			return fmt.Errorf("grant %.80q: %w", id, err)
-		}
-		if g.Owner != owner.Name {
-			var l check.List
-			l.Fail("grant.owner", "a grant of "+owner.Name, "a grant of "+g.Owner, "ask "+g.Owner+" to revoke it")
-			return check.Refuse("revoke", l)
-		}
-		if !g.Revoked.IsZero() {
-			return nil
-		}
-		g.Revoked, g.Reason = b.now().UTC().Truncate(time.Second), reason
-		if err := tx.SetGrant(ctx, g); err != nil {
-			return err
-		}
-		_, err = b.log(ctx, tx, translog.Body{Kind: translog.KindRevoke, Actor: owner.String(), Revoke: &translog.Revoke{Grant: g.ID, Reason: reason}})
-		return err
-	})
-	return g, err
-}
-
-// Now is the broker's clock, by which it judges grants.
-func (b *Broker) Now() time.Time { return b.now() }
 
 // LogBundle records the digest of a job's bundle statement and returns a
 // signed translog.Receipt. The same digest of the same job is recorded once, and
@@ -383,6 +311,9 @@ func (b *Broker) LogBundle(ctx context.Context, agent Actor, job string, digest 
 	}
 	if _, err := plan.ParseDigest(string(digest)); err != nil {
 		return "", fmt.Errorf("%w: bundle: %w", ErrInvalid, err)
+	}
+	if err := b.may(ctx, agent, ActionLogBundle, Resource{Kind: "job", Name: job}); err != nil {
+		return "", err
 	}
 	var entry translog.Entry
 	err := b.update(ctx, func(ctx context.Context, tx Tx) error {
@@ -397,12 +328,19 @@ func (b *Broker) LogBundle(ctx context.Context, agent Actor, job string, digest 
 		if entry, err = tx.BundleEntry(ctx, job, digest); !errors.Is(err, ErrNotFound) {
 			return err
 		}
-		head, err := tx.JobHead(ctx, job)
-		if err != nil {
+		if err := b.room(ctx, tx, job); err != nil {
 			return err
 		}
-		if head.Size >= MaxJobEntries {
-			return fmt.Errorf("%w: job %s has %d log entries, which is as many as a job may have", ErrTooMany, job, head.Size)
+		// A job that has its record is over. One that was told to stop stays open
+		// for the report that it did.
+		switch lease, err := tx.Lease(ctx, job); {
+		case err == nil && lease.Ended.IsZero() && lease.Stop == "":
+			lease.Ended = b.now().UTC().Truncate(time.Second)
+			if err := tx.PutLease(ctx, lease); err != nil {
+				return err
+			}
+		case err != nil && !errors.Is(err, ErrNotFound):
+			return err
 		}
 		entry, err = b.log(ctx, tx, translog.Body{Kind: translog.KindBundle, Actor: agent.String(), Job: job, Bundle: &translog.Bundle{Digest: digest}})
 		return err
@@ -432,16 +370,23 @@ func checkAgent(ctx context.Context, r Reader, l *check.List, job string, agent 
 		return err
 	}
 	if body.Actor != agent.String() {
-		// Whose job it is stays untold.
-		l.Fail("job.agent", "the agent that first acted for this job", agent.String(), "act for jobs of this agent only")
+		notTheAgent(l, agent)
 	}
 	return nil
 }
 
+// notTheAgent refuses an agent whose job it is not. Whose it is stays untold.
+func notTheAgent(l *check.List, agent Actor) {
+	l.Fail("job.agent", "the agent that first acted for this job", agent.String(), "act for jobs of this agent only")
+}
+
 // Entries returns the log entries of one job in order.
-func (b *Broker) Entries(ctx context.Context, job string) ([]translog.Entry, error) {
+func (b *Broker) Entries(ctx context.Context, who Actor, job string) ([]translog.Entry, error) {
 	if !jobForm.MatchString(job) {
 		return nil, fmt.Errorf("%w: job id %.80q", ErrInvalid, job)
+	}
+	if err := b.may(ctx, who, ActionEntries, Resource{Kind: "job", Name: job}); err != nil {
+		return nil, err
 	}
 	var l []translog.Entry
 	err := b.view(ctx, func(ctx context.Context, r Reader) (err error) {
@@ -449,6 +394,37 @@ func (b *Broker) Entries(ctx context.Context, job string) ([]translog.Entry, err
 		return err
 	})
 	return l, err
+}
+
+// LogPolicySet records another set of access policies and then has use put it into
+// force, which a set that is refused never is. by is who put it there,
+// "ROLE/NAME". The set that the log names last is recorded once. No release that
+// commits after LogPolicySet has returned rests on the set before.
+func (b *Broker) LogPolicySet(ctx context.Context, by Actor, serial uint64, digest plan.Digest, use func() error) error {
+	if serial == 0 || digest.Bytes() == nil || use == nil {
+		return fmt.Errorf("%w: a policy set has a serial number, a digest and a way to use it", ErrInvalid)
+	}
+	if err := b.update(ctx, func(ctx context.Context, tx Tx) error {
+		switch last, err := tx.PolicySet(ctx); {
+		case err == nil && last.Serial == serial && last.Digest == digest:
+			return nil
+		case err == nil && last.Serial >= serial:
+			var l check.List
+			l.Fail("policy.serial", fmt.Sprintf("a serial number after %d", last.Serial), strconv.FormatUint(serial, 10), "sign the set with the next serial number")
+			return check.Refuse("policy", l)
+		case err != nil && !errors.Is(err, ErrNotFound):
+			return err
+		}
+		p := translog.Policy{Serial: serial, Digest: digest}
+		if _, err := b.log(ctx, tx, translog.Body{Kind: translog.KindPolicy, Actor: by.String(), Policy: &p}); err != nil {
+			return err
+		}
+		return tx.PutPolicySet(ctx, p)
+	}); err != nil {
+		return err
+	}
+	defer b.policySets.Add(1)
+	return use()
 }
 
 // CheckLog verifies the whole log as the store holds it.
@@ -475,19 +451,29 @@ func (b *Broker) CheckLog(ctx context.Context) (translog.Head, error) {
 
 // log appends an entry to the log in tx, in its place within its job.
 func (b *Broker) log(ctx context.Context, tx Tx, body translog.Body) (translog.Entry, error) {
-	head, err := tx.Head(ctx)
-	if err != nil {
-		return translog.Entry{}, err
+	return b.logAfter(ctx, tx, nil, body)
+}
+
+// logAfter is log where the heads may be known already.
+func (b *Broker) logAfter(ctx context.Context, tx Tx, known *heads, body translog.Body) (translog.Entry, error) {
+	if known == nil {
+		known = &heads{}
+		var err error
+		if known.log, err = tx.Head(ctx); err != nil {
+			return translog.Entry{}, err
+		}
+		if body.Job != "" {
+			if known.job, err = tx.JobHead(ctx, body.Job); err != nil {
+				return translog.Entry{}, err
+			}
+		}
 	}
+	head := known.log
 	if head.Size == 0 {
 		head = translog.Genesis(b.id)
 	}
 	if body.Job != "" {
-		last, err := tx.JobHead(ctx, body.Job)
-		if err != nil {
-			return translog.Entry{}, err
-		}
-		body.JobSequence, body.JobPrev = last.Size+1, last.Hash
+		body.JobSequence, body.JobPrev = known.job.Size+1, known.job.Hash
 	}
 	var bundle plan.Digest
 	if body.Bundle != nil {

@@ -81,16 +81,16 @@ func TestCreateAssetRefuses(t *testing.T) {
 			}
 		})
 	}
-	if l := must[[]broker.Asset](t)(w.Assets(t.Context())); len(l) != 2 {
+	if l := must[[]broker.Asset](t)(w.ReadAssets(t.Context(), alice)); len(l) != 2 {
 		t.Errorf("%d assets", len(l))
 	}
-	if a := must[broker.Asset](t)(w.Asset(t.Context(), "data")); a.Owner != "alice" {
+	if a := must[broker.Asset](t)(w.ReadAsset(t.Context(), alice, "data")); a.Owner != "alice" {
 		t.Errorf("owner %s", a.Owner)
 	}
 	if _, err := w.CreateAsset(t.Context(), bob, good()); err != nil {
 		t.Error(err)
 	}
-	if _, err := w.Asset(t.Context(), "none"); !errors.Is(err, broker.ErrNotFound) {
+	if _, err := w.ReadAsset(t.Context(), alice, "none"); !errors.Is(err, broker.ErrNotFound) {
 		t.Error(err)
 	}
 }
@@ -134,7 +134,7 @@ func TestCreateGrantRefuses(t *testing.T) {
 	if _, err := w.CreateGrant(t.Context(), alice, broker.NewGrant{Assets: []string{"none"}, Plan: w.plan, NotAfter: w.clock().Add(time.Hour), MaxReleases: 1}); !errors.Is(err, broker.ErrNotFound) {
 		t.Error(err)
 	}
-	if l := must[[]broker.Grant](t)(w.Grants(t.Context(), "")); len(l) != 0 {
+	if l := must[[]broker.Grant](t)(w.grants(t)); len(l) != 0 {
 		t.Errorf("%d grants", len(l))
 	}
 }
@@ -155,7 +155,7 @@ func TestRevoke(t *testing.T) {
 	first := must[broker.Grant](t)(w.Revoke(t.Context(), alice, g.ID, "leak"))
 	w.advance(time.Minute)
 	second := must[broker.Grant](t)(w.Revoke(t.Context(), alice, g.ID, "again"))
-	if first.State(w.clock()) != broker.StateRevoked || !second.Revoked.Equal(first.Revoked) || second.Reason != "leak" {
+	if first.State(w.clock(), false) != broker.StateRevoked || !second.Revoked.Equal(first.Revoked) || second.Reason != "leak" {
 		t.Errorf("%+v, then %+v", first, second)
 	}
 }
@@ -164,19 +164,24 @@ func TestGrantState(t *testing.T) {
 	now := time.Unix(1000, 0)
 	good := broker.Grant{NotBefore: now, NotAfter: now.Add(time.Minute), MaxReleases: 2, Used: 1}
 	for name, tc := range map[string]struct {
-		change func(*broker.Grant)
-		want   string
+		change  func(*broker.Grant)
+		want    broker.State
+		lacking bool
 	}{
-		"active":     {func(*broker.Grant) {}, broker.StateActive},
-		"not yet":    {func(g *broker.Grant) { g.NotBefore = now.Add(time.Second) }, broker.StateApproved},
-		"over":       {func(g *broker.Grant) { g.NotAfter = now }, broker.StateExpired},
-		"spent":      {func(g *broker.Grant) { g.Used = 2 }, broker.StateExhausted},
-		"taken back": {func(g *broker.Grant) { g.Revoked = now; g.Used = 2; g.NotAfter = now }, broker.StateRevoked},
-		"zero":       {func(g *broker.Grant) { *g = broker.Grant{} }, broker.StateExpired},
+		"active":                    {change: func(*broker.Grant) {}, want: broker.StateActive},
+		"lacks approvals":           {func(*broker.Grant) {}, broker.StateRequested, true},
+		"lacks approvals, and over": {func(g *broker.Grant) { g.NotAfter = now }, broker.StateExpired, true},
+		"turned down":               {func(g *broker.Grant) { g.Denied = now }, broker.StateDenied, true},
+		"turned down, all there":    {change: func(g *broker.Grant) { g.Denied = now }, want: broker.StateDenied},
+		"not yet":                   {change: func(g *broker.Grant) { g.NotBefore = now.Add(time.Second) }, want: broker.StateApproved},
+		"over":                      {change: func(g *broker.Grant) { g.NotAfter = now }, want: broker.StateExpired},
+		"spent":                     {change: func(g *broker.Grant) { g.Used = 2 }, want: broker.StateExhausted},
+		"taken back":                {change: func(g *broker.Grant) { g.Revoked = now; g.Used = 2; g.NotAfter = now }, want: broker.StateRevoked},
+		"zero":                      {change: func(g *broker.Grant) { *g = broker.Grant{} }, want: broker.StateExpired},
 	} {
 		g := good
 		tc.change(&g)
-		if got := g.State(now); got != tc.want {
+		if got := g.State(now, tc.lacking); got != tc.want {
 			t.Errorf("%s: %s", name, got)
 		}
 	}
@@ -194,7 +199,7 @@ func TestLogOfAJob(t *testing.T) {
 	token := must[string](t)(w.LogBundle(t.Context(), node, "job-1", digest))
 	again := must[string](t)(w.LogBundle(t.Context(), node, "job-1", digest))
 
-	entries := must[[]translog.Entry](t)(w.Entries(t.Context(), "job-1"))
+	entries := must[[]translog.Entry](t)(w.Entries(t.Context(), alice, "job-1"))
 	bodies, err := translog.VerifyJob(brokerID, "job-1", entries)
 	if err != nil {
 		t.Fatal(err)
@@ -242,16 +247,17 @@ func TestLogOfAnothersJob(t *testing.T) {
 	for name, tc := range map[string]struct {
 		actor  broker.Actor
 		digest plan.Digest
+		want   string
 	}{
-		"another digest":                 {stranger, plan.Sum([]byte("other"))},
-		"the same digest":                {stranger, mine},
-		"the same name, in another role": {broker.Actor{Role: "operator", Name: node.Name}, plan.Sum([]byte("other"))},
-		"nobody":                         {broker.Actor{}, plan.Sum([]byte("other"))},
+		"another digest":                 {stranger, plan.Sum([]byte("other")), "job.agent"},
+		"the same digest":                {stranger, mine, "job.agent"},
+		"the same name, in another role": {broker.Actor{Role: "operator", Name: node.Name}, plan.Sum([]byte("other")), "role"},
+		"nobody":                         {broker.Actor{}, plan.Sum([]byte("other")), "role"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			token, err := w.LogBundle(t.Context(), tc.actor, "job-1", tc.digest)
 			var r *check.Refusal
-			if !errors.As(err, &r) || r.Stage != "log" || len(r.Checks) != 1 || r.Checks[0].ID != "job.agent" || token != "" {
+			if !errors.As(err, &r) || len(r.Checks) != 1 || r.Checks[0].ID != tc.want || token != "" {
 				t.Errorf("got %q, %v", token, err)
 			}
 			if strings.Contains(fmt.Sprint(err), node.Name) && tc.actor.Name != node.Name {
@@ -259,7 +265,7 @@ func TestLogOfAnothersJob(t *testing.T) {
 			}
 		})
 	}
-	if l := must[[]translog.Entry](t)(w.Entries(t.Context(), "job-1")); len(l) != 2 {
+	if l := must[[]translog.Entry](t)(w.Entries(t.Context(), alice, "job-1")); len(l) != 2 {
 		t.Errorf("%d entries", len(l))
 	}
 }
@@ -279,7 +285,7 @@ func TestLogOfAJobIsBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	entries := must[[]translog.Entry](t)(w.Entries(t.Context(), "job-1"))
+	entries := must[[]translog.Entry](t)(w.Entries(t.Context(), alice, "job-1"))
 	if _, err := translog.VerifyJob(brokerID, "job-1", entries); err != nil || len(entries) != broker.MaxJobEntries {
 		t.Fatalf("%d entries, %v", len(entries), err)
 	}
@@ -306,7 +312,7 @@ func TestOwnersAreBounded(t *testing.T) {
 			}
 		}
 		for i := range broker.MaxPlanGrants {
-			g := broker.Grant{ID: fmt.Sprint("g", i), Plan: w.plan, Owner: "alice", NotBefore: w.clock(), NotAfter: w.clock(), MaxReleases: 1}
+			g := broker.Grant{ID: fmt.Sprint("g", i), Plan: w.plan, Owner: "alice", Requester: "owner/alice", NotBefore: w.clock(), NotAfter: w.clock(), MaxReleases: 1}
 			if err := tx.InsertGrant(ctx, g); err != nil {
 				return err
 			}
@@ -327,7 +333,7 @@ func TestOwnersAreBounded(t *testing.T) {
 	ng.Plan, ng.Assets = w.plan, []string{"more"}
 	must[broker.Grant](t)(w.CreateGrant(t.Context(), bob, ng))
 
-	if l := must[[]broker.Asset](t)(w.Assets(t.Context())); len(l) != broker.MaxOwnerAssets+1 {
+	if l := must[[]broker.Asset](t)(w.ReadAssets(t.Context(), alice)); len(l) != broker.MaxOwnerAssets+1 {
 		t.Errorf("%d assets", len(l))
 	}
 	put(func(ctx context.Context, tx broker.Tx) error {
@@ -342,16 +348,17 @@ func TestOwnersAreBounded(t *testing.T) {
 		}
 		return nil
 	})
-	if l, err := w.Assets(t.Context()); !errors.Is(err, broker.ErrTooMany) || l != nil {
+	if l, err := w.ReadAssets(t.Context(), alice); !errors.Is(err, broker.ErrTooMany) || l != nil {
 		t.Errorf("%d assets, %v", len(l), err)
 	}
 	for _, p := range []plan.Digest{"", other} {
-		if l, err := w.Grants(t.Context(), p); !errors.Is(err, broker.ErrTooMany) || l != nil {
+		if l, _, err := w.ListGrants(t.Context(), alice, broker.Listing{Plan: p}); !errors.Is(err, broker.ErrTooMany) || l != nil {
 			t.Errorf("%d grants, %v", len(l), err)
 		}
 	}
-	if l := must[[]broker.Grant](t)(w.Grants(t.Context(), w.plan)); len(l) != broker.MaxPlanGrants+1 {
-		t.Errorf("%d grants", len(l))
+	l, _, err := w.ListGrants(t.Context(), alice, broker.Listing{Plan: w.plan})
+	if err != nil || len(l) != broker.MaxPlanGrants+1 {
+		t.Errorf("%d grants, %v", len(l), err)
 	}
 }
 
@@ -396,7 +403,7 @@ func TestCancelledRelease(t *testing.T) {
 	req, sig := sign(t, j.session, j.request(g, "weights"))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if a, err := w.Release(ctx, node, j.token, req, sig); !errors.Is(err, broker.ErrUnavailable) || a.Ciphertext != nil {
+	if a, err := w.Release(ctx, node, broker.Ask{Result: j.token, Request: req, Signature: sig}); !errors.Is(err, broker.ErrUnavailable) || a.Ciphertext != nil {
 		t.Error(err)
 	}
 	must[broker.Answer](t)(j.release(t, w.Broker, g, "weights"))

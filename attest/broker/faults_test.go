@@ -52,22 +52,22 @@ func TestKilledBetweenCommitAndAnswer(t *testing.T) {
 	f := &faulty{failAfter: true}
 	b := w.with(t, f)
 	req, sig := sign(t, j.session, j.request(g, "weights"))
-	lost, err := b.Release(t.Context(), node, j.token, req, sig)
+	lost, err := b.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
 	if !errors.Is(err, broker.ErrUnavailable) || lost.Ciphertext != nil {
 		t.Fatalf("%v, %v", lost, err)
 	}
-	first := must[broker.Answer](t)(w.Release(t.Context(), node, j.token, req, sig))
-	second := must[broker.Answer](t)(w.Release(t.Context(), node, j.token, req, sig))
+	first := must[broker.Answer](t)(w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig}))
+	second := must[broker.Answer](t)(w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig}))
 	if !bytes.Equal(first.Enc, second.Enc) || !bytes.Equal(first.Ciphertext, second.Ciphertext) {
 		t.Error("two retries got different ciphertexts")
 	}
 	if key, err := j.open(first, g, "weights"); err != nil || !bytes.Equal(key, w.keys["weights"]) {
 		t.Error(err)
 	}
-	if used := must[[]broker.Grant](t)(w.Grants(t.Context(), ""))[0].Used; used != 1 {
+	if used := must[[]broker.Grant](t)(w.grants(t))[0].Used; used != 1 {
 		t.Errorf("counted %d times", used)
 	}
-	if l, err := w.Entries(t.Context(), "job-1"); err != nil || len(l) != 1 {
+	if l, err := w.Entries(t.Context(), alice, "job-1"); err != nil || len(l) != 1 {
 		t.Errorf("%d log entries, %v", len(l), err)
 	}
 }
@@ -80,7 +80,7 @@ func TestKilledBeforeTheCommit(t *testing.T) {
 	if !errors.Is(err, broker.ErrUnavailable) || a.Ciphertext != nil {
 		t.Fatal(err)
 	}
-	if used := must[[]broker.Grant](t)(w.Grants(t.Context(), ""))[0].Used; used != 0 {
+	if used := must[[]broker.Grant](t)(w.grants(t))[0].Used; used != 0 {
 		t.Errorf("counted %d times", used)
 	}
 	must[broker.Answer](t)(j.release(t, w.Broker, g, "weights"))
@@ -97,6 +97,14 @@ func TestDecidedInTheTransaction(t *testing.T) {
 			must[broker.Grant](t)(w.Revoke(t.Context(), alice, g.ID, "now"))
 		}, "grant.revoked"},
 		"expired": {func(_ *testing.T, w *world, _ broker.Grant) { w.advance(time.Hour) }, "grant.expiry"},
+		"the policy asks for approvals": {func(t *testing.T, w *world, _ broker.Grant) {
+			w.policy(t, "weights", func(p *broker.Policy) { p.Approvals = []broker.Rule{{Group: "g", Count: 1}} })
+		}, "grant.approvals"},
+		"the chip's kind was revoked": {func(t *testing.T, w *world, _ broker.Grant) {
+			if _, _, err := w.RevokeTarget(t.Context(), oscar, broker.Target{Kind: broker.RevokeChip, Value: chipID}, "x"); err != nil {
+				t.Error(err)
+			}
+		}, "revoked.chip-id"},
 		"spent": {func(t *testing.T, w *world, g broker.Grant) {
 			must[broker.Answer](t)(newJob(t, w, nil).release(t, w.Broker, g, "data"))
 		}, "grant.exhausted"},
@@ -135,7 +143,7 @@ func TestKeyStoreDown(t *testing.T) {
 	if _, err := b.CreateAsset(t.Context(), alice, broker.NewAsset{Name: "ckpt", Kind: broker.KindCheckpoints}); !errors.Is(err, broker.ErrUnavailable) {
 		t.Error(err)
 	}
-	if used := must[[]broker.Grant](t)(w.Grants(t.Context(), ""))[0].Used; used != 0 {
+	if used := must[[]broker.Grant](t)(w.grants(t))[0].Used; used != 0 {
 		t.Errorf("counted %d times", used)
 	}
 }
@@ -153,8 +161,8 @@ func TestDatabaseEdited(t *testing.T) {
 				t.Error("the key was released")
 			}
 		}},
-		"asset given to another owner with a grant of his": {`UPDATE assets SET owner = 'bob' WHERE name = 'data'; UPDATE grants SET owner = 'bob'`, noKey},
-		"asset of another owner put into a grant": {`UPDATE grants SET owner = 'bob'`, func(t *testing.T, w *world, g broker.Grant, j *job) {
+		"asset given to another owner with a grant of his": {`DROP TRIGGER grants_terms; UPDATE assets SET owner = 'bob' WHERE name = 'data'; UPDATE grants SET owner = 'bob'`, noKey},
+		"asset of another owner put into a grant": {`DROP TRIGGER grants_terms; UPDATE grants SET owner = 'bob'`, func(t *testing.T, w *world, g broker.Grant, j *job) {
 			a, err := j.release(t, w.Broker, g, "data")
 			wantRefused(t, a, err, "grant.owner")
 		}},
@@ -198,6 +206,7 @@ func TestDatabaseIsAppendOnly(t *testing.T) {
 	for _, q := range []string{
 		`UPDATE log SET job = ''`, `DELETE FROM log`, `UPDATE releases SET attempt = 2`, `DELETE FROM releases`,
 		`UPDATE uses SET nonce = ''`, `DELETE FROM uses`, `UPDATE counted SET recipient = ''`, `DELETE FROM counted`, `UPDATE grants SET used = max_releases + 1`,
+		`UPDATE grants SET plan = ''`, `UPDATE grants SET max_releases = 1000`, `UPDATE grants SET not_after = not_after + 1`, `UPDATE grants SET principals = '[]'`,
 	} {
 		if _, err := db.ExecContext(t.Context(), q); err == nil {
 			t.Errorf("%s: done", q)

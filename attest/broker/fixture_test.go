@@ -96,12 +96,23 @@ func newWorld(t testing.TB, simulation bool) *world {
 	w.verifier = verifier
 	w.cfg = broker.Config{
 		ID: brokerID, Signer: signer, OwnerKey: must[hpke.PrivateKey](t)(hpke.MLKEM768X25519().GenerateKey()),
-		Keys: must[*broker.LocalKeys](t)(broker.NewLocalKeys(kek)), Store: w.store, Verifiers: []receipt.Keys{verifierKeys}, Simulation: simulation, Now: w.clock,
+		Keys: must[*broker.LocalKeys](t)(broker.NewLocalKeys(kek)), Store: w.store, Verifiers: []receipt.Keys{verifierKeys}, Simulation: simulation, Now: w.clock, Access: broker.Roles{},
 	}
 	w.Broker = must[*broker.Broker](t)(broker.New(w.cfg))
 	w.asset(t, alice, "weights", broker.KindWeights)
 	w.asset(t, alice, "data", broker.KindDataset)
 	return w
+}
+
+// grants are all grants, as they are stored.
+func (w *world) grants(t testing.TB) ([]broker.Grant, error) {
+	t.Helper()
+	l, _, err := w.ListGrants(t.Context(), alice, broker.Listing{})
+	var out []broker.Grant
+	for _, v := range l {
+		out = append(out, v.Grant)
+	}
+	return out, err
 }
 
 // wrap seals a key for the broker as owners do.
@@ -174,11 +185,13 @@ type job struct {
 	session   *ecdsa.PrivateKey
 	result    receipt.Result
 	token     string
+	terms     receipt.LeaseTerms
 }
 
 func newJob(t testing.TB, w *world, change func(*receipt.Result)) *job {
 	t.Helper()
 	j := &job{
+		terms:     w.cfg.Signer.LeaseTerms(60),
 		recipient: must[hpke.PrivateKey](t)(hpke.MLKEM768X25519().GenerateKey()),
 		session:   must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)),
 	}
@@ -222,13 +235,13 @@ func sign(t testing.TB, key *ecdsa.PrivateKey, r receipt.ReleaseRequest) (reques
 func (j *job) release(t testing.TB, b *broker.Broker, g broker.Grant, asset string) (broker.Answer, error) {
 	t.Helper()
 	req, sig := sign(t, j.session, j.request(g, asset))
-	return b.Release(t.Context(), node, j.token, req, sig)
+	return b.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig})
 }
 
 // open opens an answer as the holder does.
 func (j *job) open(a broker.Answer, g broker.Grant, asset string) ([]byte, error) {
 	_, kdf, aead := broker.Suite()
-	info, err := receipt.WrapInfo(g.ID, j.result.PlanDigest, asset, j.result.ID)
+	info, err := receipt.WrapInfo(g.ID, j.result.PlanDigest, asset, j.result.ID, j.terms)
 	if err != nil {
 		return nil, err
 	}

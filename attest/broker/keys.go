@@ -70,12 +70,25 @@ func (k *DataKey) MarshalJSON() ([]byte, error) {
 	return nil, errors.New("a data key has no encoding")
 }
 
+// ErrKeyDisabled is a KeyStore's word that whoever owns the key-encryption key
+// has disabled or removed it. It is an answer: asking again gets the same one
+// until the owner enables the key.
+var ErrKeyDisabled = errors.New("key is disabled by its owner")
+
+// keyStore names the asset's key store in a message.
+func (a Asset) keyStore() string {
+	if a.KeyStore == "" {
+		return "the broker's own key store"
+	}
+	return "key store " + a.KeyStore
+}
+
 // KeyStore wraps data keys under a key that it keeps.
 //
 // Wrap MUST bind associated: Unwrap with other associated data, or of changed
 // bytes, MUST fail. Unwrap MUST return exactly the key that was wrapped or an
-// error. Both MUST be safe for concurrent use and SHOULD respect ctx. An error
-// from a store is taken for a passing one, never for an answer.
+// error. Both MUST be safe for concurrent use and SHOULD respect ctx. Any error but
+// ErrKeyDisabled is taken for a passing one, never for an answer.
 type KeyStore interface {
 	Wrap(ctx context.Context, key *DataKey, associated []byte) ([]byte, error)
 	Unwrap(ctx context.Context, wrapped, associated []byte) (*DataKey, error)

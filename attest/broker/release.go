@@ -1,12 +1,15 @@
 package broker
 
 import (
+	"bytes"
 	"context"
+	"crypto/ecdh"
 	"crypto/hpke"
 	"errors"
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/check"
@@ -27,14 +30,38 @@ type Answer struct {
 	Receipt string
 }
 
+// Ask is what an agent sends to get one asset's key.
+type Ask struct {
+	// Result is a signed attestation result for this broker.
+	Result string
+	// Request is the canonical receipt.ReleaseRequest, and Signature the session
+	// key's over it.
+	Request   []byte
+	Signature []byte
+	// More are results of other verifiers for the same keys, job and plan.
+	More []string
+	// Plan is the canonical plan, by which the broker learns the image. Empty is
+	// an image that is not known.
+	Plan []byte
+}
+
 // claim is a request whose signatures were checked.
 type claim struct {
 	actor     Actor
 	verifier  string
 	result    receipt.Result
+	more      []presented
 	request   receipt.ReleaseRequest
 	digest    plan.Digest // of the request's bytes
 	recipient plan.Digest
+	image     string
+	// protocol is ProtocolCoffer or ProtocolKBS.
+	protocol string
+}
+
+// results are the result that the request is over, and the others.
+func (c claim) results() []presented {
+	return append([]presented{{c.verifier, c.result}}, c.more...)
 }
 
 func (c claim) key() ReleaseKey {
@@ -47,19 +74,34 @@ type verdict struct {
 	asset Asset
 	// prior is the stored answer to the same request.
 	prior *Release
-	// newUse and newAttempt say what the release adds.
-	newUse, newAttempt bool
+	// newUses and newAttempt say what the release adds.
+	newUses    []Use
+	newAttempt bool
+	// lease is what the job runs under with this release.
+	lease Lease
+	// approvals are the digests of the approvals that count.
+	approvals []plan.Digest
+	// until is when time alone may turn the verdict.
+	until time.Time
+	// heads are of the log that the verdict was made over; nil if nobody looked.
+	heads *heads
+}
+
+// heads are where the log and a job's part of it stand, and which of the sets of
+// access policies, counted from the broker's start, was in force.
+type heads struct {
+	log, job   translog.Head
+	policySets uint64
 }
 
 // Release wraps one asset's data key to the recipient key in an attestation
-// result. request is the canonical receipt.ReleaseRequest and signature the
-// session key's over it. The same request under the same result gets the same
-// ciphertext as long as the grant stands, and counts once.
+// result. The same request under the same result gets the same ciphertext as
+// long as the grant stands, and counts once. A release opens the job's lease.
 //
 // A *check.Refusal at stage "release" is final and lists every failed check;
 // ErrUnavailable is worth the same request again.
-func (b *Broker) Release(ctx context.Context, agent Actor, token string, request, signature []byte) (Answer, error) {
-	c, err := b.authenticate(agent, token, request, signature)
+func (b *Broker) Release(ctx context.Context, agent Actor, ask Ask) (Answer, error) {
+	c, err := b.authenticate(agent, ask)
 	if err != nil {
 		return Answer{}, err
 	}
@@ -79,17 +121,26 @@ func (b *Broker) Release(ctx context.Context, agent Actor, token string, request
 	rel := Release{
 		ReleaseKey: c.key(), ID: newID("release"), Grant: v.grant.ID, Attempt: c.request.Attempt, JobID: c.result.JobID, Plan: c.result.PlanDigest,
 		AssetDigest: v.asset.Digest, Request: c.digest, NotAfter: v.grant.NotAfter, Simulated: c.result.Simulated,
+		LeaseSeconds: v.lease.Seconds, LeaseKey: b.signer.LeaseTerms(0).Key, Approvals: v.approvals,
 	}
 	// The wrapped key exists before the transaction, so that what commits is
 	// the complete answer.
-	if rel.Enc, rel.Ciphertext, err = b.wrap(ctx, c, v.asset); err != nil {
+	if rel.Enc, rel.Ciphertext, err = b.wrap(ctx, c, v.asset, rel.LeaseSeconds); err != nil {
 		return Answer{}, err
 	}
 	err = b.update(ctx, func(ctx context.Context, tx Tx) error {
-		// The grant may have been spent or revoked since: this look decides.
-		v, err := b.decide(ctx, tx, c)
+		// The grant may have been spent or revoked since: this look decides. What
+		// decide reads changes only together with an entry in the log, or with the set
+		// of access policies, which is logged before it is in force. So the first look
+		// holds as long as both and the clock say so.
+		head, err := tx.Head(ctx)
 		if err != nil {
 			return err
+		}
+		if head.Size != v.heads.log.Size || !bytes.Equal(head.Hash, v.heads.log.Hash) || b.policySets.Load() != v.heads.policySets || !b.now().Before(v.until) {
+			if v, err = b.decide(ctx, tx, c); err != nil {
+				return err
+			}
 		}
 		if v.prior != nil {
 			rel = *v.prior
@@ -106,29 +157,117 @@ func (b *Broker) Release(ctx context.Context, agent Actor, token string, request
 
 // authenticate checks what needs no state: the verifier's signature and
 // verdict, and the session key's signature.
-func (b *Broker) authenticate(agent Actor, token string, request, signature []byte) (claim, error) {
+func (b *Broker) authenticate(agent Actor, ask Ask) (claim, error) {
+	issuer, v, err := b.verifyResult(ask.Result)
+	if err != nil {
+		return claim{}, err
+	}
+	req, err := receipt.ParseReleaseRequest(v, ask.Request, ask.Signature)
+	if err != nil {
+		return claim{}, restage(err)
+	}
+	res := v.Result()
+	var l check.List
+	if !jobForm.MatchString(res.JobID) {
+		l.Fail("result.job", "a job id", strconv.Quote(trim(res.JobID)), "use a verifier of the same version")
+	}
+	if req.Submitter != "" && !principal(req.Submitter) {
+		l.Fail("release.submitter", "ROLE/NAME", strconv.Quote(trim(req.Submitter)), "use an agent of the same version")
+	}
+	c := claim{actor: agent, protocol: ProtocolCoffer, verifier: issuer, result: res, request: req, digest: plan.Sum(ask.Request), recipient: plan.Sum(res.Confirmation.Recipient)}
+	if c.more, err = b.moreResults(&l, ask.More, v, issuer); err != nil {
+		return claim{}, err
+	}
+	for _, m := range c.more {
+		c.result.Simulated = c.result.Simulated || m.result.Simulated
+	}
+	if len(ask.Plan) > 0 {
+		p, err := plan.Parse(ask.Plan)
+		switch {
+		case err != nil:
+			l.Fail("release.plan", "the canonical plan", trim(err.Error()), "send the plan as it was approved")
+		case plan.Sum(ask.Plan) != res.PlanDigest:
+			l.Fail("release.plan", string(res.PlanDigest), string(plan.Sum(ask.Plan)), "send the plan that the evidence binds")
+		default:
+			c.image = p.Image
+		}
+	}
+	if len(l.Failed()) > 0 {
+		return claim{}, check.Refuse(stage, l)
+	}
+	return c, nil
+}
+
+// verifyResult checks a result by the keys of the verifier that it names.
+func (b *Broker) verifyResult(token string) (string, receipt.Verified, error) {
+	want := receipt.Expect{Audience: b.id, AnyJob: true, AllowSimulated: b.simulation}
+	// If only one is trusted, what verifies by its keys names it.
+	if len(b.verifiers) == 1 {
+		for issuer, keys := range b.verifiers {
+			v, err := receipt.VerifyResult(keys, token, want, b.now())
+			if err == nil {
+				return issuer, v, nil
+			}
+			if issuerOf(token) == issuer {
+				return "", receipt.Verified{}, restage(err)
+			}
+		}
+	}
 	issuer := issuerOf(token)
 	keys, ok := b.verifiers[issuer]
 	if !ok {
 		var l check.List
 		l.Fail("result.issuer", "a result of a verifier that this broker trusts", strconv.Quote(trim(issuer)), "attest to a verifier that the broker's operator configured")
-		return claim{}, check.Refuse(stage, l)
+		return "", receipt.Verified{}, check.Refuse(stage, l)
 	}
-	v, err := receipt.VerifyResult(keys, token, receipt.Expect{Audience: b.id, AnyJob: true, AllowSimulated: b.simulation}, b.now())
+	v, err := receipt.VerifyResult(keys, token, want, b.now())
 	if err != nil {
-		return claim{}, restage(err)
+		return "", receipt.Verified{}, restage(err)
 	}
-	req, err := receipt.ParseReleaseRequest(v, request, signature)
+	return issuer, v, nil
+}
+
+// moreResults checks results of other verifiers: each is by another one and
+// speaks of the same keys, job, plan and sandbox as v. The session key's
+// signature over the request covers them through that.
+func (b *Broker) moreResults(l *check.List, tokens []string, v receipt.Verified, issuer string) ([]presented, error) {
+	if len(tokens) == 0 {
+		return nil, nil
+	}
+	if len(tokens) >= maxVerifiers {
+		l.Fail("result.more", fmt.Sprintf("at most %d results", maxVerifiers), strconv.Itoa(len(tokens)+1), "")
+		return nil, nil
+	}
+	session, err := v.SessionKey()
 	if err != nil {
-		return claim{}, restage(err)
+		return nil, restage(err)
 	}
-	res := v.Result()
-	if !jobForm.MatchString(res.JobID) {
-		var l check.List
-		l.Fail("result.job", "a job id", strconv.Quote(trim(res.JobID)), "use a verifier of the same version")
-		return claim{}, check.Refuse(stage, l)
+	of := v.Result()
+	seen := []string{issuer}
+	var out []presented
+	for _, token := range tokens {
+		name, other, err := b.verifyResult(token)
+		if err != nil {
+			return nil, err
+		}
+		r := other.Result()
+		key, err := other.SessionKey()
+		if err != nil {
+			return nil, restage(err)
+		}
+		if slices.Contains(seen, name) {
+			l.Fail("result.more", "results of different verifiers", "two of "+name, "")
+		}
+		seen = append(seen, name)
+		l.Equal("result.more.job", of.JobID, r.JobID, "attest the same job to every verifier")
+		l.Equal("result.more.plan", string(of.PlanDigest), string(r.PlanDigest), "attest the same plan to every verifier")
+		l.Equal("result.more.sandbox", string(of.SandboxDigest), string(r.SandboxDigest), "attest the same sandbox to every verifier")
+		if !key.Equal(session) || string(r.Confirmation.Recipient) != string(of.Confirmation.Recipient) {
+			l.Fail("result.more.keys", "the same recipient and session key", "others", "attest the same keys to every verifier")
+		}
+		out = append(out, presented{name, r})
 	}
-	return claim{actor: agent, verifier: issuer, result: res, request: req, digest: plan.Sum(request), recipient: plan.Sum(res.Confirmation.Recipient)}, nil
+	return out, nil
 }
 
 // decide holds a claim against the stored state. It changes nothing, and runs
@@ -136,8 +275,29 @@ func (b *Broker) authenticate(agent Actor, token string, request, signature []by
 func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error) {
 	var l check.List
 	l.Equal("release.broker", b.id, trim(c.request.Broker), "send the request to the broker that it names")
-	if err := checkAgent(ctx, r, &l, c.result.JobID, c.actor); err != nil {
+	at := heads{policySets: b.policySets.Load()}
+	var err error
+	if at.log, err = r.Head(ctx); err != nil {
 		return verdict{}, err
+	}
+	if at.job, err = r.JobHead(ctx, c.result.JobID); err != nil {
+		return verdict{}, err
+	}
+	// A job that the log does not know has no lease and no agent.
+	var had Lease
+	if at.job.Size > 0 {
+		had, err = r.Lease(ctx, c.result.JobID)
+		switch {
+		case errors.Is(err, ErrNotFound):
+			if err := checkAgent(ctx, r, &l, c.result.JobID, c.actor); err != nil {
+				return verdict{}, err
+			}
+		case err != nil:
+			return verdict{}, err
+		case had.Agent != c.actor.String():
+			// The first release checked that the job was nobody else's.
+			notTheAgent(&l, c.actor)
+		}
 	}
 	g, err := r.Grant(ctx, c.request.Grant)
 	if errors.Is(err, ErrNotFound) {
@@ -147,12 +307,49 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 	if err != nil {
 		return verdict{}, err
 	}
-	l = append(l, b.checkGrant(g, c)...)
+	assets, err := b.assets(ctx, r, g.Assets)
+	if err != nil {
+		return verdict{}, err
+	}
+	v := verdict{grant: g, heads: &at}
+	if i := slices.IndexFunc(assets, func(a Asset) bool { return a.Name == c.request.Asset }); i >= 0 {
+		v.asset = assets[i]
+	}
+	l = append(l, b.checkGrant(g, v.asset, c)...)
+	s, err := b.stand(ctx, r, g, assets)
+	if err != nil {
+		return verdict{}, err
+	}
+	if v.approvals, v.until = s.counted, earlier(s.until, ends(g, v.asset)); len(s.missing) > 0 {
+		l.Fail("grant.approvals", "a grant with every approval that its assets ask for", "it lacks "+strings.Join(s.missing, "; "), "ask them: coffer grant approve "+g.ID)
+	}
+	if len(l.Failed()) > 0 {
+		return verdict{}, check.Refuse(stage, l)
+	}
+	// Creating a grant checks this; here it costs nothing and holds even if the
+	// store was changed behind our back.
+	if v.asset.Owner != g.Owner {
+		l.Fail("grant.owner", "a grant by the owner of the asset", "a grant by "+g.Owner, "ask the owner of the asset for a grant")
+		return verdict{}, check.Refuse(stage, l)
+	}
+	access := Access{Principal: c.actor, Action: ActionRelease, Resource: v.asset.resource(), Time: b.now(), Simulated: c.result.Simulated}
+	access.Resource.Plan = c.result.PlanDigest
+	if err := b.authorize(ctx, access); err != nil {
+		return verdict{}, err
+	}
+	if v.lease, err = c.lease(had, v, b.now()); err != nil {
+		return verdict{}, err
+	}
+	if reason := had.reason(b.now()); reason != "" && (had.Stop != "" || had.Ended.IsZero()) {
+		l.Fail("job.stopped", "a job that may run", reason, "start another job under a grant that stands")
+	}
+	if err := checkRevoked(ctx, r, &l, v.lease); err != nil {
+		return verdict{}, err
+	}
 	if len(l.Failed()) > 0 {
 		return verdict{}, check.Refuse(stage, l)
 	}
 
-	v := verdict{grant: g}
 	prior, err := r.Release(ctx, c.key())
 	switch {
 	case err == nil && prior.Request == c.digest:
@@ -164,23 +361,25 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 		return verdict{}, err
 	}
 
-	uses, err := r.Uses(ctx, c.verifier, c.result.Nonce, c.result.ID)
-	if err != nil {
-		return verdict{}, err
-	}
-	v.newUse = len(uses) == 0
-	for _, u := range uses {
-		if u != c.use() {
-			l.Fail("release.replay", "a nonce, a result and a recipient key that belong together", "one of them was used with another", "attest again with a fresh nonce")
+	replayed := false
+	for _, use := range c.uses() {
+		uses, err := r.Uses(ctx, use.Verifier, use.Nonce, use.ResultID)
+		if err != nil {
+			return verdict{}, err
+		}
+		if len(uses) == 0 {
+			v.newUses = append(v.newUses, use)
+		}
+		for _, u := range uses {
+			replayed = replayed || u != use
 		}
 	}
-
-	head, err := r.JobHead(ctx, c.result.JobID)
-	if err != nil {
-		return verdict{}, err
+	if replayed {
+		l.Fail("release.replay", "a nonce, a result and a recipient key that belong together", "one of them was used with another", "attest again with a fresh nonce")
 	}
-	if limit := uint64(MaxJobEntries - bundleEntries); head.Size >= limit {
-		l.Fail("job.entries", fmt.Sprintf("a job with fewer than %d log entries", limit), strconv.FormatUint(head.Size, 10), "start another job")
+
+	if limit := uint64(MaxJobEntries - bundleEntries); v.heads.job.Size >= limit {
+		l.Fail("job.entries", fmt.Sprintf("a job with fewer than %d log entries", limit), strconv.FormatUint(v.heads.job.Size, 10), "start another job")
 	}
 
 	counted, err := r.Counted(ctx, g.ID, c.result.JobID, c.recipient)
@@ -188,26 +387,40 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 		return verdict{}, err
 	}
 	v.newAttempt = !counted
-	if v.newAttempt && g.Used >= g.MaxReleases {
-		l.Fail("grant.exhausted", "a grant with releases left", fmt.Sprintf("%d of %d used", g.Used, g.MaxReleases), "ask the owner for a new grant")
+	most := g.MaxReleases
+	if p := v.asset.Policy.MaxReleases; p > 0 {
+		most = min(most, p)
+	}
+	if v.newAttempt && g.Used >= most {
+		l.Fail("grant.exhausted", "a grant with releases left", fmt.Sprintf("%d of %d used", g.Used, most), "ask the owner for a new grant")
+	}
+	v.asset.Policy.checkResults(&l, c)
+	if kem := kemOf(c.result.Confirmation.Recipient); kem != nil && !v.asset.Policy.accepts(kem.name) {
+		l.Fail("asset.kem", "a recipient key of "+fmt.Sprint(v.asset.Policy.kems()), kem.name, "the job's holder makes the recipient key: ask the owner which kinds the asset's policy allows")
 	}
 	if len(l.Failed()) > 0 {
-		return verdict{}, check.Refuse(stage, l)
-	}
-
-	if v.asset, err = r.Asset(ctx, c.request.Asset); err != nil {
-		return verdict{}, err
-	}
-	// Creating a grant checks this; here it costs nothing and holds even if the
-	// store was changed behind our back.
-	if v.asset.Owner != g.Owner {
-		l.Fail("grant.owner", "a grant by the owner of the asset", "a grant by "+g.Owner, "ask the owner of the asset for a grant")
 		return verdict{}, check.Refuse(stage, l)
 	}
 	return v, nil
 }
 
-func (b *Broker) checkGrant(g Grant, c claim) check.List {
+// ends is when a grant is over for an asset, whose policy may have come later.
+func ends(g Grant, a Asset) time.Time {
+	if most := time.Duration(a.Policy.MaxDurationSeconds) * time.Second; most > 0 && g.NotAfter.Sub(g.NotBefore) > most {
+		return g.NotBefore.Add(most)
+	}
+	return g.NotAfter
+}
+
+// earlier returns the earlier of two times, of which a may be zero, which is never.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func (b *Broker) checkGrant(g Grant, a Asset, c claim) check.List {
 	var l check.List
 	now := b.now()
 	l.Equal("grant.plan", string(g.Plan), string(c.result.PlanDigest), "the grant is for another plan: compare the job with the one that was approved")
@@ -220,8 +433,25 @@ func (b *Broker) checkGrant(g Grant, c claim) check.List {
 	if now.Before(g.NotBefore) {
 		l.Fail("grant.not-before", "a grant that is valid at "+stamp(now), "valid from "+stamp(g.NotBefore), "wait")
 	}
-	if !now.Before(g.NotAfter) {
-		l.Fail("grant.expiry", "a grant that is valid at "+stamp(now), "expired at "+stamp(g.NotAfter), "ask the owner for a new grant")
+	if !g.Denied.IsZero() {
+		l.Fail("grant.denied", "a grant that stands", "denied at "+stamp(g.Denied), "ask "+g.EndedBy+" why")
+	}
+	if end := ends(g, a); !now.Before(end) {
+		l.Fail("grant.expiry", "a grant that is valid at "+stamp(now), "expired at "+stamp(end), "ask the owner for a new grant")
+	}
+	var agents, submitters []string
+	for _, p := range g.Principals {
+		if strings.HasPrefix(p, roleAgent+"/") || strings.HasPrefix(p, "spiffe://") {
+			agents = append(agents, p)
+		} else {
+			submitters = append(submitters, p)
+		}
+	}
+	if len(agents) > 0 && !slices.Contains(agents, c.actor.String()) && (c.actor.ID == "" || !slices.Contains(agents, c.actor.ID)) {
+		l.Fail("grant.principal", "an agent that the grant names", c.actor.String(), "run the job on one of the nodes that the grant names")
+	}
+	if len(submitters) > 0 && !slices.Contains(submitters, c.request.Submitter) {
+		l.Fail("grant.submitter", "a submitter that the grant names", strconv.Quote(c.request.Submitter), "ask for a grant that names the submitter")
 	}
 	if c.result.Simulated && !g.AllowSimulated {
 		l.Fail("grant.simulated", "evidence rooted in a vendor's anchor", "evidence rooted in a simulation anchor", "run on confidential hardware, or ask for a grant that allows simulation")
@@ -229,35 +459,83 @@ func (b *Broker) checkGrant(g Grant, c claim) check.List {
 	return l
 }
 
-func (c claim) use() Use {
-	return Use{Verifier: c.verifier, Nonce: c.result.Nonce, ResultID: c.result.ID, Recipient: c.recipient}
+// uses are what each result of the claim spends.
+func (c claim) uses() []Use {
+	var out []Use
+	for _, r := range c.results() {
+		out = append(out, Use{Verifier: r.verifier, Nonce: r.result.Nonce, ResultID: r.result.ID, Recipient: c.recipient})
+	}
+	return out
+}
+
+type namedKEM struct {
+	name string
+	kem  hpke.KEM
+}
+
+// kemOf tells the kind of a recipient key by its size (RFC 9180, section 7.1:
+// X25519 has 32 bytes; the hybrid's public key is ML-KEM-768's and that), and nil
+// for every other size.
+func kemOf(key []byte) *namedKEM {
+	switch len(key) {
+	case 1184 + 32:
+		return &namedKEM{KEMHybrid, hpke.MLKEM768X25519()}
+	case 32:
+		return &namedKEM{KEMX25519, hpke.DHKEM(ecdh.X25519())}
+	}
+	return nil
+}
+
+// unwrap asks the asset's key store for its data key, each time anew. A key that
+// its owner disabled is a refusal: the owner said no, and the store is well.
+func (b *Broker) unwrap(ctx context.Context, a Asset) (*DataKey, error) {
+	store, ok := b.keys[a.KeyStore]
+	if !ok {
+		return nil, fmt.Errorf("%w: key of asset %s is in key store %q, which is not configured", ErrUnavailable, a.Name, a.KeyStore)
+	}
+	ad, err := a.associated()
+	if err != nil {
+		return nil, err
+	}
+	key, err := store.Unwrap(ctx, a.Wrapped, ad)
+	switch {
+	case errors.Is(err, ErrKeyDisabled):
+		var l check.List
+		l.Fail("asset.key-disabled", "an enabled key-encryption key for asset "+a.Name, "one in "+a.keyStore()+" that its owner disabled or removed", "ask "+a.Owner+", who owns the asset, to have it enabled")
+		return nil, check.Refuse(stage, l)
+	case err != nil:
+		return nil, fmt.Errorf("%w: key of asset %s: %w", ErrUnavailable, a.Name, err)
+	}
+	return key, nil
 }
 
 // wrap opens the stored data key and seals it to the recipient key.
-func (b *Broker) wrap(ctx context.Context, c claim, a Asset) (enc, ciphertext []byte, err error) {
-	kem, kdf, aead := Suite()
-	pub, err := kem.NewPublicKey(c.result.Confirmation.Recipient)
-	if err != nil {
+func (b *Broker) wrap(ctx context.Context, c claim, a Asset, leaseSeconds int64) (enc, ciphertext []byte, err error) {
+	_, kdf, aead := Suite()
+	var pub hpke.PublicKey
+	if kem := kemOf(c.result.Confirmation.Recipient); kem != nil {
+		pub, err = kem.kem.NewPublicKey(c.result.Confirmation.Recipient)
+	}
+	if pub == nil || err != nil {
 		var l check.List
 		l.Fail("release.recipient-key", "an ML-KEM-768+X25519 public key", "another key", "the job's holder makes the recipient key")
 		return nil, nil, check.Refuse(stage, l)
 	}
-	info, err := receipt.WrapInfo(c.request.Grant, c.result.PlanDigest, c.request.Asset, c.result.ID)
+	info, err := receipt.WrapInfo(c.request.Grant, c.result.PlanDigest, c.request.Asset, c.result.ID, b.signer.LeaseTerms(leaseSeconds))
 	if err != nil {
 		return nil, nil, err
 	}
-	ad, err := a.associated()
+	key, err := b.unwrap(ctx, a)
 	if err != nil {
 		return nil, nil, err
-	}
-	key, err := b.keys.Unwrap(ctx, a.Wrapped, ad)
-	if err != nil {
-		return nil, nil, fmt.Errorf("%w: key of asset %s: %w", ErrUnavailable, a.Name, err)
 	}
 	defer key.Destroy()
 	enc, s, err := hpke.NewSender(pub, kdf, aead, info)
 	if err != nil {
-		return nil, nil, fmt.Errorf("wrap key of asset %s: %w", a.Name, err)
+		// X25519 keys of small order are found here (RFC 7748, section 6.1).
+		var l check.List
+		l.Fail("release.recipient-key", "a public key that can be encrypted to", trim(err.Error()), "the job's holder makes the recipient key")
+		return nil, nil, check.Refuse(stage, l)
 	}
 	ciphertext, err = s.Seal([]byte(a.Name), key.Reveal())
 	if err != nil {
@@ -269,8 +547,8 @@ func (b *Broker) wrap(ctx context.Context, c claim, a Asset) (enc, ciphertext []
 // record spends the grant, the nonce and the result, and writes the log entry
 // and the answer, all in tx.
 func (b *Broker) record(ctx context.Context, tx Tx, c claim, v verdict, rel Release) (Release, error) {
-	if v.newUse {
-		if err := tx.InsertUse(ctx, c.use()); err != nil {
+	for _, u := range v.newUses {
+		if err := tx.InsertUse(ctx, u); err != nil {
 			return Release{}, unexpected(err)
 		}
 	}
@@ -283,9 +561,25 @@ func (b *Broker) record(ctx context.Context, tx Tx, c claim, v verdict, rel Rele
 			return Release{}, unexpected(err)
 		}
 	}
-	entry, err := b.log(ctx, tx, translog.Body{Kind: translog.KindRelease, Actor: c.actor.String(), Job: c.result.JobID, Release: &translog.Release{
+	// A KBS client has no lease: nobody would renew it.
+	if c.protocol != ProtocolKBS {
+		if err := tx.PutLease(ctx, v.lease); err != nil {
+			return Release{}, err
+		}
+	}
+	// The key is wrapped under the lease's seconds.
+	if rel.LeaseSeconds != v.lease.Seconds {
+		return Release{}, fmt.Errorf("%w: the lease of job %s changed meanwhile", ErrUnavailable, rel.JobID)
+	}
+	rel.Approvals = v.approvals
+	var more []translog.Result
+	for _, m := range c.more {
+		more = append(more, translog.Result{Verifier: m.verifier, ResultID: m.result.ID, Evidence: m.result.EvidenceDigest})
+	}
+	entry, err := b.logAfter(ctx, tx, v.heads, translog.Body{Kind: translog.KindRelease, Actor: c.actor.String(), Job: c.result.JobID, Release: &translog.Release{
 		Grant: v.grant.ID, Attempt: rel.Attempt, Plan: rel.Plan, Asset: rel.Asset, Verifier: rel.Verifier, ResultID: rel.ResultID,
 		Recipient: c.recipient, Request: rel.Request, Wrapped: rel.wrapped(), Evidence: c.result.EvidenceDigest, Simulated: rel.Simulated, Used: v.grant.Used,
+		Approvals: v.approvals, More: more,
 	}})
 	if err != nil {
 		return Release{}, err
@@ -301,7 +595,7 @@ func (b *Broker) answer(r Release) (Answer, error) {
 	token, err := b.signer.Sign(receipt.TypeRelease, receipt.Release{
 		Issuer: b.id, ID: r.ID, IssuedAt: r.Time.Unix(), Grant: r.Grant, Attempt: r.Attempt, JobID: r.JobID, Plan: r.Plan, Asset: r.Asset,
 		AssetDigest: r.AssetDigest, ResultID: r.ResultID, WrappedDigest: r.wrapped(), NotAfter: r.NotAfter.Unix(), Simulated: r.Simulated,
-		LogIndex: r.LogIndex, LogHash: r.LogHash,
+		LeaseSeconds: r.LeaseSeconds, LeaseKey: r.LeaseKey, Approvals: r.Approvals, LogIndex: r.LogIndex, LogHash: r.LogHash,
 	})
 	if err != nil {
 		return Answer{}, fmt.Errorf("%w: sign receipt: %w", ErrUnavailable, err)

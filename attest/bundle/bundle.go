@@ -53,11 +53,17 @@ const (
 	Evidence Part = "evidence"
 	// Result is the signed attestation result (attest/receipt).
 	Result Part = "result"
+	// Endorsements are those that the appraisal used besides the evidence's own
+	// (endorse.Encode).
+	Endorsements Part = "endorsements"
 	// VerifierKeys and BrokerKeys are JSON Web Key Sets.
 	VerifierKeys Part = "verifier-keys"
 	BrokerKeys   Part = "broker-keys"
 	// Releases is a JSON list of release receipts, in the order of release.
 	Releases Part = "releases"
+	// Approvals is a JSON list of Approved, one for each grant of Releases, in the
+	// order in which they were first used.
+	Approvals Part = "approvals"
 	// Checkpoints is a JSON list of Checkpoint, in the order of commit.
 	Checkpoints Part = "checkpoints"
 	// HolderStatus is the holder's last Status.
@@ -72,7 +78,7 @@ const (
 
 // Parts lists every part there is.
 func Parts() []Part {
-	return []Part{JobFile, Plan, Sandbox, Evidence, Result, VerifierKeys, BrokerKeys, Releases, Checkpoints, HolderStatus, Trace, AgentPart, LogsDigest}
+	return []Part{JobFile, Plan, Sandbox, Evidence, Result, Endorsements, VerifierKeys, BrokerKeys, Releases, Approvals, Checkpoints, HolderStatus, Trace, AgentPart, LogsDigest}
 }
 
 // Stage names one step of a job's way.
@@ -80,8 +86,10 @@ type Stage string
 
 // The stages, in order.
 const (
-	StageJobspec    Stage = "jobspec"
-	StageAdmit      Stage = "admit"
+	StageJobspec Stage = "jobspec"
+	StageAdmit   Stage = "admit"
+	// StageApproval is there only if the job waited for people.
+	StageApproval   Stage = "approval"
 	StageSandbox    Stage = "sandbox"
 	StageCollect    Stage = "collect"
 	StageVerify     Stage = "verify"
@@ -95,7 +103,7 @@ const (
 
 // Stages lists every stage in order.
 func Stages() []Stage {
-	return []Stage{StageJobspec, StageAdmit, StageSandbox, StageCollect, StageVerify, StageRelease, StageDecrypt, StageStart, StageRun, StageCheckpoint, StageEvidence}
+	return []Stage{StageJobspec, StageAdmit, StageApproval, StageSandbox, StageCollect, StageVerify, StageRelease, StageDecrypt, StageStart, StageRun, StageCheckpoint, StageEvidence}
 }
 
 // State is how a job ended.
@@ -119,6 +127,29 @@ type Outcome struct {
 	Reason string `json:"reason"`
 	// Checks are the failed checks of a refusal.
 	Checks check.List `json:"checks,omitempty"`
+	// Stop is there if the job's keys were taken back or its lease lapsed: Reason is
+	// then ReasonRevoked or ReasonLapsed.
+	Stop *Stop `json:"stop,omitempty"`
+}
+
+// Reasons of jobs that have a Stop.
+const (
+	ReasonRevoked = "revoked"
+	ReasonLapsed  = "lease-lapsed"
+)
+
+// Stop says how a job was ended that lost its lease. Times are the node's, in
+// nanoseconds since 1970; 0 is for what did not happen: a job is told by a running
+// agent only.
+type Stop struct {
+	// By is what was taken back and why, in the broker's words, or why no renewal
+	// came.
+	By string `json:"by"`
+	// ToldUnixNano is when the job was told to stop, GoneUnixNano when its last
+	// process was gone, and ScrubbedUnixNano when its memory read back as zero.
+	ToldUnixNano     int64 `json:"toldUnixNano"`
+	GoneUnixNano     int64 `json:"goneUnixNano"`
+	ScrubbedUnixNano int64 `json:"scrubbedUnixNano"`
 }
 
 // Step is one stage as it went.
@@ -152,6 +183,12 @@ type Log struct {
 	Receipt string `json:"receipt"`
 	// Entries are the log's entries for the job.
 	Entries []translog.Entry `json:"entries"`
+	// Checkpoint is a signed checkpoint of the log's Merkle tree with the
+	// cosignatures that it had (C2SP tlog-checkpoint). It is absent if none had
+	// the entries yet.
+	Checkpoint []byte `json:"checkpoint,omitempty"`
+	// Proofs has the inclusion proof of each of Entries under Checkpoint.
+	Proofs [][][]byte `json:"proofs,omitempty"`
 }
 
 // Bundle is a parsed bundle. Nothing in it is verified.
@@ -204,6 +241,29 @@ func Parse(b []byte) (*Bundle, error) {
 		return nil, errors.New("parse bundle: not in canonical form (RFC 8785)")
 	}
 	return &out, nil
+}
+
+// WithProofs returns the bundle with a checkpoint of the log and inclusion proofs
+// in place of those that it has. The statement does not cover them, so that they
+// can be added when the log has published them.
+func (b *Bundle) WithProofs(p translog.Proofs) ([]byte, error) {
+	if b.Log == nil {
+		return nil, errors.New("add proofs: the bundle was not logged")
+	}
+	if len(p.Checkpoint) == 0 || len(p.Hashes) != len(b.Log.Entries) {
+		return nil, fmt.Errorf("add proofs: %d for %d entries", len(p.Hashes), len(b.Log.Entries))
+	}
+	out, logged := *b, *b.Log
+	logged.Checkpoint, logged.Proofs = p.Checkpoint, p.Hashes
+	out.Log = &logged
+	enc, err := plan.Canonical(out)
+	if err != nil {
+		return nil, fmt.Errorf("add proofs: %w", err)
+	}
+	if len(enc) > MaxSize {
+		return nil, fmt.Errorf("add proofs: %d bytes, at most %d are allowed", len(enc), MaxSize)
+	}
+	return enc, nil
 }
 
 // ParseStatement reads a canonical statement.

@@ -34,6 +34,32 @@ type Stream struct {
 	Digest plan.Digest `json:"digest"`
 }
 
+// Approved is one grant that keys were released under: what it allows, and on
+// whose word. Release receipts name the approvals by their digests.
+type Approved struct {
+	// Terms are the grant's canonical terms (receipt.GrantTerms).
+	Terms []byte `json:"terms"`
+	// Rules are those of its assets, as the broker told the agent right after the
+	// release.
+	Rules []ApprovalRule `json:"rules,omitempty"`
+	// Approvals are those that counted.
+	Approvals []SignedApproval `json:"approvals,omitempty"`
+}
+
+// ApprovalRule asks for the approvals of Count members of Group before the key of
+// Asset is released.
+type ApprovalRule struct {
+	Asset string `json:"asset"`
+	Group string `json:"group"`
+	Count int    `json:"count"`
+}
+
+// SignedApproval is a canonical receipt.Approval with its SSHSIG signature.
+type SignedApproval struct {
+	Document  []byte `json:"document"`
+	Signature []byte `json:"signature"`
+}
+
 // Status is the holder's last state, as the holder reports it.
 type Status struct {
 	Started     bool         `json:"started"`
@@ -79,6 +105,8 @@ const (
 	EventTraceLost      = "trace-lost"
 	EventInputError     = "input-error"
 	EventCheckpoint     = "checkpoint"
+	EventJobKilled      = "job-killed"
+	EventScrubbed       = "scrubbed"
 )
 
 // Decode reads a JSON part strictly.

@@ -12,7 +12,10 @@ package composite
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
@@ -95,6 +98,8 @@ type Device struct {
 	// Checks are the appraisal's, Accepted the policy's once Decide was called.
 	Checks   check.List
 	Accepted check.List
+	// Tier is what the policy says of the device, once Decide was called.
+	Tier receipt.Tier
 	// Simulated is true if the chain ended in a simulation's anchor.
 	Simulated bool
 
@@ -149,9 +154,7 @@ func (s *Statement) Appraise(ctx context.Context, trust Trust, now time.Time) *A
 	} else {
 		a.CPU, a.TPM = s.cpu(ctx, trust, now), s.tpm(trust, nil, now)
 	}
-	for i, g := range s.envelope.GPUs {
-		a.GPUs = append(a.GPUs, s.gpu(ctx, i, g, trust, now))
-	}
+	a.GPUs = s.gpus(ctx, trust, now)
 	s.distinct(a)
 	return a
 }
@@ -186,6 +189,39 @@ func report(ctx context.Context, b, certificates []byte, data [64]byte, trust Tr
 	d := &Device{Kind: CPU, Name: "cpu0", Claims: r.Claims, Checks: r.Checks, Simulated: r.Simulated, genuine: r.Genuine()}
 	d.mustSay("snp.genuine", "chain and signature checked")
 	return d, r
+}
+
+// gpus appraises the GPUs, several at a time where there are cores for it: each
+// is judged by itself.
+func (s *Statement) gpus(ctx context.Context, trust Trust, now time.Time) []*Device {
+	out := make([]*Device, len(s.envelope.GPUs))
+	var next atomic.Int64
+	var mu sync.Mutex
+	var panicked any
+	work := func() {
+		// Whoever appraises hostile bytes may be ready for a defect here: it is
+		// theirs to meet, and not the end of the process.
+		defer func() {
+			if r := recover(); r != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				panicked = r
+			}
+		}()
+		for i := int(next.Add(1)) - 1; i < len(out); i = int(next.Add(1)) - 1 {
+			out[i] = s.gpu(ctx, i, s.envelope.GPUs[i], trust, now)
+		}
+	}
+	var wg sync.WaitGroup
+	for range min(len(out), runtime.GOMAXPROCS(0)) - 1 {
+		wg.Go(work)
+	}
+	work()
+	wg.Wait()
+	if panicked != nil {
+		panic(panicked)
+	}
+	return out
 }
 
 func (s *Statement) gpu(ctx context.Context, i int, g evidence.GPU, trust Trust, now time.Time) *Device {
@@ -255,7 +291,7 @@ type Policy interface {
 
 // Decide holds the devices against a policy, which accepts those that it
 // requires in the number that the plan asks for. It returns the rules of no
-// single device and leaves the others in Accepted.
+// single device and leaves the others in Accepted, and its word in Tier.
 func (a *Appraisal) Decide(p Policy, wantGPUs int) check.List {
 	d := p.Decide(a.Evidence(wantGPUs))
 	if a.CPU != nil {
@@ -263,6 +299,9 @@ func (a *Appraisal) Decide(p Policy, wantGPUs int) check.List {
 	}
 	if a.TPM != nil {
 		a.TPM.Accepted = d.TPM
+	}
+	for _, dev := range a.Devices() {
+		dev.Tier = d.Tiers[dev.Name]
 	}
 	// A GPU on which a policy says nothing was not accepted by it.
 	for i, g := range a.GPUs {

@@ -500,3 +500,23 @@ func TestOpenRefuses(t *testing.T) {
 		t.Errorf("failures %q", got)
 	}
 }
+
+// A clock that is wrong refuses, and in neither direction is anything let through.
+func TestClock(t *testing.T) {
+	m := newMachine(t)
+	m.collect().plain()
+	for situation, row := range map[string]struct {
+		years int
+		fails []string
+	}{
+		"years back":    {-10, []string{"gpu.chain-validity", "snp.chain-validity"}},
+		"years forward": {60, []string{"snp.chain-validity"}},
+	} {
+		m.now = time.Now().AddDate(row.years, 0, 0)
+		for _, want := range row.fails {
+			if got := failed(m.appraise()); !slices.Contains(got, want) {
+				t.Errorf("%s: failed %v, want %s", situation, got, want)
+			}
+		}
+	}
+}

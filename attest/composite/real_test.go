@@ -93,6 +93,7 @@ func TestRealAzureMachines(t *testing.T) {
 		if a.Simulated() || a.TPM.Claims["tpm.trust-class"] != string(anchor.HCLVMPL0) || a.CPU.Claims["snp.vmpl"] != 0 {
 			t.Errorf("%s: %+v", v.Name, a.TPM.Claims)
 		}
+		t.Logf("vectors of Azure machines: %s verified", v.Name)
 		if got := failed(appraise(anchor.Vendor())); !slices.Contains(got, "hcl.paravisor") || !slices.Contains(got, "tpm.ak-credential") {
 			t.Errorf("%s: no paravisor trusted: failed %v", v.Name, got)
 		}

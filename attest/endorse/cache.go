@@ -28,6 +28,7 @@ import (
 
 	"github.com/coffer-run/coffer/attest/anchor"
 	"github.com/coffer-run/coffer/attest/nvgpu"
+	"github.com/coffer-run/coffer/attest/plan"
 )
 
 var (
@@ -63,6 +64,8 @@ type Store interface {
 	Get(k Key, at time.Time) (Held, bool)
 	// Newest returns the version issued last.
 	Newest(k Key) (Held, bool)
+	// ByDigest returns the version with that digest.
+	ByDigest(d plan.Digest) (Held, bool)
 	// Put takes in an item that was got at a time.
 	Put(i Item, checked time.Time) error
 }
@@ -242,15 +245,15 @@ func (c *Cache) get(ctx context.Context, q question) (Held, string, error) {
 	switch {
 	case current && !c.due(h, now):
 		if c.doubted(h, now) {
-			c.inFlight(q) //nolint:contextcheck // a fetch outlives who asked first
+			c.inFlight(CallerOf(ctx), q) //nolint:contextcheck // a fetch outlives who asked first
 		}
 		return h, fromFolder, nil
 	case current && c.outage == UseUnexpired:
-		c.inFlight(q) //nolint:contextcheck // as above
+		c.inFlight(CallerOf(ctx), q) //nolint:contextcheck // as above
 		return h, fromFolder, nil
 	}
 	select {
-	case r := <-c.inFlight(q): //nolint:contextcheck // as above
+	case r := <-c.inFlight(CallerOf(ctx), q): //nolint:contextcheck // as above
 		if r.Err == nil {
 			n, ok := r.Val.(Held)
 			if !ok {
@@ -319,8 +322,9 @@ func (c *Cache) distrust(keys []Key) {
 	}
 }
 
-// inFlight starts a fetch, or joins the one that is under way.
-func (c *Cache) inFlight(q question) <-chan singleflight.Result {
+// inFlight starts a fetch on a caller's account, or joins the one that is under
+// way.
+func (c *Cache) inFlight(caller string, q question) <-chan singleflight.Result {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.clock()
@@ -332,7 +336,7 @@ func (c *Cache) inFlight(q question) <-chan singleflight.Result {
 		return settled(fmt.Errorf("%w: the verifier is stopping", ErrOutage))
 	}
 	ch := c.flights.DoChan(q.Key.String(), func() (any, error) {
-		ctx, cancel := context.WithTimeout(c.base, fetchLimit)
+		ctx, cancel := context.WithTimeout(WithCaller(c.base, caller), fetchLimit)
 		defer cancel()
 		return c.fetchOne(ctx, q)
 	})

@@ -48,6 +48,39 @@ func FuzzRecognize(f *testing.F) {
 	})
 }
 
+// FuzzDecode: what a bundle carries reads one way only.
+func FuzzDecode(f *testing.F) {
+	v, err := simulation()
+	if err != nil {
+		f.Fatal(err)
+	}
+	var items []endorse.Item
+	for k, b := range endorsetest.New(f, v, start).Answers() {
+		i, err := endorse.Parse(k.Kind, k.ID, b)
+		if err != nil {
+			f.Fatal(err)
+		}
+		items = append(items, i)
+	}
+	for _, l := range [][]endorse.Item{nil, items[:1], items} {
+		b, err := endorse.Encode(l)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		items, err := endorse.Decode(b)
+		if err != nil {
+			return
+		}
+		again, err := endorse.Encode(items)
+		if err != nil || !bytes.Equal(b, again) {
+			t.Errorf("%d endorsements, read in another form: %v", len(items), err)
+		}
+	})
+}
+
 // FuzzParse: answers of services, by the kind that was asked for.
 func FuzzParse(f *testing.F) {
 	v, err := simulation()

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/crypto/ocsp"
 
 	"github.com/coffer-run/coffer/attest/anchor"
+	"github.com/coffer-run/coffer/attest/nvgpu"
 )
 
 const hashSHA384 = crypto.SHA384
@@ -72,8 +73,8 @@ func verifyStatus(i Item, cert, issuer *x509.Certificate) error {
 
 // Verify checks an item as far as that can be done without the device that it
 // is about: signatures of AMD's up to the pinned root, by chains that lookup
-// finds. Answers about certificates and manifests are verified by attest/nvgpu,
-// when it knows the issuer.
+// finds, and of manifests up to theirs. Answers about certificates are verified
+// by attest/nvgpu, which knows the issuer.
 func Verify(i Item, lookup func(Key) (Item, bool), anchors anchor.Set) error {
 	switch i.Key.Kind {
 	case Chain:
@@ -91,7 +92,9 @@ func Verify(i Item, lookup func(Key) (Item, bool), anchors anchor.Set) error {
 			return err
 		}
 		return verifySigned(i, chain, anchors)
-	case OCSP, RIM:
+	case RIM:
+		return nvgpu.VerifyRIM(i.Bytes, anchors)
+	case OCSP:
 		return nil
 	}
 	return fmt.Errorf("unknown kind of endorsement %.40q", string(i.Key.Kind))

@@ -24,7 +24,7 @@ const (
 )
 
 // parseChain reads PEM certificates and nothing else, leaf first.
-func parseChain(b []byte) ([]*x509.Certificate, error) {
+func parseChain(b []byte, anchors anchor.Set) ([]*x509.Certificate, error) {
 	if len(b) > maxChainPEM {
 		return nil, fmt.Errorf("%d bytes, at most %d are allowed", len(b), maxChainPEM)
 	}
@@ -41,7 +41,7 @@ func parseChain(b []byte) ([]*x509.Certificate, error) {
 		if len(out) == chainLength {
 			return nil, fmt.Errorf("more than %d certificates", chainLength)
 		}
-		c, err := x509.ParseCertificate(block.Bytes)
+		c, err := anchors.Certificate(block.Bytes)
 		if err != nil {
 			return nil, fmt.Errorf("certificate %d: %w", len(out), err)
 		}

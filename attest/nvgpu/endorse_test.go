@@ -116,6 +116,7 @@ func TestRealManifestsOfOthers(t *testing.T) {
 			onlyFails(t, nvgpu.AppraiseWith(t.Context(), tt.v.ev, tt.v.want, anchor.Vendor(), nvgpu.Endorsements{Source: tt.src}, tt.at), tt.fails...)
 		})
 	}
+	t.Logf("vectors of manifests: %d combinations refused", len(tests))
 }
 
 func TestRealStatus(t *testing.T) {
@@ -149,6 +150,7 @@ func TestRealStatus(t *testing.T) {
 	if passed != 2 {
 		t.Errorf("the status of %d manifests' signers passed, want 2: %v", passed, res.Checks)
 	}
+	t.Logf("vectors of OCSP answers: %d verified, those about the device refused once they are old", len(bySerial))
 }
 
 func TestSimulatedEndorsements(t *testing.T) {
@@ -366,6 +368,34 @@ func TestMalformedManifests(t *testing.T) {
 			}}
 			onlyFails(t, nvgpu.AppraiseWith(t.Context(), ev, nvgpu.Want{Nonce: nonce}, v.Anchors(), nvgpu.Endorsements{Source: src, Memory: memory}, time.Now()), nvgpu.CheckDriverRIM)
 		})
+	}
+}
+
+func TestVerifyManifest(t *testing.T) {
+	v := simulation(t)
+	mint := func(o simulate.RIMOptions) []byte {
+		b, err := v.DriverRIM(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	for _, row := range []struct {
+		situation string
+		manifest  []byte
+		anchors   anchor.Set
+		refused   string // empty for none
+	}{
+		{"good", mint(simulate.RIMOptions{}), v.Anchors(), ""},
+		{"nothing", nil, v.Anchors(), "not in its form"},
+		{"changed after signing", mint(simulate.RIMOptions{EditSigned: func(s string) string { return strings.Replace(s, `active="True"`, `active="False"`, 1) }}), v.Anchors(), "signature does not hold"},
+		{"another vendor's", mint(simulate.RIMOptions{}), anchor.Vendor(), "signer is not trusted"},
+		{"no anchors", mint(simulate.RIMOptions{}), anchor.Set{}, "signer is not trusted"},
+	} {
+		err := nvgpu.VerifyRIM(row.manifest, row.anchors)
+		if (err == nil) != (row.refused == "") || err != nil && !strings.Contains(err.Error(), row.refused) {
+			t.Errorf("%s: %v", row.situation, err)
+		}
 	}
 }
 

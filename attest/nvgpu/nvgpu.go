@@ -136,7 +136,7 @@ func appraise(ctx context.Context, ev Evidence, want Want, anchors anchor.Set, e
 
 	// Nobody is asked about certificates and versions that nobody vouches for.
 	anchored, signed := false, false
-	chain, err := parseChain(ev.Chain)
+	chain, err := parseChain(ev.Chain, anchors)
 	if err != nil {
 		l.Fail(CheckChain, "a PEM chain of five certificates", err.Error(), "collect the evidence again; chains of other lengths are of other GPUs than Hopper")
 	} else {

@@ -50,6 +50,25 @@ type rim struct {
 // one whose signature is not good.
 type rimFormError struct{ error }
 
+// VerifyRIM checks that a reference integrity manifest is in its form, is signed
+// by the first of its certificates, and that these lead to the pinned root. Not
+// checked: the certificates' times and status, and what the manifest is of;
+// appraisal checks those.
+func VerifyRIM(b []byte, anchors anchor.Set) error {
+	m, err := parseRIM(b)
+	var form rimFormError
+	switch {
+	case errors.As(err, &form):
+		return fmt.Errorf("manifest is not in its form: %w", err)
+	case err != nil:
+		return fmt.Errorf("manifest's signature does not hold: %w", err)
+	}
+	if err := checkRIMChain(m.chain, anchors); err != nil {
+		return fmt.Errorf("manifest's signer is not trusted: %w", err)
+	}
+	return nil
+}
+
 // parseRIM reads a manifest and verifies its signature. The values are read
 // from the very bytes that the signature's digest is over, so that what was
 // signed and what is used cannot differ.

@@ -86,6 +86,9 @@ type SNP struct {
 	// Measurements are acceptable launch digests, SHA-384 in hex. None means
 	// not checked.
 	Measurements []string `json:"measurements,omitempty"`
+	// RequireMeasurement refuses everything while nobody lists launch digests:
+	// neither this document nor signed reference values.
+	RequireMeasurement bool `json:"requireMeasurement,omitempty"`
 }
 
 // TCB is a floor for each component of a TCB version.
@@ -106,6 +109,9 @@ type TPM struct {
 	Classes []anchor.Class `json:"classes"`
 	// PCR14 are acceptable values, SHA-256 in hex. None means not checked.
 	PCR14 []string `json:"pcr14,omitempty"`
+	// RequirePCRs are the PCRs, "0" to "23", for which somebody must list values:
+	// everything is refused while nobody does.
+	RequirePCRs []string `json:"requirePCRs,omitempty"`
 }
 
 // GPU are the rules for every GPU report.
@@ -331,7 +337,7 @@ func (t TPM) validate(simulated bool) error {
 	if !simulated && slices.Contains(t.Classes, anchor.Software) {
 		return errors.New("class software belongs to policies that allow simulation")
 	}
-	return errors.Join(match("require", t.Require, checkForm.MatchString), match("pcr14", t.PCR14, hexOf(32)))
+	return errors.Join(match("require", t.Require, checkForm.MatchString), match("pcr14", t.PCR14, hexOf(32)), match("requirePCRs", t.RequirePCRs, pcrForm.MatchString))
 }
 
 func (g GPU) validate() error {

@@ -65,6 +65,8 @@ func TestParseRefuses(t *testing.T) {
 		"unknown trust class":               {`"classes":["discrete"]`, `"classes":["any"]`},
 		"software TPM without simulation":   {`"classes":["discrete"]`, `"classes":["software"]`},
 		"PCR value of another length":       {pcr14, "cdcd"},
+		"PCR that there is not":             {`"pcr14"`, `"requirePCRs":["24"],"pcr14"`},
+		"PCR with a sign":                   {`"pcr14"`, `"requirePCRs":["+4"],"pcr14"`},
 		"no feature flag":                   {`"featureFlags":["SPT"]`, `"featureFlags":[]`},
 		"unknown feature flag":              {`"featureFlags":["SPT"]`, `"featureFlags":["DEVTOOLS"]`},
 		"malformed driver version":          {`"550.90.07"`, `"latest"`},

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"time"
@@ -104,7 +105,7 @@ func (p Policy) OpenReferences(token string, now time.Time) (References, error) 
 		if err != nil {
 			return References{}, err
 		}
-		var raw json.RawMessage
+		var raw claims
 		if err := keys.Open(TypeReferences, token, &raw); err != nil {
 			refused = append(refused, err)
 			continue
@@ -124,15 +125,27 @@ func (p Policy) OpenReferences(token string, now time.Time) (References, error) 
 
 func stamp(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }
 
-func parseValues(raw []byte) (Values, error) {
-	var v struct {
-		Values
-		Type string `json:"coffer.type"`
+// claims are those of a token, less its type, as they were signed: a value that
+// is left out is not one that was given as zero.
+type claims map[string]json.RawMessage
+
+// MarshalJSON implements json.Marshaler.
+func (c claims) MarshalJSON() ([]byte, error) {
+	rest := maps.Clone(c)
+	delete(rest, "coffer.type")
+	return json.Marshal(map[string]json.RawMessage(rest))
+}
+
+func parseValues(c claims) (Values, error) {
+	raw, err := json.Marshal(c)
+	if err != nil {
+		return Values{}, err
 	}
+	var v Values
 	if err := plan.Decode(raw, receipt.MaxToken, &v); err != nil {
 		return Values{}, err
 	}
-	return v.Values, v.validate()
+	return v, v.validate()
 }
 
 var pcrForm = regexp.MustCompile(`^([0-9]|1[0-9]|2[0-3])$`)

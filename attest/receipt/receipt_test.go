@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"reflect"
@@ -271,5 +272,70 @@ func TestReleaseRequestForm(t *testing.T) {
 	bad.Attempt = receipt.MaxAttempt + 1
 	if _, err := bad.Canonical(); err == nil {
 		t.Error("encoded an attempt that is too large")
+	}
+}
+
+// TestResultsReadOneWay changes the bytes that a verifier writes: they are taken
+// without the second look that other bytes get.
+func TestResultsReadOneWay(t *testing.T) {
+	l := newLab(t)
+	token, err := l.signer.Sign(receipt.TypeResult, l.result(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := base64.RawURLEncoding.DecodeString(strings.Split(token, ".")[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := string(b)
+	change := func(old, by string) string {
+		t.Helper()
+		if strings.Count(body, old) == 0 {
+			t.Fatalf("%s is not in %s", old, body)
+		}
+		return strings.Replace(body, old, by, 1)
+	}
+	for name, tc := range map[string]struct {
+		body string
+		ok   bool
+	}{
+		"as written":                 {body, true},
+		"with white space":           {change(`,"iss"`, `, "iss"`), true},
+		"of another type":            {change(`"coffer.type":"`+receipt.TypeResult, `"coffer.type":"x`), false},
+		"without a type":             {change(`"coffer.type":"`+receipt.TypeResult+`",`, ``), false},
+		"of another issuer":          {change(`"iss":"`+issuer, `"iss":"x`), false},
+		"the issuer twice":           {change(`"iss"`, `"iss":"`+issuer+`","iss"`), false},
+		"the job twice, at the end":  {strings.TrimSuffix(body, "}") + `,"coffer.job":"other"}`, false},
+		"a member that is not known": {strings.TrimSuffix(body, "}") + `,"more":1}`, false},
+		"an evidence claim twice":    {change(`"ear.veraison.annotated-evidence":{`, `"ear.veraison.annotated-evidence":{"snp.guest-svn":9,"snp.guest-svn":9,`), false},
+		"the session key twice":      {change(`"cnf":{"jwk":{`, `"cnf":{"jwk":{"kty":"EC",`), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var r receipt.Result
+			err := l.keys.Open(receipt.TypeResult, l.raw(t, tc.body), &r)
+			if ok := err == nil; ok != tc.ok {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+// A claim of the type's own name would be a second one in the token.
+func TestClaimsCannotChooseTheirType(t *testing.T) {
+	l := newLab(t)
+	token, err := l.signer.Sign("one", map[string]string{"iss": issuer, "coffer.type": "two"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, typ := range []string{"one", "two"} {
+		var claims map[string]any
+		if err := l.keys.Open(typ, token, &claims); err == nil {
+			t.Errorf("opened as %q", typ)
+		}
+	}
+	for _, claims := range []any{nil, 1, "text", []string{"a"}} {
+		if _, err := l.signer.Sign("one", claims); err == nil {
+			t.Errorf("signed claims %v, which are no object", claims)
+		}
 	}
 }

@@ -34,6 +34,9 @@ type ReleaseRequest struct {
 	Attempt  int    `json:"attempt"`
 	ResultID string `json:"resultId"`
 	Asset    string `json:"asset"`
+	// Submitter is who submitted the job, "ROLE/NAME", as the agent says, which
+	// is measured. Needed where a grant names submitters.
+	Submitter string `json:"submitter,omitempty"`
 }
 
 // Canonical returns the bytes that are signed.
@@ -82,9 +85,12 @@ func ParseReleaseRequest(v Verified, request, signature []byte) (ReleaseRequest,
 }
 
 // WrapInfo is the HPKE info (RFC 9180, section 5.1) of a released data key: a
-// ciphertext for one grant, plan, asset or result opens under no other.
-func WrapInfo(grant string, p plan.Digest, asset, resultID string) ([]byte, error) {
-	return plan.Canonical(map[string]string{"label": "coffer/v1 release", "grant": grant, "plan": string(p), "asset": asset, "resultId": resultID})
+// ciphertext for one grant, plan, asset, result or lease opens under no other.
+func WrapInfo(grant string, p plan.Digest, asset, resultID string, lease LeaseTerms) ([]byte, error) {
+	if err := lease.validate(); err != nil {
+		return nil, err
+	}
+	return plan.Canonical(map[string]any{"label": "coffer/v1 release", "grant": grant, "plan": string(p), "asset": asset, "resultId": resultID, "lease": lease})
 }
 
 // OwnerWrapInfo is the HPKE info with which an owner hands a data key to the broker.
@@ -110,6 +116,13 @@ type Release struct {
 	WrappedDigest plan.Digest `json:"wrappedDigest"`
 	NotAfter      int64       `json:"notAfter"`
 	Simulated     bool        `json:"simulated"`
+	// LeaseSeconds is how long the job may run without renewing its lease,
+	// counted from when the release request was signed.
+	LeaseSeconds int64 `json:"leaseSeconds"`
+	// LeaseKey is the id of the key that signs the job's leases (LeaseTerms).
+	LeaseKey string `json:"leaseKey"`
+	// Approvals are the digests of the signed approvals that counted.
+	Approvals []plan.Digest `json:"approvals,omitempty"`
 	// LogIndex and LogHash are the entry of the evidence log that records this.
 	LogIndex uint64 `json:"logIndex"`
 	LogHash  []byte `json:"logHash"`

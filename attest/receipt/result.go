@@ -9,6 +9,7 @@
 package receipt
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/x509"
@@ -209,24 +210,34 @@ func encode(typ string, claims any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode claims: %w", err)
 	}
-	var m map[string]json.RawMessage
-	if err := json.Unmarshal(body, &m); err != nil {
-		return nil, fmt.Errorf("claims are not an object: %w", err)
+	if len(body) < 2 || body[0] != '{' {
+		return nil, errors.New("claims are not an object")
 	}
 	t, err := json.Marshal(typ)
 	if err != nil {
 		return nil, err
 	}
-	m["coffer.type"] = t
-	return json.Marshal(m)
+	// In front of the other claims: a claim of the same name would be a second
+	// one, which no reader accepts.
+	out := make([]byte, 0, len(body)+len(t)+len(`"coffer.type":,`))
+	out = append(append(out, `{"coffer.type":`...), t...)
+	if body[1] != '}' {
+		out = append(out, ',')
+	}
+	return append(out, body[1:]...), nil
 }
+
+// decoded are claims whose type decodes everything in them and keeps no raw JSON,
+// so that encoding them names each member once.
+type decoded interface{ issuer() string }
+
+func (r *Result) issuer() string { return r.Issuer }
 
 // decode reads claims so that no other reader can see others in the same bytes:
 // the decoder refuses a key given twice and tells letters apart, and what it
 // read, encoded again, has the value of the whole body, so that nothing was
-// skipped as unknown.
-func decode(typ string, body []byte, whole map[string]any, claims any) error {
-	var read map[string]any
+// skipped as unknown. The type and the issuer must be the ones that are wanted.
+func decode(typ, issuer string, body []byte, claims any) error {
 	if err := josejson.Unmarshal(body, claims); err != nil {
 		return err
 	}
@@ -234,11 +245,33 @@ func decode(typ string, body []byte, whole map[string]any, claims any) error {
 	if err != nil {
 		return err
 	}
+	// The very bytes that encode writes begin with the type and have one reading.
+	if d, ok := claims.(decoded); ok && bytes.Equal(again, body) {
+		return named(issuer, d.issuer())
+	}
+	var whole, read map[string]any
+	if err := josejson.Unmarshal(body, &whole); err != nil {
+		return err
+	}
+	if t, _ := whole["coffer.type"].(string); t != typ {
+		return fmt.Errorf("is of type %.40q", t)
+	}
+	by, _ := whole["iss"].(string)
+	if err := named(issuer, by); err != nil {
+		return err
+	}
 	if err := josejson.Unmarshal(again, &read); err != nil {
 		return err
 	}
 	if !reflect.DeepEqual(whole, read) {
 		return errors.New("the claims have a form or a member that is not known")
+	}
+	return nil
+}
+
+func named(want, issuer string) error {
+	if issuer != want {
+		return fmt.Errorf("names issuer %.80q, want %q", issuer, want)
 	}
 	return nil
 }
@@ -303,6 +336,11 @@ func (k Keys) Open(typ, token string, claims any) error {
 	if err != nil {
 		return fmt.Errorf("%s token: %w", typ, err)
 	}
+	// Base64 lets the last bits of a part be anything: of all ways to write a token,
+	// one counts.
+	if only, err := jws.CompactSerialize(); err != nil || only != token {
+		return fmt.Errorf("%s token is not in its one encoding", typ)
+	}
 	pub := k.keys[jws.Signatures[0].Protected.KeyID]
 	if pub == nil {
 		return fmt.Errorf("%s token is signed by a key that is none of %q's", typ, k.issuer)
@@ -311,17 +349,7 @@ func (k Keys) Open(typ, token string, claims any) error {
 	if err != nil {
 		return fmt.Errorf("%s token: signature: %w", typ, err)
 	}
-	var whole map[string]any
-	if err := josejson.Unmarshal(body, &whole); err != nil {
-		return fmt.Errorf("%s token: %w", typ, err)
-	}
-	if t, _ := whole["coffer.type"].(string); t != typ {
-		return fmt.Errorf("token is of type %.40q, want %q", t, typ)
-	}
-	if i, _ := whole["iss"].(string); i != k.issuer {
-		return fmt.Errorf("%s token names issuer %.80q, want %q", typ, i, k.issuer)
-	}
-	if err := decode(typ, body, whole, claims); err != nil {
+	if err := decode(typ, k.issuer, body, claims); err != nil {
 		return fmt.Errorf("%s token: %w", typ, err)
 	}
 	return nil

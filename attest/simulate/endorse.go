@@ -7,7 +7,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/rsa"
 	"crypto/sha512"
 	"crypto/x509"
 	"encoding/base64"
@@ -285,15 +284,36 @@ func (v *Vendor) OCSPAnswer(cert, issuer *x509.Certificate, o OCSPOptions) ([]by
 	return der, nil
 }
 
-// CRL returns the AMD root key's revocation list with the serial numbers given.
-func (v *Vendor) CRL(thisUpdate time.Time, revoked ...*big.Int) ([]byte, error) {
-	return crl(v.ark, v.arkKey, thisUpdate, revoked)
+// CRLOptions say how a revocation list differs from the usual.
+type CRLOptions struct {
+	// Revoked are the serial numbers that it names.
+	Revoked []*big.Int
+	// ByASK has it signed by the issuer of VCEKs, not by the root key.
+	ByASK bool
+	// Edit changes the list before it is signed.
+	Edit func(*x509.RevocationList)
 }
 
-func crl(issuer *x509.Certificate, key *rsa.PrivateKey, thisUpdate time.Time, revoked []*big.Int) ([]byte, error) {
+// CRL returns the AMD root key's revocation list with the serial numbers given.
+func (v *Vendor) CRL(thisUpdate time.Time, revoked ...*big.Int) ([]byte, error) {
+	return v.CRLWith(thisUpdate, CRLOptions{Revoked: revoked})
+}
+
+// CRLWith returns a revocation list that is current for a month.
+func (v *Vendor) CRLWith(thisUpdate time.Time, o CRLOptions) ([]byte, error) {
+	issuer, key := v.ark, v.arkKey
+	if o.ByASK {
+		// Go signs lists for those only whose certificates allow it.
+		ask := *v.ask
+		ask.KeyUsage |= x509.KeyUsageCRLSign
+		issuer, key = &ask, v.askKey
+	}
 	t := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: thisUpdate, NextUpdate: thisUpdate.AddDate(0, 1, 0), SignatureAlgorithm: x509.SHA384WithRSAPSS}
-	for _, s := range revoked {
+	for _, s := range o.Revoked {
 		t.RevokedCertificateEntries = append(t.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: s, RevocationTime: thisUpdate})
+	}
+	if o.Edit != nil {
+		o.Edit(t)
 	}
 	der, err := x509.CreateRevocationList(rand.Reader, t, issuer, key)
 	if err != nil {

@@ -363,6 +363,9 @@ func (c *Chip) CertTable() []byte {
 // Certificates returns VCEK, ASK and ARK in DER.
 func (c *Chip) Certificates() (vcek, ask, ark []byte) { return c.vcek, c.ask, c.ark }
 
+// ASVK returns the issuer of the chip's VLEK in DER; nil before LoadVLEK.
+func (c *Chip) ASVK() []byte { return c.asvk }
+
 // GUIDs of the certificate table (GHCB specification, MSG_REPORT certificates),
 // in the order of bytes in which tables carry them.
 const (

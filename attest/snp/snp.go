@@ -99,7 +99,7 @@ func Appraise(ev Evidence, want Want, anchors anchor.Set, now time.Time) Result 
 	l.Equal(CheckReportData, hex.EncodeToString(want.ReportData[:]), hex.EncodeToString(report.ReportData[:]),
 		"the report was made for another challenge, job, plan, sandbox, key, quote or set of GPUs")
 
-	chain, crl, err := ev.chain(report.Signer)
+	chain, crl, err := ev.chain(report.Signer, anchors)
 	if err != nil {
 		l.Fail(CheckChain, fmt.Sprintf("certificates of %s, signing key and root key", report.Signer), err.Error(), "have the platform hand out its certificates, or import the vendor's endorsements")
 		res.claim(report, report.Product)
@@ -165,7 +165,7 @@ func Appraise(ev Evidence, want Want, anchors anchor.Set, now time.Time) Result 
 
 // chain returns the signing key's certificate, its issuer and the root, and the
 // revocation list if there is one.
-func (ev Evidence) chain(s Signer) ([]*x509.Certificate, []byte, error) {
+func (ev Evidence) chain(s Signer, anchors anchor.Set) ([]*x509.Certificate, []byte, error) {
 	table, err := parseTable(ev.Certificates)
 	if err != nil {
 		return nil, nil, err
@@ -189,7 +189,7 @@ func (ev Evidence) chain(s Signer) ([]*x509.Certificate, []byte, error) {
 		if len(der) > maxCertificate {
 			return nil, nil, fmt.Errorf("a certificate of %d bytes, at most %d are allowed", len(der), maxCertificate)
 		}
-		c, err := x509.ParseCertificate(der)
+		c, err := anchors.Certificate(der)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -224,35 +224,15 @@ func checkChain(chain []*x509.Certificate, v *vek, s Signer, anchors anchor.Set)
 }
 
 // checkCRL checks the root key's revocation list, which names the issuers of
-// VCEKs and VLEKs. VCEKs themselves have no serial number to be named by. own is
-// true of a list that came with the evidence.
+// VCEKs and VLEKs. AMD gives every VCEK and VLEK the serial number 0 and revokes
+// none by name: it raises the TCB version. A list that does name one counts. own
+// is true of a list that came with the evidence.
 func checkCRL(l *check.List, crl []byte, own bool, chain []*x509.Certificate, now time.Time) {
 	if len(crl) == 0 {
 		l.Skip(CheckCRL, "no revocation list was given")
 		return
 	}
-	err := func() error {
-		if len(crl) > maxTable {
-			return fmt.Errorf("%d bytes, at most %d are allowed", len(crl), maxTable)
-		}
-		list, err := x509.ParseRevocationList(crl)
-		if err != nil {
-			return err
-		}
-		if err := list.CheckSignatureFrom(chain[2]); err != nil {
-			return err
-		}
-		if now.Before(list.ThisUpdate) || list.NextUpdate.IsZero() || now.After(list.NextUpdate) {
-			return fmt.Errorf("it is of %s to %s", list.ThisUpdate.UTC().Format(time.RFC3339), list.NextUpdate.UTC().Format(time.RFC3339))
-		}
-		for _, e := range list.RevokedCertificateEntries {
-			if e.SerialNumber.Cmp(chain[1].SerialNumber) == 0 {
-				return fmt.Errorf("%s is revoked since %s", chain[1].Subject.CommonName, e.RevocationTime.UTC().Format(time.RFC3339))
-			}
-		}
-		return nil
-	}()
-	if err != nil {
+	if err := revocation(crl, chain, now); err != nil {
 		l.Fail(CheckCRL, "a current revocation list of the root key that does not name the chain", err.Error(), "get the current list; a revoked issuer means that the platform's keys are not to be trusted")
 		return
 	}
@@ -261,6 +241,42 @@ func checkCRL(l *check.List, crl []byte, own bool, chain []*x509.Certificate, no
 		return
 	}
 	l.Pass(CheckCRL, "")
+}
+
+func revocation(crl []byte, chain []*x509.Certificate, now time.Time) error {
+	if len(crl) > maxTable {
+		return fmt.Errorf("%d bytes, at most %d are allowed", len(crl), maxTable)
+	}
+	list, err := x509.ParseRevocationList(crl)
+	if err != nil {
+		return err
+	}
+	if err := list.CheckSignatureFrom(chain[2]); err != nil {
+		return err
+	}
+	if now.Before(list.ThisUpdate) || list.NextUpdate.IsZero() || now.After(list.NextUpdate) {
+		return fmt.Errorf("it is of %s to %s", list.ThisUpdate.UTC().Format(time.RFC3339), list.NextUpdate.UTC().Format(time.RFC3339))
+	}
+	// RFC 5280, sections 5.2 and 5.3: a critical extension that is not understood
+	// can mean that the list has only some certificates, or only what changed.
+	for _, e := range list.Extensions {
+		if e.Critical {
+			return fmt.Errorf("it has the critical extension %s, which is not understood", e.Id)
+		}
+	}
+	for _, e := range list.RevokedCertificateEntries {
+		for _, x := range e.Extensions {
+			if x.Critical {
+				return fmt.Errorf("an entry has the critical extension %s, which is not understood", x.Id)
+			}
+		}
+		for _, c := range chain {
+			if e.SerialNumber.Cmp(c.SerialNumber) == 0 {
+				return fmt.Errorf("%s is revoked since %s", c.Subject.CommonName, e.RevocationTime.UTC().Format(time.RFC3339))
+			}
+		}
+	}
+	return nil
 }
 
 func (res *Result) claim(r *Report, product anchor.Product) {

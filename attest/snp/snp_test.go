@@ -85,7 +85,7 @@ func TestRealEvidenceIsGenuine(t *testing.T) {
 			}
 		})
 	}
-	t.Logf("%d real reports", len(all))
+	t.Logf("vectors of SEV-SNP reports: %d verified, 0 to be refused", len(all))
 }
 
 func TestRealEvidenceClaims(t *testing.T) {

@@ -1,10 +1,12 @@
 // Package translog is the evidence log's arithmetic: what an entry is, how
-// entries are chained, and how a reader checks that none was changed, dropped
-// or reordered.
+// entries are chained and stand in a Merkle tree, and how a reader checks that
+// none was changed, dropped or reordered.
 //
-// Trusted: a receipt's signature by the log's broker. Checked: form, index,
-// chain hash, and the chain of a job's entries. Not checked: that the broker
-// shows everyone the same log; no witness cosigns it, and receipts say so.
+// Trusted: a receipt's signature by the log's broker, a checkpoint's by the log's
+// key, and cosignatures by witnesses that the reader names. Checked: form, index,
+// chain hash, the chain of a job's entries, inclusion, and consistency of two
+// checkpoints. Not checked: that the broker shows everyone the same log, where no
+// witness is named; that a broker logs all that it does.
 package translog
 
 import (
@@ -31,7 +33,40 @@ const (
 	KindRevoke  Kind = "revoke"
 	KindRelease Kind = "release"
 	KindBundle  Kind = "bundle"
+	// KindAssetPolicy is a change of an asset's policy or labels.
+	KindAssetPolicy Kind = "asset-policy"
+	// KindRewrap is an asset's data key wrapped under another key-encryption key.
+	KindRewrap   Kind = "rewrap"
+	KindApproval Kind = "approval"
+	KindDeny     Kind = "deny"
+	// KindLift is the end of a revocation.
+	KindLift Kind = "lift"
+	// KindStop is that a job was first told to stop, KindStopped that it is gone.
+	KindStop       Kind = "stop"
+	KindStopped    Kind = "stopped"
+	KindCheckpoint Kind = "checkpoint"
+	// KindPolicy is another set of access policies.
+	KindPolicy Kind = "policy"
 )
+
+// parts is what each kind of entry holds.
+func (b Body) parts() map[Kind]bool {
+	return map[Kind]bool{
+		KindAsset: b.Asset != nil, KindGrant: b.Grant != nil, KindRevoke: b.Revoke != nil, KindRelease: b.Release != nil, KindBundle: b.Bundle != nil,
+		KindAssetPolicy: b.AssetPolicy != nil, KindRewrap: b.Rewrap != nil, KindApproval: b.Approval != nil, KindDeny: b.Deny != nil, KindLift: b.Lift != nil,
+		KindStop: b.Stop != nil, KindStopped: b.Stopped != nil, KindCheckpoint: b.Checkpoint != nil, KindPolicy: b.Policy != nil,
+	}
+}
+
+// ofJob says which kinds of entries belong to a job.
+func (k Kind) ofJob() bool {
+	switch k {
+	case KindRelease, KindBundle, KindStop, KindStopped, KindCheckpoint:
+		return true
+	default:
+		return false
+	}
+}
 
 // Body is what one entry says. Exactly the part that Kind names is present.
 type Body struct {
@@ -57,6 +92,16 @@ type Body struct {
 	Revoke  *Revoke  `json:"revoke,omitempty"`
 	Release *Release `json:"release,omitempty"`
 	Bundle  *Bundle  `json:"bundle,omitempty"`
+
+	AssetPolicy *AssetPolicy   `json:"assetPolicy,omitempty"`
+	Rewrap      *Rewrap        `json:"rewrap,omitempty"`
+	Approval    *Approval      `json:"approval,omitempty"`
+	Deny        *Deny          `json:"deny,omitempty"`
+	Lift        *Revoke        `json:"lift,omitempty"`
+	Stop        *Stop          `json:"stop,omitempty"`
+	Stopped     *Stopped       `json:"stopped,omitempty"`
+	Checkpoint  *JobCheckpoint `json:"checkpoint,omitempty"`
+	Policy      *Policy        `json:"policy,omitempty"`
 }
 
 // Asset records a new asset.
@@ -64,6 +109,70 @@ type Asset struct {
 	Name   string      `json:"name"`
 	Kind   string      `json:"kind"`
 	Digest plan.Digest `json:"digest,omitempty"`
+	// Policy is the digest of its canonical policy and labels.
+	Policy plan.Digest `json:"policy,omitempty"`
+}
+
+// AssetPolicy records a change of an asset's policy or labels.
+type AssetPolicy struct {
+	Name     string `json:"name"`
+	Revision int64  `json:"revision"`
+	// Policy is the canonical policy with the labels.
+	Policy json.RawMessage `json:"policy"`
+}
+
+// Rewrap records that an asset's data key was wrapped anew.
+type Rewrap struct {
+	Asset string `json:"asset"`
+	// KeyStore is the name of the key store; empty for the broker's default.
+	KeyStore string `json:"keyStore,omitempty"`
+}
+
+// Approval records one approval of a grant.
+type Approval struct {
+	Grant    string      `json:"grant"`
+	Plan     plan.Digest `json:"plan"`
+	Approver string      `json:"approver"`
+	// Document is the digest of the signed document and Key the SHA-256
+	// fingerprint of the key that signed it, as OpenSSH writes it. Both are
+	// missing where the owner of the assets consented.
+	Document plan.Digest `json:"document,omitempty"`
+	Key      string      `json:"key,omitempty"`
+}
+
+// Deny records that a request for a grant was turned down.
+type Deny struct {
+	Grant  string `json:"grant"`
+	Reason string `json:"reason"`
+}
+
+// Stop records that a job was told to stop.
+type Stop struct {
+	Reason string `json:"reason"`
+}
+
+// Stopped records that a job is gone. Times are by the agent's clock, in
+// milliseconds since 1970, 0 for what did not happen.
+type Stopped struct {
+	Reason   string `json:"reason,omitempty"`
+	Told     int64  `json:"told"`
+	Gone     int64  `json:"gone"`
+	Scrubbed int64  `json:"scrubbed"`
+}
+
+// JobCheckpoint records the newest checkpoint of a job.
+type JobCheckpoint struct {
+	Asset    string `json:"asset"`
+	Sequence uint64 `json:"sequence"`
+	// Digest is that of the sealed manifest, Record that of the signed record.
+	Digest plan.Digest `json:"digest"`
+	Record plan.Digest `json:"record"`
+}
+
+// Policy records which set of access policies is in force.
+type Policy struct {
+	Serial uint64      `json:"serial"`
+	Digest plan.Digest `json:"digest"`
 }
 
 // Grant records a new grant.
@@ -75,11 +184,19 @@ type Grant struct {
 	NotAfter       int64       `json:"notAfter"`
 	MaxReleases    int         `json:"maxReleases"`
 	AllowSimulated bool        `json:"allowSimulated"`
+	// Terms is the digest of the grant's canonical terms, and Requested whether
+	// it waits for approvals.
+	Terms     plan.Digest `json:"terms,omitempty"`
+	Requested bool        `json:"requested,omitempty"`
 }
 
-// Revoke records that a grant was taken back.
+// Revoke records that something was taken back: a grant, or what Kind and Value name.
 type Revoke struct {
-	Grant  string `json:"grant"`
+	Grant string `json:"grant,omitempty"`
+	Kind  string `json:"kind,omitempty"`
+	Value string `json:"value,omitempty"`
+	// Scope is the owner whose assets alone it concerns; empty for all.
+	Scope  string `json:"scope,omitempty"`
 	Reason string `json:"reason"`
 }
 
@@ -100,6 +217,17 @@ type Release struct {
 	Simulated bool        `json:"simulated"`
 	// Used is how many of the grant's releases are spent after this one.
 	Used int `json:"used"`
+	// Approvals are the digests of the signed approvals that counted.
+	Approvals []plan.Digest `json:"approvals,omitempty"`
+	// More are the other results that the asset's policy asked for.
+	More []Result `json:"more,omitempty"`
+}
+
+// Result names an attestation result.
+type Result struct {
+	Verifier string      `json:"verifier"`
+	ResultID string      `json:"resultId"`
+	Evidence plan.Digest `json:"evidence"`
 }
 
 // Bundle records the digest of a job's bundle statement.
@@ -159,11 +287,12 @@ func Append(head Head, b Body) (Entry, Head, error) {
 	return e, Head{Size: b.Index + 1, Hash: e.Hash}, nil
 }
 
-// sameAs checks that e opens and says what b says: RFC 8785 writes numbers as
-// doubles, and JSON knows no bytes that are not UTF-8.
+// sameAs checks that e, which is in canonical form, can be read and says what b
+// says: RFC 8785 writes numbers as doubles, and JSON knows no bytes that are not
+// UTF-8.
 func (b Body) sameAs(e Entry) error {
-	read, err := e.Open()
-	if err != nil {
+	var read Body
+	if err := plan.Decode(e.Body, MaxBody, &read); err != nil {
 		return fmt.Errorf("written entry does not open: %w", err)
 	}
 	want, err := json.Marshal(b)
@@ -182,13 +311,10 @@ func (b Body) sameAs(e Entry) error {
 
 func (b Body) validate() error {
 	held, named := 0, false
-	for _, p := range [...]struct {
-		kind  Kind
-		there bool
-	}{{KindAsset, b.Asset != nil}, {KindGrant, b.Grant != nil}, {KindRevoke, b.Revoke != nil}, {KindRelease, b.Release != nil}, {KindBundle, b.Bundle != nil}} {
-		if p.there {
+	for kind, there := range b.parts() {
+		if there {
 			held++
-			named = named || p.kind == b.Kind
+			named = named || kind == b.Kind
 		}
 	}
 	switch {
@@ -204,7 +330,7 @@ func (b Body) validate() error {
 		return errors.New("a link to an entry of the job before its first")
 	case b.JobSequence > 1 && len(b.JobPrev) != sha512.Size384:
 		return errors.New("no link to the job's entry before")
-	case b.Job == "" && (b.Kind == KindRelease || b.Kind == KindBundle):
+	case b.Job == "" && b.Kind.ofJob():
 		return fmt.Errorf("%s without a job", b.Kind)
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"fmt"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -252,7 +253,7 @@ func TestAppendOpensWhatItWrote(t *testing.T) {
 			if !tc.ok {
 				return
 			}
-			if got, err := e.Open(); err != nil || *got.Release != tc.release {
+			if got, err := e.Open(); err != nil || !reflect.DeepEqual(*got.Release, tc.release) {
 				t.Errorf("opens as %+v, %v", got.Release, err)
 			}
 		})

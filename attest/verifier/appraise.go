@@ -3,10 +3,9 @@ package verifier
 import (
 	"context"
 	"crypto/hpke"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/composite"
@@ -54,11 +53,49 @@ func parse(b []byte) (*statement, error) {
 	return s, nil
 }
 
+// TypeCheck is the token type of what Check returns. Brokers, and bundles, take
+// receipt.TypeResult alone.
+const TypeCheck = "evidence-check"
+
+// Bounds on a relying party's own nonce, in characters: at least what binding asks
+// for, and at most what EAT allows where it is text (RFC 9711, section 4.1: 88).
+const (
+	minForeignNonce = 16
+	maxForeignNonce = 88
+)
+
 // Appraise judges an evidence envelope for one audience: the broker that will
 // rely on the result. It returns a signed result whether the evidence is
 // accepted or refused; a refusal holds every failed check. Input that is no
-// evidence is an error that wraps ErrMalformed.
+// evidence is an error that wraps ErrMalformed. The nonce is counted against the
+// caller that endorse.WithCaller noted.
 func (v *Verifier) Appraise(ctx context.Context, envelope []byte, audience string) (string, receipt.Result, error) {
+	return v.judge(ctx, envelope, audience, receipt.TypeResult, v.useNonce)
+}
+
+// Check judges an evidence envelope for a relying party that is no broker of
+// coffer's (RFC 9334, section 5.2). The evidence must answer the given nonce,
+// which the relying party chose and whose freshness is its own affair; with an
+// empty one it must answer a nonce of this verifier's, as in Appraise. The
+// result is of TypeCheck: whoever can choose a nonce could have old evidence
+// judged again, and no key is released on that.
+func (v *Verifier) Check(ctx context.Context, envelope []byte, audience, nonce string) (string, receipt.Result, error) {
+	if nonce == "" {
+		return v.judge(ctx, envelope, audience, TypeCheck, v.useNonce)
+	}
+	if len(nonce) < minForeignNonce || len(nonce) > maxForeignNonce || !goodName(nonce) {
+		return "", receipt.Result{}, fmt.Errorf("%w: nonce: want %d to %d printable characters without spaces", ErrMalformed, minForeignNonce, maxForeignNonce)
+	}
+	return v.judge(ctx, envelope, audience, TypeCheck, func(_ context.Context, found string, _ time.Time, l *check.List) (string, error) {
+		same(l, "nonce.given", nonce, found, "attest with the nonce that the relying party gave")
+		return nonce, nil
+	})
+}
+
+// nonceRule checks the nonce of an envelope, and returns what results say of it.
+type nonceRule func(ctx context.Context, nonce string, now time.Time, l *check.List) (string, error)
+
+func (v *Verifier) judge(ctx context.Context, envelope []byte, audience, typ string, answers nonceRule) (string, receipt.Result, error) {
 	if !goodName(audience) {
 		return "", receipt.Result{}, fmt.Errorf("%w: audience: want 1 to %d printable characters without spaces", ErrMalformed, maxName)
 	}
@@ -72,9 +109,10 @@ func (v *Verifier) Appraise(ctx context.Context, envelope []byte, audience strin
 	now := v.clock()
 	var l check.List
 
-	// Is this an answer to a question of ours, and the first one?
-	l.Equal("binding.verifier", v.id, clip(s.VerifierID), "attest to this verifier with its own nonce")
-	if err := v.useNonce(s.Nonce, now, &l); err != nil {
+	// Is this an answer to the question that was asked, and the first one?
+	same(&l, "binding.verifier", v.id, s.VerifierID, "attest to this verifier")
+	nonce, err := answers(ctx, s.Nonce, now, &l)
+	if err != nil {
 		return "", receipt.Result{}, err
 	}
 
@@ -83,7 +121,7 @@ func (v *Verifier) Appraise(ctx context.Context, envelope []byte, audience strin
 	pol := v.policy(s.plan.Policy, &l)
 
 	// Is each device genuine, and does it speak of this very challenge?
-	found := s.evidence.Appraise(ctx, composite.Trust{Anchors: v.anchors, CredentialKeys: v.keys, GPUEndorsements: v.endorsements, Endorsements: v.endorsed}, now)
+	found := s.evidence.Appraise(ctx, composite.Trust{Anchors: v.anchors, CredentialKeys: v.keys.Load().public, GPUEndorsements: v.endorsements, Endorsements: v.endorsed}, now)
 	if err := ctx.Err(); err != nil {
 		return "", receipt.Result{}, err
 	}
@@ -96,11 +134,10 @@ func (v *Verifier) Appraise(ctx context.Context, envelope []byte, audience strin
 	if err != nil {
 		return "", receipt.Result{}, err
 	}
-	nonce := sha256.Sum256([]byte(s.Nonce))
 	r := receipt.Result{
 		Profile: receipt.Profile, Verifier: receipt.VerifierIdentity{Developer: "https://github.com/coffer-run/coffer", Build: v.build},
 		Issuer: v.id, Audience: audience, ID: id, IssuedAt: now.Unix(), Expires: now.Add(receipt.ResultLifetime).Unix(),
-		Nonce: hex.EncodeToString(nonce[:]), Submods: map[string]receipt.Appraisal{},
+		Nonce: nonce, Submods: map[string]receipt.Appraisal{},
 		Confirmation: s.confirm, JobID: s.JobID, PlanDigest: plan.Sum(s.Plan), SandboxDigest: plan.Sum(s.Sandbox),
 		Policy: s.plan.Policy, EvidenceDigest: plan.Sum(envelope),
 		// Nothing that a simulation's verifier says counts as real, not even of
@@ -114,7 +151,7 @@ func (v *Verifier) Appraise(ctx context.Context, envelope []byte, audience strin
 		// An EAR has at least one submodule, and every policy asks for this one.
 		r.Submods["cpu0"] = receipt.Appraisal{Status: receipt.Contraindicated, Vector: missing(), PolicyID: policyID(s.plan.Policy), Claims: map[string]any{}}
 	}
-	token, err := v.signer.Sign(receipt.TypeResult, r)
+	token, err := v.keys.Load().signer.Sign(typ, r)
 	if err != nil {
 		return "", receipt.Result{}, err
 	}
@@ -126,8 +163,8 @@ func (v *Verifier) Appraise(ctx context.Context, envelope []byte, audience strin
 
 // checkDocuments holds the sandbox against the plan and the job.
 func (s *statement) checkDocuments(l *check.List) {
-	l.Equal("sandbox.job", clip(s.JobID), clip(s.sandbox.JobID), "the sandbox was made for another job")
-	l.Equal("sandbox.image", s.plan.Image, clip(s.sandbox.Image), "the sandbox runs another image than the plan names")
+	same(l, "sandbox.job", s.JobID, s.sandbox.JobID, "the sandbox was made for another job")
+	same(l, "sandbox.image", s.plan.Image, s.sandbox.Image, "the sandbox runs another image than the plan names")
 	d, err := s.sandbox.Profile.Digest()
 	if err != nil {
 		l.Fail("sandbox.profile", string(s.plan.SandboxProfile), err.Error(), "")
@@ -145,20 +182,25 @@ func (v *Verifier) policy(want plan.Policy, l *check.List) *rego.Policy {
 		l.Fail("policy.known", "a policy that this verifier has", clip(want.Name)+" "+string(want.Digest), "give the verifier this policy, or plan with one that it has")
 		return nil
 	}
-	if !l.Equal("policy.known", p.Source().Name, clip(want.Name), "the plan calls the policy by another name") {
+	if !same(l, "policy.known", p.Source().Name, want.Name, "the plan calls the policy by another name") {
 		return nil
 	}
 	return p
 }
 
-// appraisal makes a submodule of the result. It affirms only if all checks of
-// the device hold, and those of the whole.
+// appraisal makes a submodule of the result. Its status is what the policy says
+// of the device, if all of the device's checks hold, and affirming only if those
+// of the whole do too.
 func appraisal(d *composite.Device, p plan.Policy, whole bool) receipt.Appraisal {
 	checks := clipAll(append(append(check.List(nil), d.Checks...), d.Accepted...))
 	a := receipt.Appraisal{Status: receipt.Contraindicated, PolicyID: policyID(p), Claims: d.Claims, Checks: checks, Vector: vector(d.Kind, grades(checks))}
 	// A device on which the policy did not speak was not accepted by it.
-	if whole && d.Genuine() && len(d.Accepted) > 0 && len(checks.Failed()) == 0 {
+	accepted := d.Genuine() && len(d.Accepted) > 0
+	switch {
+	case accepted && d.Tier == receipt.Affirming && whole && len(checks.Failed()) == 0:
 		a.Status = receipt.Affirming
+	case accepted && (d.Tier == receipt.Warning || d.Tier == receipt.None):
+		a.Status = d.Tier
 	}
 	return a
 }
@@ -167,6 +209,16 @@ func policyID(p plan.Policy) string { return "policy:" + clip(p.Name) + "@" + st
 
 // maxText bounds one text of a check. Evidence may be made to say more.
 const maxText = 400
+
+// same records whether two texts are equal as they are. What is recorded is clipped,
+// and clipped texts may be equal where the texts are not.
+func same(l *check.List, id, expected, found, hint string) bool {
+	if expected != found && clip(expected) == clip(found) {
+		l.Fail(id, clip(expected), "other characters than these", hint)
+		return false
+	}
+	return l.Equal(id, clip(expected), clip(found), hint)
+}
 
 func clip(s string) string {
 	if len(s) > maxText {

@@ -112,3 +112,44 @@ func TestEndorsementsRefuse(t *testing.T) {
 		})
 	}
 }
+
+// What an appraisal used is handed out for its signed result, whole or not at all.
+func TestEndorsementsOfAResult(t *testing.T) {
+	w, _, lib := endorsed(t)
+	token, _ := w.bare().appraise()
+	b, err := w.v.Endorsements(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	items, err := endorse.Decode(b)
+	if err != nil || len(items) != 11 {
+		t.Fatalf("%d endorsements, %v", len(items), err)
+	}
+	for _, i := range items {
+		if h, ok := lib.ByDigest(i.Digest); !ok || h.Key != i.Key {
+			t.Errorf("%s is not what was used", i.Key)
+		}
+	}
+	for situation, token := range map[string]string{"nothing": "", "not a token": "x", "a changed result": token[:len(token)-4] + "AAAA"} {
+		if _, err := w.v.Endorsements(token); !errors.Is(err, verifier.ErrMalformed) {
+			t.Errorf("%s: %v", situation, err)
+		}
+	}
+	// A replica that was started since, with an empty folder.
+	c, err := endorse.New(endorse.Options{Store: endorse.NewLibrary(), Anchors: w.anchors, Clock: func() time.Time { return w.now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	replica := w.verifier(func(o *verifier.Options) { o.Endorsements = c })
+	var refused *check.Refusal
+	if b, err := replica.Endorsements(token); !errors.As(err, &refused) || b != nil {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+	// Without a cache there is nothing that a result could list.
+	w = newWorld(t)
+	token, _ = w.attester().collect().appraise()
+	if b, err := w.v.Endorsements(token); err != nil || string(b) != "[]" {
+		t.Errorf("%s, %v", b, err)
+	}
+}

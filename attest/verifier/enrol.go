@@ -47,7 +47,7 @@ func (v *Verifier) BeginEnrolment(ekChain [][]byte, akPublic []byte) (credential
 	if err != nil {
 		return nil, nil, "", fmt.Errorf("seal enrolment: %w", err)
 	}
-	aead, err := sealer(v.sealing[0])
+	aead, err := sealer(v.keys.Load().sealing[0])
 	if err != nil {
 		return nil, nil, "", fmt.Errorf("seal enrolment: %w", err)
 	}
@@ -81,7 +81,7 @@ func (v *Verifier) FinishEnrolment(token string, secret []byte) (string, error) 
 	if err != nil {
 		return "", err
 	}
-	return v.signer.Sign(vtpm.TypeCredential, vtpm.Credential{
+	return v.keys.Load().signer.Sign(vtpm.TypeCredential, vtpm.Credential{
 		Issuer: v.id, ID: id, IssuedAt: now.Unix(), Expires: now.Add(vtpm.CredentialLifetime).Unix(),
 		AKName: e.AKName, EKDigest: e.EKDigest, Class: string(e.Class), Simulated: e.Simulated,
 	})
@@ -95,7 +95,7 @@ func (v *Verifier) openEnrolment(token string) (enrolment, error) {
 	if err != nil {
 		return enrolment{}, errors.New("not base64url")
 	}
-	for _, k := range v.sealing {
+	for _, k := range v.keys.Load().sealing {
 		aead, err := sealer(k)
 		if err != nil {
 			return enrolment{}, err

@@ -11,10 +11,13 @@
 package verifier
 
 import (
-	"crypto/hkdf"
-	"crypto/sha256"
+	"crypto/ecdsa"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
@@ -45,7 +48,8 @@ var (
 	ErrBusy = errors.New("verifier is busy")
 )
 
-// Options are all that a verifier needs; all but the endorsements are required.
+// Options are all that a verifier needs; all but KBSPolicy, References,
+// Published and the endorsements are required.
 type Options struct {
 	// ID names the verifier. Evidence binds it, results are issued under it.
 	ID string
@@ -53,14 +57,16 @@ type Options struct {
 	Anchors anchor.Set
 	// Policies are those that plans may name.
 	Policies []policy.Policy
+	// KBSPolicy names the one of them that guests of the Confidential Containers
+	// KBS protocol are held against. Empty: all of them are refused.
+	KBSPolicy string
 	// References are signed reference values. Each must be by a source that one
 	// of the policies names, and valid now; policies that name a source of which
 	// there are none refuse.
 	References []string
-	// Signer signs results and credentials under ID.
-	Signer *receipt.Signer
-	// NonceKeys authenticate nonces and seal enrolments. New ones are made under
-	// the first; all are accepted, so that replicas can change keys one by one.
+	// Signer, Published and NonceKeys are as in Keys.
+	Signer    *receipt.Signer
+	Published []*ecdsa.PublicKey
 	NonceKeys [][]byte
 	// Clock gives the time of every decision.
 	Clock func() time.Time
@@ -80,11 +86,13 @@ type Verifier struct {
 	id       string
 	anchors  anchor.Set
 	policies map[plan.Digest]*rego.Policy
-	signer   *receipt.Signer
-	keys     receipt.Keys
-	jwks     []byte
-	nonces   [][]byte
-	sealing  [][]byte
+	// references are what each policy was compiled with.
+	references map[plan.Digest][]policy.References
+	// kbs is nil if there is no policy for guests of the KBS protocol.
+	kbs      *rego.Policy
+	kbsRef   plan.Policy
+	rotating sync.Mutex // orders changes of keys
+	keys     atomic.Pointer[keySet]
 	clock    func() time.Time
 	build    string
 	seen     *seen
@@ -104,18 +112,12 @@ func New(o Options) (*Verifier, error) {
 		return nil, errors.New("make verifier: no trust anchors")
 	case len(o.Policies) == 0:
 		return nil, errors.New("make verifier: no policies")
-	case o.Signer == nil:
-		return nil, errors.New("make verifier: no signing key")
-	case o.Signer.Issuer() != o.ID:
-		return nil, fmt.Errorf("make verifier: signs as %q, is named %q", o.Signer.Issuer(), o.ID)
-	case len(o.NonceKeys) == 0:
-		return nil, errors.New("make verifier: no nonce key")
 	case o.Clock == nil:
 		return nil, errors.New("make verifier: no clock")
 	case o.Build == "":
 		return nil, errors.New("make verifier: no build")
 	}
-	v := &Verifier{id: o.ID, anchors: o.Anchors, policies: map[plan.Digest]*rego.Policy{}, signer: o.Signer, clock: o.Clock, build: o.Build, seen: newSeen(), endorsements: o.GPUEndorsements, endorsed: o.Endorsements}
+	v := &Verifier{id: o.ID, anchors: o.Anchors, policies: map[plan.Digest]*rego.Policy{}, references: map[plan.Digest][]policy.References{}, clock: o.Clock, build: o.Build, seen: newSeen(), endorsements: o.GPUEndorsements, endorsed: o.Endorsements}
 	used, refused := make([]bool, len(o.References)), make([]error, len(o.References))
 	for _, p := range o.Policies {
 		d, err := p.Digest()
@@ -125,16 +127,15 @@ func New(o Options) (*Verifier, error) {
 		if p.AllowSimulated && !o.Anchors.Simulated() {
 			return nil, fmt.Errorf("make verifier: policy %s allows simulation, and this verifier has no simulation's anchors", p.Name)
 		}
-		var references []policy.References
 		for i, token := range o.References {
 			r, err := p.OpenReferences(token, o.Clock())
 			if err != nil {
 				refused[i] = errors.Join(refused[i], err)
 				continue
 			}
-			references, used[i] = append(references, r), true
+			v.references[d], used[i] = append(v.references[d], r), true
 		}
-		if v.policies[d], err = rego.Compile(p, references...); err != nil {
+		if v.policies[d], err = rego.Compile(p, v.references[d]...); err != nil {
 			return nil, fmt.Errorf("make verifier: %w", err)
 		}
 	}
@@ -143,28 +144,14 @@ func New(o Options) (*Verifier, error) {
 			return nil, fmt.Errorf("make verifier: reference values %d: %w", i, refused[i])
 		}
 	}
-	for _, k := range o.NonceKeys {
-		if len(k) != NonceKeySize {
-			return nil, fmt.Errorf("make verifier: nonce key of %d bytes: want %d", len(k), NonceKeySize)
-		}
-		// One key in the file, two uses: each gets a key of its own.
-		n, err := hkdf.Key(sha256.New, k, nil, "coffer/v1 nonce", 32)
-		if err != nil {
-			return nil, fmt.Errorf("make verifier: %w", err)
-		}
-		s, err := hkdf.Key(sha256.New, k, nil, "coffer/v1 enrolment", 32)
-		if err != nil {
-			return nil, fmt.Errorf("make verifier: %w", err)
-		}
-		v.nonces, v.sealing = append(v.nonces, n), append(v.sealing, s)
-	}
-	var err error
-	if v.jwks, err = o.Signer.JWKS(); err != nil {
+	if err := v.chooseKBSPolicy(o); err != nil {
 		return nil, fmt.Errorf("make verifier: %w", err)
 	}
-	if v.keys, err = receipt.ParseKeys(o.ID, v.jwks); err != nil {
+	keys, err := newKeySet(o.ID, Keys{Signer: o.Signer, Published: o.Published, NonceKeys: o.NonceKeys})
+	if err != nil {
 		return nil, fmt.Errorf("make verifier: %w", err)
 	}
+	v.keys.Store(keys)
 	return v, nil
 }
 
@@ -175,7 +162,30 @@ func (v *Verifier) ID() string { return v.id }
 func (v *Verifier) Simulated() bool { return v.anchors.Simulated() }
 
 // JWKS returns the keys that verify results and credentials.
-func (v *Verifier) JWKS() []byte { return append([]byte(nil), v.jwks...) }
+func (v *Verifier) JWKS() []byte { return slices.Clone(v.keys.Load().jwks) }
+
+// Ready returns why the verifier can accept no evidence at all, or nil: each
+// policy names a source whose reference values have all expired. One that can
+// still be satisfied is enough.
+func (v *Verifier) Ready() error {
+	now := v.clock()
+	var stale []string
+	for d, p := range v.policies {
+		valid := map[string]bool{}
+		for _, r := range v.references[d] {
+			if r.ValidAt(now) {
+				valid[r.Values().Issuer] = true
+			}
+		}
+		missing := slices.IndexFunc(p.Source().Sources, func(s policy.Source) bool { return !valid[s.Issuer] })
+		if missing < 0 {
+			return nil
+		}
+		stale = append(stale, fmt.Sprintf("policy %s has no valid reference values of %.80q", p.Source().Name, p.Source().Sources[missing].Issuer))
+	}
+	slices.Sort(stale)
+	return errors.New(strings.Join(stale, "; "))
+}
 
 func goodName(s string) bool {
 	if s == "" || len(s) > maxName {

@@ -146,14 +146,12 @@ func ParseLog(b []byte) ([]Event, error) {
 	return l.Events, nil
 }
 
-// Replay returns the PCR values that events lead to from the reset value zero
-// (TPM 2.0 Part 1, section 17.2: new = H(old || extension)). PCRs without an
-// event are not in it.
-func Replay(events []Event) map[int][sha256.Size]byte {
-	out := map[int][sha256.Size]byte{}
+// Replay returns the value of AgentPCR after events. start is what it was before
+// them: zero after a reset, unless firmware and boot loader extended it, whose
+// log then leads there (TCGLog.Replay).
+func Replay(start [sha256.Size]byte, events []Event) [sha256.Size]byte {
 	for _, e := range events {
-		old, x := out[e.PCR], e.Extension()
-		out[e.PCR] = sha256.Sum256(append(old[:], x[:]...))
+		start = extended(start, e.Extension())
 	}
-	return out
+	return start
 }

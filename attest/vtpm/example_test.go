@@ -23,7 +23,7 @@ func ExampleReplay() {
 		fmt.Println(err)
 		return
 	}
-	fmt.Printf("%d events\nPCR 14 is %x\n", len(read), vtpm.Replay(read)[vtpm.AgentPCR])
+	fmt.Printf("%d events\nPCR 14 is %x\n", len(read), vtpm.Replay([sha256.Size]byte{}, read))
 	// Output:
 	// 2 events
 	// PCR 14 is 0bf5a754ca562ae5dc896cc54b622ce9a401f1f62077b47248f5e594f4b360c1

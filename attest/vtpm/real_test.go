@@ -120,7 +120,7 @@ func TestRealFirmwareLogsReplay(t *testing.T) {
 			}
 		})
 	}
-	t.Logf("%d logs replay to their machines' PCRs", len(logs))
+	t.Logf("vectors of firmware logs: %d replay to their machines' PCRs", len(logs))
 }
 
 // allLogs are all firmware logs of the modules, whether they have PCRs or not.
@@ -204,7 +204,7 @@ func TestRealFirmwareLogsUnderAQuote(t *testing.T) {
 	if accepted < 25 || refused < 5 {
 		t.Errorf("%d logs accepted, %d refused", accepted, refused)
 	}
-	t.Logf("%d real logs accepted, %d of the older format refused", accepted, refused)
+	t.Logf("vectors of firmware logs: %d accepted, %d of the older format refused", accepted, refused)
 }
 
 func TestRealCommandLines(t *testing.T) {

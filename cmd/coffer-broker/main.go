@@ -16,30 +16,43 @@ import (
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
+	"github.com/coffer-run/coffer/internal/keystore"
 )
 
 const name = "coffer-broker"
 
 // Config is the broker's configuration file. Every field is required but
-// simulation.
+// simulation, access, kbs and those of key stores.
 type Config struct {
 	// Listen is the address to answer on, 127.0.0.1:7442 in the embedded stack.
 	Listen string     `json:"listen"`
 	TLS    daemon.TLS `json:"tls"`
 	// ID is the broker's name: audience of results, issuer of receipts.
 	ID string `json:"id"`
-	// KeyFile holds the P-384 key that signs receipts (PKCS#8 PEM), KEKFile the
-	// 32-byte key-encryption key, OwnerWrapKeyFile the HPKE private key to which
-	// owners wrap data keys. All are mode 0600.
+	// KeyFile holds the P-384 key that signs receipts (PKCS#8 PEM),
+	// OwnerWrapKeyFile the HPKE private key to which owners wrap data keys. Both
+	// are mode 0600.
 	KeyFile          string `json:"keyFile"`
-	KEKFile          string `json:"kekFile"`
 	OwnerWrapKeyFile string `json:"ownerWrapKeyFile"`
+	// KEKFile holds a 32-byte key-encryption key (mode 0600) under which the
+	// broker itself wraps what names no key store. DefaultKeyStore names one of
+	// KeyStores to do that. Exactly one is set.
+	KEKFile         string `json:"kekFile,omitempty"`
+	DefaultKeyStore string `json:"defaultKeyStore,omitempty"`
+	// KeyStores are plugins, by whose names assets choose them.
+	KeyStores []keystore.Config `json:"keyStores,omitempty"`
 	// DB is the SQLite database, made at the first start.
 	DB string `json:"db"`
+	// Log is the Merkle tree over the evidence log in DB.
+	Log Log `json:"log"`
 	// Verifiers are those whose results count, with their public keys pinned.
 	Verifiers []Verifier `json:"verifiers"`
 	// Simulation lets owners make grants that accept simulated evidence.
 	Simulation bool `json:"simulation"`
+	// Access says who may do what; without it certificates' roles alone do.
+	Access *Access `json:"access,omitempty"`
+	// KBS serves assets whose policies name that protocol; without it none is.
+	KBS *KBS `json:"kbs,omitempty"`
 }
 
 // Verifier is one trusted verifier.
@@ -63,11 +76,27 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 		return fmt.Errorf("configuration %s: listen and db are required", path)
 	}
 	log := daemon.Logger(stderr, name)
-	tlsConfig, err := c.TLS.Server()
+	cfg, err := keys(c)
 	if err != nil {
 		return err
 	}
-	cfg, err := keys(c)
+	stop, err := keyStores(ctx, c, &cfg, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+	tlsConfig, who := c.TLS.Server, identify
+	var g *gate
+	if c.Access != nil {
+		if g, err = newGate(c); err != nil {
+			return err
+		}
+		tlsConfig, who, cfg.Access, cfg.Directory = c.TLS.ServerForPeople, g.identify, g, g
+	}
+	if c.KBS != nil {
+		tlsConfig = c.TLS.ServerForPeople
+	}
+	serverTLS, err := tlsConfig()
 	if err != nil {
 		return err
 	}
@@ -76,7 +105,11 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	cfg.Store = store
+	outbox, tree, err := openLog(c, store, log)
+	if err != nil {
+		return err
+	}
+	cfg.Store = outbox
 	b, err := broker.New(cfg)
 	if err != nil {
 		return err
@@ -86,17 +119,28 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	if err != nil {
 		return fmt.Errorf("evidence log in %s: %w", c.DB, err)
 	}
-	handler, err := serve.Handler(serve.Options{Broker: b, Identify: daemon.Identity, Log: log})
+	if g != nil {
+		if err := g.load(ctx, b, log); err != nil {
+			return err
+		}
+		g.reload(ctx, b, log)
+	}
+	handler, err := serve.Handler(serve.Options{Broker: b, Identify: who, Log: log})
 	if err != nil {
 		return err
 	}
+	if handler, err = beside(c, tree, mayReadLog(who, cfg.Access), b, log, handler); err != nil {
+		return err
+	}
+	defer sequence(ctx, tree, log)()
+	defer rewrapping(ctx, b, c.ID, log)()
 	log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("address", c.Listen), slog.String("id", c.ID), slog.Bool("simulation", c.Simulation), slog.Uint64("logEntries", head.Size))
-	return daemon.Serve(ctx, c.Listen, tlsConfig, handler, log)
+	return daemon.Serve(ctx, c.Listen, serverTLS, handler, log)
 }
 
-// keys reads every key that the configuration names.
+// keys reads every key that the configuration names, but those of key stores.
 func keys(c Config) (broker.Config, error) {
-	out := broker.Config{ID: c.ID, Simulation: c.Simulation, Now: time.Now}
+	out := broker.Config{ID: c.ID, Simulation: c.Simulation, Now: time.Now, Access: broker.Roles{}}
 	key, err := keyfile.ReadP384(c.KeyFile)
 	if err != nil {
 		return out, err
@@ -105,14 +149,6 @@ func keys(c Config) (broker.Config, error) {
 		return out, err
 	}
 	if out.OwnerKey, err = keyfile.ReadHPKE(c.OwnerWrapKeyFile); err != nil {
-		return out, err
-	}
-	kek, err := keyfile.ReadSecret(c.KEKFile, broker.KEKSize)
-	if err != nil {
-		return out, err
-	}
-	defer clear(kek)
-	if out.Keys, err = broker.NewLocalKeys(kek); err != nil {
 		return out, err
 	}
 	for _, v := range c.Verifiers {

@@ -19,6 +19,7 @@ import (
 	"github.com/coffer-run/coffer/attest/api/refusal"
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/translog"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/internal/daemon/pki"
@@ -36,7 +37,7 @@ func state(t *testing.T) (dir string, c Config) {
 	t.Helper()
 	dir = t.TempDir()
 	check(t, pki.Create(dir))
-	for _, id := range [][2]string{{"broker", "broker"}, {"owner", "alice"}, {"agent", "node-1"}} {
+	for _, id := range [][2]string{{"broker", "broker"}, {"owner", "alice"}, {"agent", "node-1"}, {"auditor", "vera"}} {
 		check(t, pki.Issue(dir, id[0], id[1]))
 	}
 	in := func(name string) string { return filepath.Join(dir, name) }
@@ -44,6 +45,7 @@ func state(t *testing.T) (dir string, c Config) {
 	check(t, keyfile.CreateP384(in("verifier-sign.key")))
 	check(t, keyfile.CreateSecret(in("kek"), broker.KEKSize))
 	check(t, keyfile.CreateHPKE(in("owner-wrap.key")))
+	check(t, keyfile.CreateNote(in("log.key"), translog.KeyName("broker.test")))
 	vk, err := keyfile.ReadP384(in("verifier-sign.key"))
 	check(t, err)
 	vs, err := receipt.NewSigner("verifier.test", vk)
@@ -56,7 +58,7 @@ func state(t *testing.T) (dir string, c Config) {
 	check(t, l.Close())
 	return dir, Config{
 		Listen: l.Addr().String(), TLS: pki.Files(dir, "broker", "broker"), ID: "broker.test", KeyFile: in("broker-sign.key"), KEKFile: in("kek"),
-		OwnerWrapKeyFile: in("owner-wrap.key"), DB: in("broker.db"), Verifiers: []Verifier{{ID: "verifier.test", JWKSFile: in("verifier.jwks")}},
+		OwnerWrapKeyFile: in("owner-wrap.key"), DB: in("broker.db"), Log: Log{Dir: in("log"), KeyFile: in("log.key")}, Verifiers: []Verifier{{ID: "verifier.test", JWKSFile: in("verifier.jwks")}},
 	}
 }
 

@@ -13,6 +13,8 @@ import (
 	"os/signal"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coffer-run/coffer/enclave/hold"
 )
 
@@ -59,6 +61,7 @@ func parse(args []string) (hold.Config, error) {
 	uid := fs.Uint("uid", 0, "user of the job")
 	gid := fs.Uint("gid", 0, "group of the job")
 	fs.Int64Var(&cfg.LogBytes, "log-bytes", 0, "bytes of log to keep")
+	procs := fs.Int("procs", 0, "descriptor of cgroup.procs of the job's control group, which this process is in")
 	fs.Int64Var(&cfg.RegionBytes, "region-bytes", 0, "bytes of memory to decrypt inputs into, 0: as many as they have")
 	if err := fs.Parse(args); err != nil {
 		return hold.Config{}, fmt.Errorf("parse flags: %w", err)
@@ -69,11 +72,15 @@ func parse(args []string) (hold.Config, error) {
 		return hold.Config{}, fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	case cfg.RunDir == "" || cfg.JobID == "" || cfg.LogBytes <= 0:
 		return hold.Config{}, errors.New("--run, --job and --log-bytes are required")
+	case *procs <= int(os.Stderr.Fd()):
+		return hold.Config{}, errors.New("--procs must name a descriptor that was handed over")
 	case cfg.RegionBytes < 0:
 		return hold.Config{}, errors.New("--region-bytes is negative")
 	case *uid == 0 || *gid == 0 || *uid > maxID || *gid > maxID:
 		return hold.Config{}, errors.New("--uid and --gid must name a user that is not root")
 	}
 	cfg.UID, cfg.GID = uint32(*uid), uint32(*gid)
+	unix.CloseOnExec(*procs)
+	cfg.Procs = os.NewFile(uintptr(*procs), "cgroup.procs")
 	return cfg, nil
 }

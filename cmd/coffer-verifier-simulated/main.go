@@ -30,8 +30,12 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) e
 	if err != nil {
 		return err
 	}
-	var c Config
-	if err := daemon.ReadConfig(path, &c); err != nil {
+	read := func() (c Config, err error) {
+		err = daemon.ReadConfig(path, &c)
+		return c, err
+	}
+	c, err := read()
+	if err != nil {
 		return err
 	}
 	switch {
@@ -48,5 +52,9 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) e
 	if !anchors.Simulated() {
 		return errors.New("the simulation's anchors are not a simulation's")
 	}
-	return verifierd.Run(ctx, name, c.Config, anchors, []string{"simulation", "production", "cpu-only"}, stderr)
+	shared := func() (verifierd.Config, error) {
+		c, err := read()
+		return c.Config, err
+	}
+	return verifierd.Run(ctx, name, shared, anchors, []string{"simulation", "production", "cpu-only"}, stderr)
 }

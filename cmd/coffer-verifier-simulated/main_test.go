@@ -3,11 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/hpke"
-	"crypto/rand"
-	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -22,13 +17,12 @@ import (
 
 	verifierv1 "github.com/coffer-run/coffer/attest/api/verifier/v1"
 	"github.com/coffer-run/coffer/attest/api/verifier/v1/verifierv1connect"
-	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/simulate"
 	"github.com/coffer-run/coffer/attest/verifier"
-	"github.com/coffer-run/coffer/attest/vtpm"
+	"github.com/coffer-run/coffer/attest/verifier/verifiertest"
 	"github.com/coffer-run/coffer/attest/vtpm/vtpmtest"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
@@ -52,12 +46,7 @@ func setup(t *testing.T) (dir string, c config, tpm *vtpmtest.TPM) {
 	must(pki.Issue(p, daemon.RoleAgent, "x"))
 	must(keyfile.CreateP384(filepath.Join(dir, "key.pem")))
 	must(keyfile.CreateSecret(filepath.Join(dir, "nonce.key"), verifier.NonceKeySize))
-	sim := filepath.Join(dir, "simulation")
-	must(simulate.Mint(sim, simulate.Options{Fast: true}))
-	tpm, err := vtpmtest.New(time.Now())
-	must(err)
-	must(os.MkdirAll(filepath.Join(sim, "roots", "tpm"), 0o700))
-	must(os.WriteFile(filepath.Join(sim, simulate.EKRootFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: tpm.Root.Raw}), 0o600))
+	sim, tpm := mint(t, dir)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(err)
 	addr := l.Addr().String()
@@ -66,6 +55,37 @@ func setup(t *testing.T) (dir string, c config, tpm *vtpmtest.TPM) {
 		"listen": addr, "tls": pki.Files(p, daemon.RoleVerifier, "x"), "id": "verifier.simulated.test",
 		"keyFile": filepath.Join(dir, "key.pem"), "nonceKeyFile": filepath.Join(dir, "nonce.key"), "simulationDir": sim,
 	}, tpm
+}
+
+// trust makes a TPM whose maker a simulation trusts.
+func trust(t *testing.T, simulation string) *vtpmtest.TPM {
+	t.Helper()
+	tpm, err := vtpmtest.New(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(simulation, simulate.EKRootFile)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: tpm.Root.Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return tpm
+}
+
+// machine has the devices that the simulation minted.
+func machine(t *testing.T, dir string, tpm *vtpmtest.TPM, credential string) *verifiertest.Machine {
+	t.Helper()
+	chip, gpus, err := simulate.LoadDevices(filepath.Join(dir, "simulation"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Named("simulation")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &verifiertest.Machine{Chip: chip, GPU: gpus[0], TPM: tpm, Policy: p, Credential: credential}
 }
 
 func write(t *testing.T, dir string, c config) string {
@@ -126,8 +146,11 @@ func TestAppraisesOverTheWire(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := collect(t, filepath.Join(dir, "simulation"), tpm, nonce.Msg, cred.Msg.GetAkCredential())
-	b, err := json.Marshal(e)
+	e, err := machine(t, dir, tpm, cred.Msg.GetAkCredential()).Attest(nonce.Msg.GetVerifierId(), nonce.Msg.GetNonce(), "job-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := e.JSON()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,59 +186,6 @@ func TestAppraisesOverTheWire(t *testing.T) {
 	}
 }
 
-func collect(t *testing.T, sim string, tpm *vtpmtest.TPM, ch *verifierv1.ChallengeResponse, credential string) evidence.Envelope {
-	t.Helper()
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	chip, gpus, err := simulate.LoadDevices(sim)
-	must(err)
-	profile := plan.Profile{Version: plan.SandboxVersion, ShimDigest: plan.Sum([]byte("shim")), RuntimeDigest: plan.Sum([]byte("runsc")), Trace: plan.Sum([]byte("trace"))}
-	pd, err := profile.Digest()
-	must(err)
-	pol, err := policy.Named("simulation")
-	must(err)
-	ref, err := pol.Ref()
-	must(err)
-	image := "sha256:" + strings.Repeat("ab", 32)
-	pb, err := plan.Plan{
-		Version: plan.Version, Name: "job", Image: image, Command: []string{"/bin/true"}, Inputs: []plan.Input{}, Output: plan.Output{LogBytes: 1},
-		Resources: plan.Resources{CPUMillis: 1, MemoryBytes: 1, Pids: 1, GPUs: 1, MaxSeconds: 1}, Policy: ref, SandboxProfile: pd,
-	}.Canonical()
-	must(err)
-	sb, err := plan.Sandbox{Version: plan.SandboxVersion, JobID: "job-1", Image: image, Profile: profile, Trace: json.RawMessage(`{}`), Spec: json.RawMessage(`{}`)}.Canonical()
-	must(err)
-	rk, err := hpke.MLKEM768X25519().GenerateKey()
-	must(err)
-	sk, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(err)
-	session, err := x509.MarshalPKIXPublicKey(&sk.PublicKey)
-	must(err)
-	e := evidence.Envelope{
-		Version: evidence.Version, VerifierID: ch.GetVerifierId(), Nonce: ch.GetNonce(), JobID: "job-1", Plan: pb, Sandbox: sb,
-		RecipientKey: rk.PublicKey().Bytes(), SessionKey: session, TPM: &evidence.TPM{AKPublic: tpm.AKPublic, AKCredential: credential},
-	}
-	bound, err := e.Challenge().Bind()
-	must(err)
-	g := gpus[0]
-	report, err := g.Report(bound.GPUNonce(), simulate.GPUOptions{})
-	must(err)
-	e.GPUs = []evidence.GPU{{UUID: g.UUID(), Report: report, Chain: g.ChainPEM(), DriverVersion: g.DriverVersion(), VBIOSVersion: g.VBIOSVersion()}}
-	extra := bound.TPMExtraData(e.Devices())
-	e.TPM.Quote, e.TPM.Signature, err = tpm.Quote(extra[:], nil, vtpm.AgentPCR)
-	must(err)
-	e.TPM.PCRs = tpm.PCRs(vtpm.AgentPCR)
-	e.TPM.EventLog, err = vtpm.EncodeLog(nil)
-	must(err)
-	r, err := chip.Report(bound.SNPReportData(e.Devices(), e.TPM.Quote, e.TPM.EventLog), simulate.SNPOptions{})
-	must(err)
-	e.SNP = &evidence.SNP{Report: r, Certificates: chip.CertTable()}
-	return e
-}
-
 func TestRefusesToStart(t *testing.T) {
 	dir := t.TempDir()
 	good := config{"listen": "127.0.0.1:0", "id": "verifier.simulated.test", "simulationDir": dir}
@@ -226,7 +196,7 @@ func TestRefusesToStart(t *testing.T) {
 		"no simulation":               {func(c config) { delete(c, "simulationDir") }, "simulationDir"},
 		"folder without a simulation": {func(c config) { c["simulationDir"] = dir }, "simulation"},
 		"name that hides it":          {func(c config) { c["id"] = "verifier.test" }, "must say"},
-		"endorsement key roots":       {func(c config) { c["ekRoots"] = []config{} }, "unknown field"},
+		"real roots for a simulation": {func(c config) { c["anchors"] = "vendor" }, "unknown field"},
 	} {
 		t.Run(situation, func(t *testing.T) {
 			c := config{}

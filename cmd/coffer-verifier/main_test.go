@@ -3,13 +3,20 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -17,6 +24,8 @@ import (
 
 	verifierv1 "github.com/coffer-run/coffer/attest/api/verifier/v1"
 	"github.com/coffer-run/coffer/attest/api/verifier/v1/verifierv1connect"
+	"github.com/coffer-run/coffer/attest/policy"
+	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/verifier"
 	"github.com/coffer-run/coffer/attest/vtpm/vtpmtest"
 	"github.com/coffer-run/coffer/internal/daemon"
@@ -68,7 +77,25 @@ func setup(t *testing.T) (dir string, c config) {
 	}
 }
 
-func start(t *testing.T, dir string, c config) (*bytes.Buffer, func() error) {
+// buffer is a log that is read while it is written.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func start(t *testing.T, dir string, c config) (*buffer, func() error) {
 	t.Helper()
 	b, err := json.Marshal(c)
 	if err != nil {
@@ -79,12 +106,12 @@ func start(t *testing.T, dir string, c config) (*bytes.Buffer, func() error) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	var log bytes.Buffer
+	log := &buffer{}
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, []string{"--config", path}, nil, nil, &log) }()
+	go func() { done <- run(ctx, []string{"--config", path}, nil, nil, log) }()
 	stop := func() error { cancel(); return <-done }
 	t.Cleanup(cancel)
-	return &log, stop
+	return log, stop
 }
 
 func TestServes(t *testing.T) {
@@ -120,6 +147,199 @@ func TestServes(t *testing.T) {
 	}
 }
 
+// file writes a file, and folder the folder that a file is in.
+func file(t *testing.T, dir, name, text string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func folder(t *testing.T, dir, name, text string) string {
+	t.Helper()
+	file(t, filepath.Join(dir, "policies"), name, text)
+	return filepath.Join(dir, "policies")
+}
+
+func newSource(t *testing.T) *receipt.Signer {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := receipt.NewSigner("values.test", key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// withSource adds a policy whose reference values a source signs.
+func withSource(t *testing.T, dir string, c config, source *receipt.Signer) {
+	t.Helper()
+	p, err := policy.Named("cpu-only")
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := source.JWKS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Name, p.Sources = "ours", []policy.Source{{Issuer: source.Issuer(), Keys: keys}}
+	b, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c["policiesDir"] = folder(t, dir, "ours.json", string(b))
+}
+
+func values(t *testing.T, source *receipt.Signer, valid time.Duration) string {
+	t.Helper()
+	until := time.Now().Add(valid)
+	token, err := policy.SignValues(source, policy.Values{
+		IssuedAt: until.Add(-2 * time.Hour).Unix(), Expires: until.Unix(), SNP: &policy.SNPValues{Measurements: []string{strings.Repeat("ab", 48)}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return token
+}
+
+// client speaks to the daemon as a role, which may have to start first.
+func client(t *testing.T, dir string, c config, role string) (*http.Client, string) {
+	t.Helper()
+	hc, err := pki.Files(filepath.Join(dir, "pki"), role, "x").HTTPClient(daemon.RoleVerifier)
+	if err != nil {
+		t.Fatal(err)
+	}
+	url := fmt.Sprintf("https://%s", c["listen"])
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		resp, err := hc.Get(url + "/readyz")
+		if err == nil {
+			resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				return hc, url
+			}
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the verifier is not ready: %v", err)
+		}
+	}
+}
+
+// TestTakesItsConfiguration starts with one of everything that a deployment may
+// trust besides the vendors.
+func TestTakesItsConfiguration(t *testing.T) {
+	dir, c := setup(t)
+	source := newSource(t)
+	withSource(t, dir, c, source)
+	c["referenceValues"] = []string{file(t, dir, "values.jwt", values(t, source, time.Hour)+"\n")}
+	p, err := policy.Named("production")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range p.Rules {
+		file(t, dir, filepath.Join("policies", "folder", name), text)
+	}
+	p.Rules, p.Name = nil, "folder"
+	b, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file(t, dir, "policies/folder/policy.json", strings.Replace(string(b), `"rules":null,`, "", 1))
+	file(t, dir, "policies/README", "notes")
+	c["attestationKeys"] = []config{{"class": "discrete", "names": []string{"000b" + strings.Repeat("ab", 32)}}}
+	c["paravisors"] = []string{strings.Repeat("ab", 48)}
+	log, stop := start(t, dir, c)
+	client(t, dir, c, daemon.RoleAgent)
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"ours@sha384:", "folder@sha384:", `"referenceValues":1`, `"endorsementKeyRoots":1`} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log lacks %s: %s", want, log)
+		}
+	}
+}
+
+// TestHangup changes keys while the daemon serves, in the order of the
+// documentation, and out of order.
+func TestHangup(t *testing.T) {
+	dir, c := setup(t)
+	log, stop := start(t, dir, c)
+	hc, url := client(t, dir, c, daemon.RoleAgent)
+	next := filepath.Join(dir, "next.pem")
+	if err := keyfile.CreateP384(next); err != nil {
+		t.Fatal(err)
+	}
+	key, err := keyfile.ReadP384(next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kid, err := receipt.KeyID(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	jwks := func() string {
+		t.Helper()
+		resp, err := hc.Get(url + "/.well-known/jwks.json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	hangup := func(says string) {
+		t.Helper()
+		n := strings.Count(log.String(), says)
+		b, err := json.Marshal(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file(t, dir, "config.json", string(b))
+		if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(10 * time.Second); strings.Count(log.String(), says) == n; time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("the log does not say %q: %s", says, log)
+			}
+		}
+	}
+	first := c["keyFile"].(string)
+	before := jwks()
+	c["keyFile"] = next
+	hangup("not published before")
+	c["keyFile"] = filepath.Join(dir, "none.pem")
+	hangup("none.pem")
+	if jwks() != before {
+		t.Error("a step that was refused changed the keys")
+	}
+	c["keyFile"], c["publishedKeyFiles"] = first, []string{next}
+	hangup(`"published":2`)
+	if !strings.Contains(jwks(), kid) {
+		t.Error("the next key is not published")
+	}
+	c["keyFile"], c["publishedKeyFiles"] = next, []string{first}
+	c["policiesDir"] = dir
+	hangup("other changes")
+	if !strings.HasPrefix(jwks(), `{"keys":[{"use":"sig","kty":"EC","kid":"`+kid) {
+		t.Errorf("the next key is not first: %s", jwks())
+	}
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestRefusesToStart(t *testing.T) {
 	simulation := `{"version":"coffer.run/policy/v1","name":"mine","allowSimulated":true,
 "snp":{"require":[],"allowDebug":false,"allowMigration":false,"maxVMPL":0,"products":["Genoa"]}}`
@@ -137,17 +357,62 @@ func TestRefusesToStart(t *testing.T) {
 			c["ekRoots"].([]config)[0]["file"] = filepath.Join(dir, "missing.pem")
 		}, "missing.pem"},
 		"policy that accepts simulation": {func(t *testing.T, dir string, c config) {
-			if err := os.WriteFile(filepath.Join(dir, "mine.json"), []byte(simulation), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			c["policiesDir"] = dir
+			c["policiesDir"] = folder(t, dir, "mine.json", simulation)
 		}, "allows simulation"},
 		"document that is no policy": {func(t *testing.T, dir string, c config) {
-			if err := os.WriteFile(filepath.Join(dir, "bad.json"), []byte(`{}`), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			c["policiesDir"] = dir
+			c["policiesDir"] = folder(t, dir, "bad.json", `{}`)
 		}, "bad.json"},
+		"policy folder without its rules": {func(t *testing.T, dir string, c config) {
+			c["policiesDir"] = folder(t, dir, "mine/policy.json", strings.Replace(simulation, `"allowSimulated":true`, `"allowSimulated":false`, 1))
+		}, "no *.rego"},
+		"reference values that nobody signed": {func(t *testing.T, dir string, c config) {
+			withSource(t, dir, c, newSource(t))
+			c["referenceValues"] = []string{file(t, dir, "values.json", `{"version":"coffer.run/reference-values/v1","snp":{}}`)}
+		}, "reference values 0"},
+		"reference values that another source signed": {func(t *testing.T, dir string, c config) {
+			withSource(t, dir, c, newSource(t))
+			c["referenceValues"] = []string{file(t, dir, "values.jwt", values(t, newSource(t), time.Hour))}
+		}, "signed by a key that is none"},
+		"reference values that were changed": {func(t *testing.T, dir string, c config) {
+			source := newSource(t)
+			withSource(t, dir, c, source)
+			token := values(t, source, time.Hour)
+			body, signature, _ := strings.Cut(token[strings.IndexByte(token, '.')+1:], ".")
+			changed := token[:strings.IndexByte(token, '.')+1] + body[:len(body)-4] + "AAAA." + signature
+			c["referenceValues"] = []string{file(t, dir, "values.jwt", changed)}
+		}, "signature"},
+		"reference values that have expired": {func(t *testing.T, dir string, c config) {
+			source := newSource(t)
+			withSource(t, dir, c, source)
+			c["referenceValues"] = []string{file(t, dir, "values.jwt", values(t, source, -time.Minute))}
+		}, "not valid at"},
+		"reference values that no policy asks for": {func(t *testing.T, dir string, c config) {
+			c["referenceValues"] = []string{file(t, dir, "values.jwt", values(t, newSource(t), time.Hour))}
+		}, "names no source"},
+		"no file of reference values": {func(_ *testing.T, dir string, c config) {
+			c["referenceValues"] = []string{filepath.Join(dir, "none.jwt")}
+		}, "none.jwt"},
+		"attestation key that is no name": {func(_ *testing.T, _ string, c config) {
+			c["attestationKeys"] = []config{{"class": "discrete", "names": []string{"00"}}}
+		}, "want a name under SHA-256"},
+		"attestation key of a software TPM": {func(_ *testing.T, _ string, c config) {
+			c["attestationKeys"] = []config{{"class": "software", "names": []string{"000b" + strings.Repeat("00", 32)}}}
+		}, "simulation only"},
+		"KBS policy that there is not":  {func(_ *testing.T, _ string, c config) { c["kbsPolicy"] = "guests" }, "no policy of this name"},
+		"KBS policy for whole machines": {func(_ *testing.T, _ string, c config) { c["kbsPolicy"] = "production" }, "asks for a TPM"},
+		"paravisor of no key":           {func(_ *testing.T, _ string, c config) { c["paravisors"] = []string{strings.Repeat("0", 96)} }, "no key"},
+		"paravisor in another form": {func(_ *testing.T, _ string, c config) {
+			c["paravisors"] = []string{strings.Repeat("AB", 48)}
+		}, "lower-case hex"},
+		"published key that signs": {func(_ *testing.T, dir string, c config) {
+			c["publishedKeyFiles"] = []string{filepath.Join(dir, "key.pem")}
+		}, "twice"},
+		"published key that is none": {func(t *testing.T, dir string, c config) {
+			c["publishedKeyFiles"] = []string{file(t, dir, "next.pem", "key")}
+		}, "next.pem"},
+		"no further nonce key": {func(_ *testing.T, dir string, c config) {
+			c["otherNonceKeyFiles"] = []string{filepath.Join(dir, "next.key")}
+		}, "next.key"},
 		"policy folder that is not there": {func(_ *testing.T, dir string, c config) { c["policiesDir"] = filepath.Join(dir, "none") }, "none"},
 		"no signing key":                  {func(_ *testing.T, dir string, c config) { c["keyFile"] = filepath.Join(dir, "none.pem") }, "none.pem"},
 		"no nonce key":                    {func(_ *testing.T, _ string, c config) { delete(c, "nonceKeyFile") }, "key file"},

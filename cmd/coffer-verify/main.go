@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/simulate"
+	"github.com/coffer-run/coffer/attest/translog"
 )
 
 // Exit codes.
@@ -66,7 +68,15 @@ type options struct {
 	simulationRoots string
 	verifierKeys    string
 	brokerKeys      string
+	logKey          string
+	witnessKeys     string
+	witnesses       int
 	endorsements    string
+	approvers       string
+	policies        []string
+	references      []string
+	attestationKeys []string
+	paravisors      []string
 	at              time.Time
 	output          string
 	bundle          string
@@ -126,6 +136,23 @@ everything that it requires can be checked here.
 Flags:
   --verifier-keys FILE    JSON Web Key Set of the verifier that you trust
   --broker-keys FILE      JSON Web Key Set of the broker that you trust
+  --log-key FILE          key of the broker's evidence log: the bundle must prove
+                          that the log has its entries
+  --witness-keys FILE     keys of witnesses of that log, one a line: they must have
+                          cosigned it
+  --witnesses N           how many of them (default all)
+  --policy PATH           a policy that you accept besides those of this program: a
+                          document, or a folder with policy.json and its rules; may
+                          be repeated
+  --reference-values FILE signed reference values for the plan's policy, which names
+                          who signs them; may be repeated
+  --attestation-key CLASS=NAME
+                          a TPM's attestation key that you trust by its name (SHA-256,
+                          in hex), of this trust class; may be repeated
+  --paravisor DIGEST      an id key whose signed guests you trust to keep a TPM, as
+                          SEV-SNP reports name it (SHA-384, in hex); may be repeated
+  --approvers FILE        whose approvals of grants you count: lines of
+                          NAME GROUP[,GROUP...] KEY, an SSH public key
   --at TIME               judge certificates at this time (RFC 3339), not at
                           the time at which the result was issued
   --simulation-roots DIR  believe the roots in DIR, of a simulation, instead of
@@ -149,7 +176,17 @@ func parse(args []string, stdout, stderr io.Writer) (options, error) {
 	f.StringVar(&o.simulationRoots, "simulation-roots", "", "")
 	f.StringVar(&o.verifierKeys, "verifier-keys", "", "")
 	f.StringVar(&o.brokerKeys, "broker-keys", "", "")
+	f.StringVar(&o.logKey, "log-key", "", "")
+	f.StringVar(&o.witnessKeys, "witness-keys", "", "")
+	f.IntVar(&o.witnesses, "witnesses", 0, "")
 	f.StringVar(&o.endorsements, "endorsements", "", "")
+	f.StringVar(&o.approvers, "approvers", "", "")
+	for name, to := range map[string]*[]string{"policy": &o.policies, "reference-values": &o.references, "attestation-key": &o.attestationKeys, "paravisor": &o.paravisors} {
+		f.Func(name, "", func(s string) error {
+			*to = append(*to, s)
+			return nil
+		})
+	}
 	f.StringVar(&o.output, "output", "text", "")
 	f.Func("at", "", func(s string) (err error) {
 		o.at, err = time.Parse(time.RFC3339, s)
@@ -169,8 +206,40 @@ func parse(args []string, stdout, stderr io.Writer) (options, error) {
 	if o.output != "text" && o.output != "json" {
 		return o, fmt.Errorf("output %q: want text or json", o.output)
 	}
+	if o.logKey == "" && o.witnessKeys != "" {
+		return o, errors.New("witnesses of which log? --witness-keys needs --log-key")
+	}
+	if o.witnessKeys == "" && o.witnesses != 0 {
+		return o, errors.New("--witnesses needs --witness-keys")
+	}
 	o.bundle = f.Arg(0)
 	return o, nil
+}
+
+// maxLogKeys bounds a file with keys of a log or of witnesses, in bytes.
+const maxLogKeys = 64 << 10
+
+// log reads the keys of the log and its witnesses.
+func (o options) log() (translog.Trust, error) {
+	key, err := read(o.logKey, nil, maxLogKeys)
+	if err != nil {
+		return translog.Trust{}, err
+	}
+	if o.witnessKeys == "" {
+		return translog.NewTrust(string(key), nil, 0)
+	}
+	b, err := read(o.witnessKeys, nil, maxLogKeys)
+	if err != nil {
+		return translog.Trust{}, err
+	}
+	witnesses := strings.Fields(string(b))
+	if o.witnesses == 0 {
+		o.witnesses = len(witnesses)
+	}
+	if len(witnesses) == 0 {
+		return translog.Trust{}, fmt.Errorf("%s names no witness", o.witnessKeys)
+	}
+	return translog.NewTrust(string(key), witnesses, o.witnesses)
 }
 
 func (o options) trust() (verify.Trust, error) {
@@ -181,11 +250,31 @@ func (o options) trust() (verify.Trust, error) {
 			return verify.Trust{}, err
 		}
 	}
+	if t.Anchors, err = o.anchors(t.Anchors); err != nil {
+		return verify.Trust{}, err
+	}
+	if t.Policies, t.References, err = o.readPolicies(); err != nil {
+		return verify.Trust{}, err
+	}
 	if t.VerifierKeys, err = readKeys(o.verifierKeys); err != nil {
 		return verify.Trust{}, fmt.Errorf("verifier keys: %w", err)
 	}
 	if t.BrokerKeys, err = readKeys(o.brokerKeys); err != nil {
 		return verify.Trust{}, fmt.Errorf("broker keys: %w", err)
+	}
+	if o.logKey != "" {
+		if t.Log, err = o.log(); err != nil {
+			return verify.Trust{}, err
+		}
+	}
+	if o.approvers != "" {
+		b, err := read(o.approvers, nil, verify.MaxApprovers)
+		if err != nil {
+			return verify.Trust{}, err
+		}
+		if t.Approvers, err = verify.ParseApprovers(b); err != nil {
+			return verify.Trust{}, fmt.Errorf("%s: %w", o.approvers, err)
+		}
 	}
 	if o.endorsements == "" {
 		return t, nil

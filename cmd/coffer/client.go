@@ -47,12 +47,27 @@ func (c *cli) agent(role string) (agentv1connect.AgentServiceClient, error) {
 
 type brokerClient = brokerv1connect.BrokerServiceClient
 
-// broker returns a client of the broker, as the stack's owner.
-func (c *cli) broker() (brokerClient, error) {
-	h, e, err := c.dial(daemon.RoleOwner, daemon.RoleBroker)
+// broker returns a client of the broker, for who signed in, or, if nobody did, as
+// the stack's owner by certificate.
+func (c *cli) broker(ctx context.Context) (brokerClient, error) {
+	e, err := stack.OpenEndpoint(c.dir)
 	if err != nil {
 		return nil, err
 	}
+	name, token, err := c.signedIn(ctx, e)
+	if err != nil {
+		return nil, err
+	}
+	var h *http.Client
+	if name == "" {
+		h, err = e.HTTPClient(daemon.RoleOwner, daemon.RoleBroker)
+	} else if h, err = daemon.HTTPClientForPeople(e.CA(), daemon.RoleBroker); err == nil {
+		h.Transport = bearer{h.Transport, token}
+	}
+	if err != nil {
+		return nil, err
+	}
+	c.clients = append(c.clients, h)
 	return brokerv1connect.NewBrokerServiceClient(h, e.Broker(), connect.WithReadMaxBytes(maxAnswer)), nil
 }
 
@@ -74,7 +89,7 @@ func (c *cli) explain(doing, server string, err error) error {
 	switch connect.CodeOf(err) {
 	case connect.CodeUnavailable:
 		if errors.As(err, &op) && op.Op == "dial" {
-			text = fmt.Sprintf("%s: no %s answers at %s: is the stack up? start it with `coffer up --dir %s`", doing, server, op.Addr, c.dir)
+			text = fmt.Sprintf("%s: no %s answers at %s: is the stack up? `coffer up --dir %s` starts it, `coffer restart` what has ended of it", doing, server, op.Addr, c.dir)
 		}
 		return &exitError{code: exitUnknown, text: text, err: err}
 	case connect.CodeDeadlineExceeded, connect.CodeAborted, connect.CodeUnknown, connect.CodeInternal:

@@ -182,6 +182,7 @@ func newFakeStack(t *testing.T) *fakeStack {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Setenv(sessionsVariable, filepath.Join(t.TempDir(), "sessions"))
 	s := &fakeStack{t: t, dir: t.TempDir(), agent: &fakeAgent{jobs: map[string]*agentv1.Job{}}, broker: &fakeBroker{key: key, wraps: map[string][2][]byte{}}}
 	dir := filepath.Join(s.dir, "pki")
 	if err := pki.Create(dir); err != nil {

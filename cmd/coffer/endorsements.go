@@ -48,8 +48,9 @@ and reference manifests (RIM) from NVIDIA, in DER, PEM, XML or the manifest
 service's JSON. A manifest in XML is named by its id, NV_GPU_....xml.
 
 Each file is validated; what is refused is named, and the rest is taken. AMD's
-certificates and lists must lead to the pinned root keys. A verifier that runs
-sees the import by itself, and verifies all of it again whenever it uses it.`,
+certificates and lists and NVIDIA's manifests must lead to the pinned root keys.
+A verifier that runs sees the import by itself, and verifies all of it again
+whenever it uses it.`,
 		Example: "  coffer endorsements import /media/usb/endorsements --into /etc/coffer/endorsements",
 		Args:    exactly("a folder"),
 	}
@@ -112,9 +113,9 @@ func (c *cli) endorsementsExport() *cobra.Command {
 		Use:   "export (--bundle FILE | --all) -o DIR",
 		Short: "Write the endorsements that an appraisal used into DIR",
 		Long: `export writes the endorsements that the verifier used for the job of a bundle,
-as its result lists them by digest, so that the bundle can be verified by them
-for years, with the clock set to the time of the job. It writes nothing if one is
-no longer there. With --all it writes everything in the folder.
+as its result lists them by digest, for a bundle that does not carry them itself.
+It writes nothing if one is no longer there. With --all it writes everything in
+the folder.
 
 DIR can be a verifier's folder, and be imported.`,
 		Example: "  coffer endorsements export --bundle bundle.json -o endorsements",

@@ -75,8 +75,18 @@ func TestEndorsementsImportExport(t *testing.T) {
 	src, folder := filepath.Join(dir, "src"), filepath.Join(dir, "folder")
 	sim := filepath.Join(dir, "simulation")
 
-	// Under the vendors' roots nothing of AMD's is taken.
+	// Under the vendors' roots nothing of AMD's is taken, and no manifest.
 	coffer("root key of Genoa is not the pinned one", "import", src, "--into", filepath.Join(dir, "other"))
+	coffer("manifest's signer is not trusted: the root certificate", "import", src, "--into", filepath.Join(dir, "other"))
+	changed, err := v.DriverRIM(simulate.RIMOptions{EditSigned: func(s string) string { return strings.Replace(s, `active="True"`, `active="False"`, 1) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	put("changed/NV_GPU_DRIVER_GH100_"+simulate.DefaultDriver+".xml", changed)
+	coffer("manifest's signature does not hold: the content is not what was signed", "import", filepath.Join(dir, "changed"), "--into", filepath.Join(dir, "other"), "--simulation-roots", sim)
+	if out := coffer("", "ls", "--from", filepath.Join(dir, "other")); strings.Contains(out, "NV_GPU") {
+		t.Errorf("a manifest was taken: %s", out)
+	}
 	if out := coffer("", "import", src, "--into", folder, "--simulation-roots", sim); !strings.Contains(out, fmt.Sprintf("%d added, 0 there already, 0 refused", n)) {
 		t.Error(out)
 	}

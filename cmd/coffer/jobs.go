@@ -62,7 +62,11 @@ type jobView struct {
 	Ended      *time.Time `json:"ended,omitempty"`
 	ExitCode   int32      `json:"exitCode"`
 	Submitter  string     `json:"submitter,omitempty"`
-	Failed     check.List `json:"failedChecks,omitempty"`
+	// LeaseUntil is when a running job ends unless the broker renews its lease.
+	LeaseUntil *time.Time `json:"leaseUntil,omitempty"`
+	// Stopping is why a running job was told to stop.
+	Stopping string     `json:"stopping,omitempty"`
+	Failed   check.List `json:"failedChecks,omitempty"`
 }
 
 func stamp(unix int64) *time.Time {
@@ -77,7 +81,7 @@ func viewJob(j *agentv1.Job) jobView {
 	return jobView{
 		ID: j.GetId(), Name: j.GetName(), PlanDigest: j.GetPlanDigest(), State: j.GetState(), Stage: j.GetStage(),
 		Reason: j.GetReason(), Message: j.GetMessage(), Submitted: stamp(j.GetSubmittedUnix()), Ended: stamp(j.GetEndedUnix()),
-		ExitCode: j.GetExitCode(), Submitter: j.GetSubmitter(), Failed: failedChecks(j),
+		ExitCode: j.GetExitCode(), Submitter: j.GetSubmitter(), LeaseUntil: stamp(j.GetLeaseUntilUnix()), Stopping: j.GetStopping(), Failed: failedChecks(j),
 	}
 }
 
@@ -126,18 +130,31 @@ func (c *cli) planCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		preview, err := c.previewGrants(cmd.Context(), res.GetPlanDigest(), res.GetPlan())
+		if err != nil {
+			return err
+		}
 		if *out == formatJSON {
 			return writeJSON(c.stdout, struct {
 				Digest string          `json:"planDigest"`
 				Plan   json.RawMessage `json:"plan"`
-			}{res.GetPlanDigest(), res.GetPlan()})
+				// Preview is how the grants stand; it is no part of the plan.
+				Preview []string `json:"preview"`
+			}{res.GetPlanDigest(), res.GetPlan(), preview})
 		}
 		var pretty bytes.Buffer
 		if err := json.Indent(&pretty, res.GetPlan(), "", "  "); err != nil {
 			return fmt.Errorf("plan %s: the agent's answer is not JSON: %w", args[0], err)
 		}
-		_, err = fmt.Fprintf(c.stdout, "%s\n%s\n", res.GetPlanDigest(), pretty.Bytes())
-		return err
+		if _, err := fmt.Fprintf(c.stdout, "%s\n%s\n", res.GetPlanDigest(), pretty.Bytes()); err != nil {
+			return err
+		}
+		for _, line := range preview {
+			if _, err := fmt.Fprintln(c.stderr, clean(line)); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
 	return cmd
 }
@@ -267,6 +284,12 @@ func (c *cli) statusCmd() *cobra.Command {
 		rows := [][]string{{"job", j.GetId()}, {"name", j.GetName()}, {"plan", j.GetPlanDigest()}, {"state", j.GetState()}, {"stage", orDash(j.GetStage())}}
 		if j.GetReason() != "" || j.GetMessage() != "" {
 			rows = append(rows, []string{"reason", orDash(j.GetReason())}, []string{"message", orDash(j.GetMessage())})
+		}
+		if j.GetLeaseUntilUnix() != 0 {
+			rows = append(rows, []string{"lease until", clock(j.GetLeaseUntilUnix())})
+		}
+		if j.GetStopping() != "" {
+			rows = append(rows, []string{"stopping", j.GetStopping()})
 		}
 		rows = append(rows, []string{"submitter", orDash(j.GetSubmitter())}, []string{"submitted", clock(j.GetSubmittedUnix())}, []string{"ended", clock(j.GetEndedUnix())})
 		if s := j.GetState(); s == stateSucceeded || s == stateFailed {

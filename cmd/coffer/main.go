@@ -55,6 +55,8 @@ type cli struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	dir            string
+	// user is the signed-in person to act for, "" for who signed in last.
+	user string
 	// clients are closed at the end, so that servers need not wait for them.
 	clients []*http.Client
 }
@@ -110,11 +112,13 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused or waiting at a gate,
 		dir = stack.DefaultDir
 	}
 	root.PersistentFlags().StringVar(&c.dir, "dir", dir, "folder of the stack; "+dirVariable+" sets the default")
+	root.PersistentFlags().StringVar(&c.user, "user", os.Getenv(userVariable), "signed-in `person` to act for at the broker (default: who signed in last); "+userVariable+" sets the default")
 	root.AddCommand(
+		c.loginCmd(), c.logoutCmd(), c.whoamiCmd(), c.accessCmd(),
 		c.upCmd(), c.downCmd(), c.restartCmd(), c.doctorCmd(), c.faultCmd(),
 		c.sealCmd(), c.assetsCmd(), c.grantCmd(), c.grantsCmd(), c.revokeCmd(),
-		c.planCmd(), c.submitCmd(), c.psCmd(), c.statusCmd(), c.logsCmd(), c.cancelCmd(), c.checkpointsCmd(), c.evidenceCmd(),
-		c.endorsementsCmd(),
+		c.planCmd(), c.submitCmd(), c.psCmd(), c.statusCmd(), c.whyCmd(), c.logsCmd(), c.cancelCmd(), c.checkpointsCmd(), c.evidenceCmd(),
+		c.endorsementsCmd(), c.policyCmd(), c.logCmd(),
 		c.versionCmd(),
 	)
 	return root

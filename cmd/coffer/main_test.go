@@ -29,6 +29,7 @@ func TestScripts(t *testing.T) {
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("COFFER_DIR", e.WorkDir+"/stack")
 			e.Setenv("NONE", e.WorkDir+"/none")
+			e.Setenv("COFFER_SESSIONS", e.WorkDir+"/sessions")
 			coffer, err := exec.LookPath("coffer")
 			if err != nil {
 				return err
@@ -118,7 +119,7 @@ func freebase(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) != 1 {
 		ts.Fatalf("usage: freebase VAR")
 	}
-	for base := 30000 + os.Getpid()%20000; base < 60000; base += 3 {
+	for base := 30000 + os.Getpid()%20000; base < 60000; base += 4 {
 		if allFree(base) {
 			ts.Setenv(args[0], strconv.Itoa(base))
 			return
@@ -128,7 +129,7 @@ func freebase(ts *testscript.TestScript, _ bool, args []string) {
 }
 
 func allFree(base int) bool {
-	for i := range 3 {
+	for i := range 4 {
 		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(base+i)))
 		if err != nil {
 			return false

@@ -7,15 +7,12 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
-	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/keys"
 	"github.com/coffer-run/coffer/enclave/seal"
@@ -58,14 +55,32 @@ type assetView struct {
 	Digest  string     `json:"digest,omitempty"`
 	Owner   string     `json:"owner"`
 	Created *time.Time `json:"created,omitempty"`
+	// Approvals are the rules of the asset's policy, "COUNT of GROUP" each.
+	Approvals    []string          `json:"approvals,omitempty"`
+	Labels       map[string]string `json:"labels,omitempty"`
+	KeyStore     string            `json:"keyStore,omitempty"`
+	LeaseSeconds int64             `json:"leaseSeconds,omitempty"`
+	GraceSeconds int64             `json:"graceSeconds,omitempty"`
+	Revision     int64             `json:"revision,omitempty"`
 }
 
 func viewAsset(a *brokerv1.Asset) assetView {
-	return assetView{a.GetName(), kindName(a.GetKind()), a.GetDigest(), a.GetOwner(), stamp(a.GetCreatedUnix())}
+	v := assetView{
+		Name: a.GetName(), Kind: kindName(a.GetKind()), Digest: a.GetDigest(), Owner: a.GetOwner(), Created: stamp(a.GetCreatedUnix()),
+		Approvals: ruleTexts(a.GetPolicy()), KeyStore: a.GetKeyStore(), LeaseSeconds: a.GetPolicy().GetLeaseSeconds(), GraceSeconds: a.GetPolicy().GetGraceSeconds(),
+		Revision: a.GetRevision(), Labels: map[string]string{},
+	}
+	for k, s := range map[string]string{"sensitivity": a.GetLabels().GetSensitivity(), "region": a.GetLabels().GetRegion(), "project": a.GetLabels().GetProject()} {
+		if s != "" {
+			v.Labels[k] = s
+		}
+	}
+	return v
 }
 
 func (c *cli) sealCmd() *cobra.Command {
 	var name, kind, out string
+	var f policyFlags
 	cmd := &cobra.Command{
 		Use:   "seal SRC --asset NAME --kind dataset|weights --out DIR",
 		Short: "Seal a file or folder under a new key that the broker keeps",
@@ -78,6 +93,8 @@ only wrapped to the broker, and never touches a disk.`,
 	cmd.Flags().StringVar(&name, "asset", "", "`name` of the asset at the broker")
 	cmd.Flags().StringVar(&kind, "kind", "", "`dataset` or weights")
 	cmd.Flags().StringVar(&out, "out", "", "new `folder` for the sealed files")
+	cmd.Flags().StringVar(&f.keyStore, "key-store", "", "`name` of the key store that wraps the key (default: the broker's)")
+	f.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		switch {
 		case name == "":
@@ -90,12 +107,18 @@ only wrapped to the broker, and never touches a disk.`,
 		if err := checkAssetName(cmd, name); err != nil {
 			return err
 		}
-		return c.seal(cmd.Context(), args[0], name, assetKinds()[kind], out)
+		policy, labels, err := f.fresh(cmd)
+		if err != nil {
+			return err
+		}
+		asset := &brokerv1.CreateAssetRequest{Name: name, Kind: assetKinds()[kind], Policy: policy, Labels: labels, KeyStore: f.keyStore}
+		return c.seal(cmd.Context(), args[0], asset, out)
 	}
 	return cmd
 }
 
-func (c *cli) seal(ctx context.Context, src, name string, kind brokerv1.AssetKind, out string) error {
+func (c *cli) seal(ctx context.Context, src string, asset *brokerv1.CreateAssetRequest, out string) error {
+	name := asset.GetName()
 	tree, err := seal.OpenTree(src)
 	if err != nil {
 		return &exitError{code: exitUsage, text: err.Error(), err: err}
@@ -107,7 +130,7 @@ func (c *cli) seal(ctx context.Context, src, name string, kind brokerv1.AssetKin
 	if _, err := os.Lstat(out); err == nil {
 		return &exitError{code: exitUsage, text: out + " exists: name a new folder with --out"}
 	}
-	b, err := c.broker()
+	b, err := c.broker(ctx)
 	if err != nil {
 		return err
 	}
@@ -138,7 +161,7 @@ func (c *cli) seal(ctx context.Context, src, name string, kind brokerv1.AssetKin
 		return err
 	}
 	spent := time.Since(began)
-	if err := c.register(ctx, b, key, name, kind, string(sealed.Digest), info.GetOwnerWrapKey()); err != nil {
+	if err := c.register(ctx, b, key, asset, string(sealed.Digest), info.GetOwnerWrapKey()); err != nil {
 		var coded *exitError
 		if errors.As(err, &coded) && coded.code == exitUnknown {
 			return &exitError{code: exitUnknown, err: err, text: fmt.Sprintf("%s; if `coffer assets ls` does not show %s with digest %s, delete %s and seal again", coded.text, name, sealed.Digest, out)}
@@ -156,12 +179,14 @@ func (c *cli) seal(ctx context.Context, src, name string, kind brokerv1.AssetKin
 
 // register hands the wrapped key over. If the answer is lost it asks whether
 // the asset arrived: removing the ciphertext of a registered asset would lose it.
-func (c *cli) register(ctx context.Context, b brokerClient, key *keys.DataKey, name string, kind brokerv1.AssetKind, digest string, public []byte) error {
+func (c *cli) register(ctx context.Context, b brokerClient, key *keys.DataKey, asset *brokerv1.CreateAssetRequest, digest string, public []byte) error {
+	name := asset.GetName()
 	enc, ct, err := key.Wrap(public, []byte(receipt.OwnerWrapInfo), []byte(name))
 	if err != nil {
 		return fmt.Errorf("wrap the data key to the broker: %w", err)
 	}
-	_, err = call(ctx, c, "register asset "+name, serverBroker, b.CreateAsset, &brokerv1.CreateAssetRequest{Name: name, Kind: kind, Digest: digest, WrappedEnc: enc, WrappedKey: ct})
+	asset.Digest, asset.WrappedEnc, asset.WrappedKey = digest, enc, ct
+	_, err = call(ctx, c, "register asset "+name, serverBroker, b.CreateAsset, asset)
 	var coded *exitError
 	if err == nil || !errors.As(err, &coded) || coded.code != exitUnknown {
 		return err
@@ -228,11 +253,12 @@ func (p *progress) end() {
 }
 
 func (c *cli) assetsCmd() *cobra.Command {
-	return group("assets", "Register and list sealed assets", c.assetsCreateCmd(), c.assetsListCmd())
+	return group("assets", "Register, list and guard sealed assets", c.assetsCreateCmd(), c.assetsListCmd(), c.assetsShowCmd(), c.assetsPolicyCmd(), c.assetsRewrapCmd())
 }
 
 func (c *cli) assetsCreateCmd() *cobra.Command {
 	var kind string
+	var f policyFlags
 	cmd := &cobra.Command{
 		Use:   "create NAME --kind checkpoints",
 		Short: "Register an asset under whose key a job's checkpoints are sealed",
@@ -242,6 +268,8 @@ created like this; datasets and weights come with coffer seal.`,
 		Args:    exactly("an asset name"),
 	}
 	cmd.Flags().StringVar(&kind, "kind", "", "must be `checkpoints`")
+	cmd.Flags().StringVar(&f.keyStore, "key-store", "", "`name` of the key store that wraps the key (default: the broker's)")
+	f.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if kind != "checkpoints" {
 			return usagef(cmd, "--kind %q: want checkpoints; datasets and weights are made by `coffer seal`", kind)
@@ -249,11 +277,17 @@ created like this; datasets and weights come with coffer seal.`,
 		if err := checkAssetName(cmd, args[0]); err != nil {
 			return err
 		}
-		b, err := c.broker()
+		policy, labels, err := f.fresh(cmd)
 		if err != nil {
 			return err
 		}
-		res, err := call(cmd.Context(), c, "register asset "+args[0], serverBroker, b.CreateAsset, &brokerv1.CreateAssetRequest{Name: args[0], Kind: assetKinds()[kind]})
+		b, err := c.broker(cmd.Context())
+		if err != nil {
+			return err
+		}
+		res, err := call(cmd.Context(), c, "register asset "+args[0], serverBroker, b.CreateAsset, &brokerv1.CreateAssetRequest{
+			Name: args[0], Kind: assetKinds()[kind], Policy: policy, Labels: labels, KeyStore: f.keyStore,
+		})
 		if err != nil {
 			return err
 		}
@@ -272,7 +306,7 @@ func (c *cli) assetsListCmd() *cobra.Command {
 	}
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		b, err := c.broker()
+		b, err := c.broker(cmd.Context())
 		if err != nil {
 			return err
 		}
@@ -291,180 +325,6 @@ func (c *cli) assetsListCmd() *cobra.Command {
 			return writeJSON(c.stdout, list)
 		}
 		return table(c.stdout, rows...)
-	}
-	return cmd
-}
-
-// grantView is a grant in JSON output.
-type grantView struct {
-	ID             string     `json:"id"`
-	Assets         []string   `json:"assets"`
-	PlanDigest     string     `json:"planDigest"`
-	NotBefore      *time.Time `json:"notBefore,omitempty"`
-	NotAfter       *time.Time `json:"notAfter,omitempty"`
-	MaxReleases    int32      `json:"maxReleases"`
-	Used           int32      `json:"used"`
-	State          string     `json:"state"`
-	Owner          string     `json:"owner"`
-	AllowSimulated bool       `json:"allowSimulated"`
-}
-
-func viewGrant(g *brokerv1.Grant) grantView {
-	return grantView{g.GetId(), g.GetAssets(), g.GetPlanDigest(), stamp(g.GetNotBeforeUnix()), stamp(g.GetNotAfterUnix()), g.GetMaxReleases(), g.GetUsed(), g.GetState(), g.GetOwner(), g.GetAllowSimulated()}
-}
-
-// maxGrant bounds how long a grant may last.
-const maxGrant = 10 * 365 * 24 * time.Hour
-
-func (c *cli) grantCmd() *cobra.Command {
-	return group("grant", "Let a plan use assets", c.grantCreateCmd())
-}
-
-func (c *cli) grantCreateCmd() *cobra.Command {
-	var digest string
-	var assets []string
-	var releases int32
-	var lasts time.Duration
-	var simulated bool
-	cmd := &cobra.Command{
-		Use:   "create --plan DIGEST --asset NAME [--asset NAME]...",
-		Short: "Grant one plan the use of your assets",
-		Long: `create lets jobs of one plan, and of no other, obtain the keys of the named
-assets once a verifier has accepted their evidence. coffer plan prints the
-digest of a job file. Evidence of an emulated machine counts only with
---allow-simulated.`,
-		Example: "  coffer grant create --plan sha384:4f2c... --asset fashion-mnist --asset fashion-weights --releases 3 --for 24h",
-		Args:    exactly(),
-	}
-	cmd.Flags().StringVar(&digest, "plan", "", "plan `digest`, as coffer plan prints it")
-	cmd.Flags().StringArrayVar(&assets, "asset", nil, "`name` of an asset; may be repeated")
-	cmd.Flags().Int32Var(&releases, "releases", 1, "`number` of attempts that may use the grant")
-	cmd.Flags().DurationVar(&lasts, "for", 24*time.Hour, "how `long` the grant lasts, from now")
-	cmd.Flags().BoolVar(&simulated, "allow-simulated", false, "accept evidence that is simulated")
-	out := outputFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		d, err := plan.ParseDigest(digest)
-		switch {
-		case digest == "":
-			return usagef(cmd, "name the plan with --plan")
-		case err != nil:
-			return usagef(cmd, "--plan: %s", err)
-		case len(assets) == 0:
-			return usagef(cmd, "name at least one asset with --asset")
-		case releases < 1:
-			return usagef(cmd, "--releases %d: want at least 1", releases)
-		case lasts < time.Second || lasts > maxGrant:
-			return usagef(cmd, "--for %s: want between 1s and %s", lasts, maxGrant)
-		}
-		for _, a := range assets {
-			if err := checkAssetName(cmd, a); err != nil {
-				return err
-			}
-		}
-		b, err := c.broker()
-		if err != nil {
-			return err
-		}
-		now := time.Now()
-		res, err := call(cmd.Context(), c, "create grant", serverBroker, b.CreateGrant, &brokerv1.CreateGrantRequest{
-			Assets: assets, PlanDigest: string(d), NotBeforeUnix: now.Unix(), NotAfterUnix: now.Add(lasts).Unix(), MaxReleases: releases, AllowSimulated: simulated,
-		})
-		if err != nil {
-			return err
-		}
-		if *out == formatJSON {
-			return writeJSON(c.stdout, viewGrant(res.GetGrant()))
-		}
-		_, err = fmt.Fprintln(c.stdout, res.GetGrant().GetId())
-		return err
-	}
-	return cmd
-}
-
-func (c *cli) grantsCmd() *cobra.Command {
-	return group("grants", "List grants", c.grantsListCmd())
-}
-
-func (c *cli) grantsListCmd() *cobra.Command {
-	var digest string
-	cmd := &cobra.Command{
-		Use:     "ls",
-		Short:   "List grants",
-		Example: "  coffer grants ls\n  coffer grants ls --plan sha384:4f2c... --output json",
-		Args:    exactly(),
-	}
-	cmd.Flags().StringVar(&digest, "plan", "", "only grants of this plan `digest`")
-	out := outputFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if digest != "" {
-			if _, err := plan.ParseDigest(digest); err != nil {
-				return usagef(cmd, "--plan: %s", err)
-			}
-		}
-		b, err := c.broker()
-		if err != nil {
-			return err
-		}
-		res, err := call(cmd.Context(), c, "list grants", serverBroker, b.ListGrants, &brokerv1.ListGrantsRequest{PlanDigest: digest})
-		if err != nil {
-			return err
-		}
-		list := []grantView{}
-		rows := [][]string{{"GRANT", "STATE", "USED", "UNTIL", "SIMULATED", "ASSETS", "PLAN"}}
-		for _, g := range res.GetGrants() {
-			v := viewGrant(g)
-			list = append(list, v)
-			allowed := "refused"
-			if v.AllowSimulated {
-				allowed = "allowed"
-			}
-			rows = append(rows, []string{v.ID, v.State, fmt.Sprintf("%d of %d", v.Used, v.MaxReleases), clock(g.GetNotAfterUnix()), allowed, strings.Join(v.Assets, ","), short(v.PlanDigest)})
-		}
-		if *out == formatJSON {
-			return writeJSON(c.stdout, list)
-		}
-		return table(c.stdout, rows...)
-	}
-	return cmd
-}
-
-// short abbreviates a digest for people.
-func short(digest string) string {
-	const keep = len("sha384:") + 12
-	if len(digest) <= keep {
-		return digest
-	}
-	return digest[:keep] + "..."
-}
-
-func (c *cli) revokeCmd() *cobra.Command {
-	var reason string
-	cmd := &cobra.Command{
-		Use:   "revoke GRANT --reason TEXT",
-		Short: "Withdraw a grant at once",
-		Long: `revoke ends a grant: no key is released under it from then on. Keys that jobs
-have obtained already stay with those jobs until they end.`,
-		Example: "  coffer revoke g-7f31 --reason 'licence ended'",
-		Args:    exactly("a grant id"),
-	}
-	cmd.Flags().StringVar(&reason, "reason", "", "why, for the log: one line of `text`")
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if strings.TrimSpace(reason) == "" {
-			return usagef(cmd, "say why with --reason")
-		}
-		if clean(reason) != reason || len(reason) > 256 {
-			return usagef(cmd, "--reason: want one line of at most 256 bytes, %s given", strconv.Itoa(len(reason)))
-		}
-		b, err := c.broker()
-		if err != nil {
-			return err
-		}
-		res, err := call(cmd.Context(), c, "revoke grant "+args[0], serverBroker, b.RevokeGrant, &brokerv1.RevokeGrantRequest{Id: args[0], Reason: reason})
-		if err != nil {
-			return err
-		}
-		_, err = fmt.Fprintf(c.stdout, "grant %s is %s\n", res.GetGrant().GetId(), clean(res.GetGrant().GetState()))
-		return err
 	}
 	return cmd
 }

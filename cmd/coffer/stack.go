@@ -20,7 +20,7 @@ func stackFlags(cmd *cobra.Command) (options func() (stack.Options, error)) {
 	var base int
 	cmd.Flags().StringVar(&bin, "bin", os.Getenv(binVariable), "`folder` of coffer's binaries (default: that of this one; "+binVariable+")")
 	cmd.Flags().StringVar(&tools, "tools", os.Getenv(toolVariable), "`folder` of containerd, its shim and runsc; the rest comes from PATH ("+toolVariable+")")
-	cmd.Flags().IntVar(&base, "port-base", stack.DefaultPortBase, "first of three loopback `port`s: verifier, broker, node agent")
+	cmd.Flags().IntVar(&base, "port-base", stack.DefaultPortBase, "first of four loopback `port`s: verifier, broker, node agent, issuer")
 	return func() (stack.Options, error) {
 		ports, err := stack.PortsFrom(base)
 		if err != nil {
@@ -92,7 +92,7 @@ up, what was started is stopped again.`,
 		if err != nil {
 			return c.stackError(err)
 		}
-		_, err = fmt.Fprintf(c.stdout, "up in %s. Its evidence is simulated.\n  verifier  %s\n  broker    %s\n  agent     %s\nStop it with `coffer down --dir %s`.\n", e.Dir(), e.Verifier(), e.Broker(), e.Agent(), e.Dir())
+		_, err = fmt.Fprintf(c.stdout, "up in %s. Its evidence is simulated.\n  verifier  %s\n  broker    %s\n  agent     %s\n  issuer    %s\nStop it with `coffer down --dir %s`.\n", e.Dir(), e.Verifier(), e.Broker(), e.Agent(), e.Issuer(), e.Dir())
 		return err
 	}
 	return cmd

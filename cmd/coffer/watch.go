@@ -47,12 +47,17 @@ func (c *cli) watch(ctx context.Context, a agentv1connect.AgentServiceClient, id
 			case "failed":
 				// Why comes at the end, in full.
 				outcome, detail = "failed", ""
+			case "waiting":
+				outcome = "waits"
 			default:
 				// The line comes when the stage has ended, with its time.
 				return nil
 			}
 			line := fmt.Sprintf("  %-10s %-6s %8s  %s", clean(s.GetStage()), outcome, took(time.Duration(s.GetDurationNanos())), detail)
 			return say("%s\n", strings.TrimRight(line, " "))
+		case e.GetLease() != nil:
+			l := e.GetLease()
+			return say("  %-10s %-6s %8s  %s: %s\n", "lease", "over", took(time.Duration(l.GetGraceMillis())*time.Millisecond), clean(l.GetCode()), clean(l.GetReason()))
 		case e.GetCheckpoint() != nil:
 			k := e.GetCheckpoint()
 			return say("  %-10s %-6s %8s  #%d %s %s\n", "checkpoint", "sealed", stack.Bytes(k.GetBytes()), k.GetSequence(), clean(k.GetName()), k.GetDigest())

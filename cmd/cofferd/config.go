@@ -2,13 +2,19 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
 	"strings"
 
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/plugins/host"
+	"github.com/coffer-run/coffer/runner/source/cache"
+	"github.com/coffer-run/coffer/runner/source/object"
 )
 
-// Config is the agent's configuration file. Every field is required.
+// Config is the agent's configuration file. Every field but FirmwareLog and
+// Sources is required.
 type Config struct {
 	// Listen is the API's address.
 	Listen string     `json:"listen"`
@@ -28,14 +34,32 @@ type Config struct {
 	Holder     string `json:"holder"`
 	// GPUPlugin collects GPU evidence. The checksum is required.
 	GPUPlugin host.Config `json:"gpuPlugin"`
-	// TSM is "configfs" for the kernel's reports, or "emulated:SOCKET".
+	// TSM is "configfs" for the kernel's reports, "paravisor" on Azure, where the
+	// report lies in the TPM, or "emulated:SOCKET".
 	TSM string `json:"tsm"`
 	// TPM is a device, /dev/tpmrm0, or a TPM simulator's socket.
-	TPM      string  `json:"tpm"`
+	TPM string `json:"tpm"`
+	// FirmwareLog is where the kernel keeps the log of firmware and boot loader:
+	// /sys/kernel/security/tpm0/binary_bios_measurements. A machine without one
+	// cannot show how it booted, and shim must not have measured into PCR 14.
+	FirmwareLog string `json:"firmwareLog,omitempty"`
+
 	Verifier Service `json:"verifier"`
 	Broker   Service `json:"broker"`
 	// ImageStore says where image content lies: "disk" or "tmpfs".
 	ImageStore string `json:"imageStore"`
+	// Sources are the object stores that jobs may have inputs in. None if absent.
+	Sources *Sources `json:"sources,omitempty"`
+}
+
+// Sources are object stores, and the cache of what comes from them.
+type Sources struct {
+	// CacheDir is a folder of the agent's own, of mode 0700; CacheBytes bounds it.
+	// Ciphertext alone is written there.
+	CacheDir   string `json:"cacheDir"`
+	CacheBytes int64  `json:"cacheBytes"`
+	// Buckets lists every bucket that a job may name.
+	Buckets []object.Config `json:"buckets"`
 }
 
 // Service is a remote service and the file with its public keys (JWKS).
@@ -45,7 +69,10 @@ type Service struct {
 	KeysFile string `json:"keysFile"`
 }
 
-const emulatedPrefix = "emulated:"
+const (
+	emulatedPrefix = "emulated:"
+	paravisorTSM   = "paravisor"
+)
 
 func (c Config) validate() error {
 	for name, v := range map[string]string{
@@ -58,8 +85,24 @@ func (c Config) validate() error {
 			return errors.New("configuration: " + name + " is missing")
 		}
 	}
-	if c.TSM != "configfs" && !strings.HasPrefix(c.TSM, emulatedPrefix) {
-		return errors.New("configuration: tsm: want configfs or emulated:SOCKET")
+	if c.TSM != "configfs" && c.TSM != paravisorTSM && !strings.HasPrefix(c.TSM, emulatedPrefix) {
+		return errors.New("configuration: tsm: want configfs, paravisor or emulated:SOCKET")
+	}
+	if s := c.Sources; s != nil && (!filepath.IsAbs(s.CacheDir) || s.CacheBytes <= 0 || len(s.Buckets) == 0) {
+		return errors.New("configuration: sources: want cacheDir (an absolute path), cacheBytes and buckets")
 	}
 	return nil
+}
+
+// cache is nil if no sources are configured.
+func (c Config) cache(log *slog.Logger) (*cache.Cache, error) {
+	s := c.Sources
+	if s == nil {
+		return nil, nil
+	}
+	buckets, err := object.New(s.Buckets)
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	return cache.Open(cache.Config{Dir: s.CacheDir, MaxBytes: s.CacheBytes, Open: buckets.Open, Log: log})
 }

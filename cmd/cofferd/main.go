@@ -53,7 +53,7 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	}
 	defer closing(&err, lock)
 
-	t, err := tpm.Open(ctx, cfg.TPM)
+	t, err := tpm.Open(ctx, cfg.TPM, tpm.Options{FirmwareLog: cfg.FirmwareLog, Paravisor: cfg.TSM == paravisorTSM})
 	if err != nil {
 		return err
 	}
@@ -70,8 +70,10 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	if err != nil {
 		return err
 	}
-	snp, err := openTSM(cfg.TSM)
-	if err != nil {
+	collector := &collect.Collector{TPM: t}
+	if cfg.TSM == paravisorTSM {
+		collector.Paravisor = t
+	} else if collector.SNP, err = openTSM(cfg.TSM); err != nil {
 		return err
 	}
 	node, err := sandbox.Open(ctx, sandbox.Config{Containerd: cfg.Containerd, Runsc: cfg.Runsc, ShimPath: cfg.Shim, Cgroup: cfg.Cgroup, ImageStore: cfg.ImageStore})
@@ -88,11 +90,24 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 		return err
 	}
 	defer closing(&err, jnl)
+	inputs, err := cfg.cache(log)
+	if err != nil {
+		return err
+	}
+	if inputs != nil {
+		defer closing(&err, inputs)
+	}
 	gpus := gpuSource{plugin}
-	enrolment := &enrolment{tpm: t, verifier: verifier}
+	collector.GPUs = gpus
+	credential := (&enrolment{tpm: t, verifier: verifier}).credential
+	if cfg.TSM == paravisorTSM {
+		// The paravisor's report stands for its key.
+		credential = func(context.Context) (string, error) { return "", nil }
+	}
 	agent, err := runner.Open(ctx, runner.Deps{
-		Node: node, Journal: jnl, Verifier: verifier, Broker: broker, GPUs: gpus, AKCredential: enrolment.credential,
-		Collector: &collect.Collector{TPM: t, SNP: snp, GPUs: gpus},
+		Node: node, Journal: jnl, Verifier: verifier, Broker: broker, GPUs: gpus, AKCredential: credential,
+		Collector: collector,
+		Cache:     inputs,
 		Holder:    cfg.Holder, RunDir: cfg.RunDir, Cgroup: cfg.Cgroup, Name: cfg.Node, Version: version(), Log: log,
 	})
 	if err != nil {

@@ -31,6 +31,9 @@ type Quote struct {
 	PCRs map[int][]byte
 	// EventLog explains the PCRs, in the format of attest/vtpm.
 	EventLog []byte
+	// FirmwareLog is that of firmware and boot loader, or nil. The binding covers
+	// it.
+	FirmwareLog []byte
 }
 
 // TPM quotes with one attestation key. Implementations MUST be safe for
@@ -48,6 +51,14 @@ type SNP interface {
 	Report(ctx context.Context, reportData [64]byte) (report, certificates []byte, err error)
 }
 
+// Paravisor is what runs below the guest on Azure and answers the CPU's firmware
+// in its place: its report is the paravisor's, and only the TPM's quote, by the
+// key that the report names, speaks of the job. Implementations MUST be safe for
+// concurrent use.
+type Paravisor interface {
+	HCLReport(ctx context.Context) ([]byte, error)
+}
+
 // GPUs asks every named GPU for a report over the same nonce. It is declared
 // here and implemented over the GPU plugin by the agent, so that this package
 // links no RPC. Implementations MUST be safe for concurrent use.
@@ -58,9 +69,11 @@ type GPUs interface {
 // Collector holds a node's sources of evidence. A nil source is a source that
 // the node does not have: asking for it yields a named failure.
 type Collector struct {
-	TPM  TPM
-	SNP  SNP
-	GPUs GPUs
+	TPM TPM
+	SNP SNP
+	// Paravisor takes the place of SNP where there is one.
+	Paravisor Paravisor
+	GPUs      GPUs
 }
 
 // Want says which sources a job's policy asks for.
@@ -130,19 +143,19 @@ func (c *Collector) Collect(ctx context.Context, req Request) (*evidence.Envelop
 	}
 	devices := env.Devices()
 
-	var quote, eventLog []byte
+	var quote, eventLog, firmwareLog []byte
 	if env.TPM != nil {
 		q, err := c.TPM.Quote(ctx, bound.TPMExtraData(devices))
 		if err != nil {
 			fail("tpm", err)
 		} else {
-			env.TPM.Quote, env.TPM.Signature, env.TPM.PCRs, env.TPM.EventLog = q.Attest, q.Signature, q.PCRs, q.EventLog
-			quote, eventLog = q.Attest, q.EventLog
+			env.TPM.Quote, env.TPM.Signature, env.TPM.PCRs, env.TPM.EventLog, env.TPM.TCGLog = q.Attest, q.Signature, q.PCRs, q.EventLog, q.FirmwareLog
+			quote, eventLog, firmwareLog = q.Attest, q.EventLog, q.FirmwareLog
 		}
 	}
 
 	if req.Want.SNP {
-		if err := c.snp(ctx, env, bound.SNPReportData(devices, quote, eventLog)); err != nil {
+		if err := c.snp(ctx, env, bound.SNPReportData(devices, quote, eventLog, firmwareLog)); err != nil {
 			fail("snp", err)
 		}
 	}
@@ -177,6 +190,14 @@ func (c *Collector) gpus(ctx context.Context, bound binding.Bound, uuids []strin
 }
 
 func (c *Collector) snp(ctx context.Context, env *evidence.Envelope, reportData [64]byte) error {
+	if c.Paravisor != nil {
+		b, err := c.Paravisor.HCLReport(ctx)
+		if err != nil {
+			return err
+		}
+		env.SNP = &evidence.SNP{HCLReport: b}
+		return nil
+	}
 	if c.SNP == nil {
 		return errors.New("this node has no SEV-SNP report source")
 	}

@@ -67,7 +67,7 @@ func newNode(t *testing.T) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n.tpm, err = tpm.Open(t.Context(), n.machine.Socket); err != nil {
+	if n.tpm, err = tpm.Open(t.Context(), n.machine.Socket, tpm.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = n.tpm.Close() })

@@ -34,6 +34,8 @@ func workersFor(chunkSize int) int {
 // chunkCache holds decrypted chunks in locked memory.
 type chunkCache struct {
 	ending context.Context
+	// use says whether keys may be used.
+	use    func() error
 	blocks *dma.Blocks
 	// window is how many chunks are read ahead. slots bounds decryption.
 	window int64
@@ -69,11 +71,11 @@ type chunk struct {
 }
 
 // newChunkCache keeps up to size bytes in chunks of at most chunkSize.
-func newChunkCache(ending context.Context, size int64, chunkSize int) *chunkCache {
+func newChunkCache(ending context.Context, use func() error, size int64, chunkSize int) *chunkCache {
 	// One core is left to those who answer: the cipher does not step aside within
 	// a chunk.
 	workers := max(1, workersFor(chunkSize)-1)
-	c := &chunkCache{ending: ending, blocks: dma.NewBlocks(size), known: map[chunkKey]*chunk{}, lru: list.New(),
+	c := &chunkCache{ending: ending, use: use, blocks: dma.NewBlocks(size), known: map[chunkKey]*chunk{}, lru: list.New(),
 		slots: make(chan struct{}, workers), window: min(2*int64(workers)+1, size/int64(dma.BlockSize(chunkSize))-1, maxAhead)}
 	c.change = sync.NewCond(&c.mu)
 	return c
@@ -206,6 +208,10 @@ func (c *chunkCache) forget(b *chunk) {
 func (c *chunkCache) decrypt(s *chunkSource, b *chunk) {
 	if c.ending.Err() != nil {
 		c.fail(b, errOver)
+		return
+	}
+	if err := c.use(); err != nil {
+		c.fail(b, err)
 		return
 	}
 	size := int64(s.o.ChunkSize())

@@ -22,7 +22,9 @@ import (
 // open are scrubbed and reused, the least recently opened first. A file for which
 // there is no room is decrypted chunk by chunk, as it is read.
 type demand struct {
-	pool        *dma.Pool
+	pool *dma.Pool
+	// use says whether keys may be used.
+	use         func() error
 	cache       *chunkCache
 	passthrough bool
 	// ending is over with the job: nothing opens or reads after that.
@@ -157,12 +159,15 @@ func (d *demand) evict() bool {
 }
 
 func (f *demandFile) fill(r *dma.Region) error {
+	if err := f.d.use(); err != nil {
+		return err
+	}
 	o, err := f.folder.Open(f.key, f.entry)
 	if err != nil {
 		return err
 	}
 	defer o.Close()
-	return fillRegion(f.d.ending, o, r)
+	return fillRegion(f.d.ending, f.d.use, o, r)
 }
 
 // placedSource is a handle on a file that has a region.
@@ -200,10 +205,15 @@ type chunkSource struct {
 // openChunks is called with f.mu held.
 func (f *demandFile) openChunks() (source, error) {
 	if f.readers == 0 {
+		if err := f.d.use(); err != nil {
+			return nil, err
+		}
 		o, err := f.folder.Open(f.key, f.entry)
 		if err != nil {
 			return nil, err
 		}
+		// Not mapped: between two reads nobody looks whether a writer waits for
+		// the lease that a map takes.
 		f.sealed = o
 	}
 	f.readers++

@@ -67,7 +67,8 @@ func BenchmarkDecryptOnRead(b *testing.B) {
 	defer func() { check(tree.unmount()) }()
 	pool := dma.NewPool(1)
 	defer pool.Close()
-	d := &demand{pool: pool, cache: newChunkCache(b.Context(), maxCache, seal.DefaultChunkSize), ending: b.Context(), log: slog.Default()}
+	always := func() error { return nil }
+	d := &demand{pool: pool, use: always, cache: newChunkCache(b.Context(), always, maxCache, seal.DefaultChunkSize), ending: b.Context(), log: slog.Default()}
 	tree.addInput(b.Context(), "in")
 	tree.addFile(b.Context(), "in", "sealed", d.add(&heldInput{folder: folder}, key, es[0]))
 	tree.addFile(b.Context(), "in", "zeros", zeroContent(size))
@@ -103,7 +104,7 @@ func TestBuffersAreBounded(t *testing.T) {
 		if n := workersFor(size); n < 1 || n*size > maxBuffers {
 			t.Errorf("chunks of %d bytes: %d workers", size, n)
 		}
-		c := newChunkCache(context.Background(), max(maxCache, 2*int64(size)), size)
+		c := newChunkCache(context.Background(), func() error { return nil }, max(maxCache, 2*int64(size)), size)
 		if c.window < 1 || c.blocks.Limit() > maxCache || cap(c.slots)*size > maxBuffers {
 			t.Errorf("chunks of %d bytes: %d ahead, %d slots, %d bytes", size, c.window, cap(c.slots), c.blocks.Limit())
 		}

@@ -51,7 +51,7 @@ func (l *eventLog) add(e holdapi.Event) {
 	defer l.mu.Unlock()
 	limit := maxEvents - reservedEvents
 	switch e.Kind {
-	case "container-start", "operator-exec", "trace-lost":
+	case "container-start", "operator-exec", "trace-lost", eventLeaseStop, eventLeaseOver, eventKilled, eventScrubbed:
 		limit = maxEvents
 	case "checkpoint":
 		limit = maxEvents + maxCommits

@@ -4,7 +4,8 @@
 // Trusted: the kernel, and whoever may connect to a socket of the holder's own
 // user (the measured agent). Checked: the order of operations, sealed inputs
 // against their digests and keys, that the trace has shown the container's start
-// before any path opens, that memory is locked and reads back as zero in the end.
+// before any path opens, that the broker's lease holds before every use of a key,
+// that memory is locked and reads back as zero in the end.
 // Not checked: what the job does with the plaintext that it was started to read.
 package hold
 
@@ -71,7 +72,11 @@ type Config struct {
 	// larger together, files are decrypted when they are opened or read. Zero: no
 	// bound, and every input is decrypted before the job starts.
 	RegionBytes int64
-	Log         *slog.Logger
+	// Procs is cgroup.procs of the job's control group, in which this process is
+	// too. When the lease is over, all others in it are killed. It becomes the
+	// holder's.
+	Procs *os.File
+	Log   *slog.Logger
 	// StartWait and TraceGrace are the defaults above if zero.
 	StartWait, TraceGrace time.Duration
 }
@@ -120,7 +125,10 @@ type Holder struct {
 	stderr    *logStream
 	inputFS   *inputTree
 	ckptFS    *checkpointTree
+	handout   *handout
 	pool      *dma.Pool
+	lease     *lease
+	alarm     *alarm
 
 	// ending is cancelled when the job is over, and with it work under way.
 	ending context.Context
@@ -148,8 +156,8 @@ type Holder struct {
 // Create makes a holder in cfg.RunDir: its keys, pipes, mounts and trace socket.
 // The caller serves it, and Finish takes everything away again.
 func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
-	if cfg.JobID == "" || cfg.LogBytes <= 0 || cfg.RegionBytes < 0 || cfg.Log == nil {
-		return nil, errors.New("holder needs a job, a log budget and a logger")
+	if cfg.JobID == "" || cfg.LogBytes <= 0 || cfg.RegionBytes < 0 || cfg.Procs == nil || cfg.Log == nil {
+		return nil, errors.New("holder needs a job, its processes, a log budget and a logger")
 	}
 	st, err := os.Stat(cfg.RunDir)
 	if err != nil {
@@ -169,6 +177,9 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 			err = errors.Join(err, h.release(ctx))
 		}
 	}()
+	if err := h.openLease(); err != nil {
+		return nil, err
+	}
 	if h.recipient, err = keys.GenerateRecipient(); err != nil {
 		return nil, err
 	}
@@ -186,13 +197,18 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 	if h.trace, err = listenTrace(h.path(holdapi.TraceName), h.events, cfg.TraceGrace, cfg.Log); err != nil {
 		return nil, err
 	}
-	for _, n := range []string{holdapi.InputsName, holdapi.CheckpointsName} {
+	for _, n := range []string{holdapi.InputsName, holdapi.CheckpointsName, holdapi.RegionsDir} {
 		if err := os.Mkdir(h.path(n), 0o700); err != nil {
 			return nil, fmt.Errorf("make mount point: %w", err)
 		}
 		h.made = append(h.made, n)
 	}
-	wait := func(done <-chan struct{}) error { return h.trace.waitStart(done, cfg.StartWait) }
+	wait := func(done <-chan struct{}) error {
+		if err := h.trace.waitStart(done, cfg.StartWait); err != nil {
+			return err
+		}
+		return h.lease.use()
+	}
 	// A job that reads on after an error says nothing new.
 	var last struct {
 		sync.Mutex
@@ -213,11 +229,20 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 	if h.ckptFS, err = mountCheckpoints(h.path(holdapi.CheckpointsName), cfg.UID, cfg.GID, h.commit, time.Now); err != nil {
 		return nil, err
 	}
+	// The job's user goes through this folder, and through none above it.
+	if err := os.Chmod(h.path(holdapi.RegionsDir), 0o755); err != nil { // #nosec G302 -- as it says
+		return nil, fmt.Errorf("hand out regions: %w", err)
+	}
+	if h.handout, err = listenHandout(h.path(holdapi.RegionsDir, holdapi.RegionsSocket), wait, cfg.Log); err != nil {
+		return nil, err
+	}
 	h.log.InfoContext(ctx, "holder is ready", "passthrough", h.inputFS.passthrough)
 	return h, nil
 }
 
-func (h *Holder) path(name string) string { return filepath.Join(h.cfg.RunDir, name) }
+func (h *Holder) path(names ...string) string {
+	return filepath.Join(h.cfg.RunDir, filepath.Join(names...))
+}
 
 // apiError is an operation refused with a stable code.
 type apiError struct {
@@ -248,6 +273,13 @@ func (h *Holder) signRelease(request []byte) ([]byte, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err := h.running(); err != nil {
+		return nil, err
+	}
+	var r receipt.ReleaseRequest
+	if err := plan.Decode(request, receipt.MaxRequest, &r); err != nil {
+		return nil, &apiError{holdapi.CodeRefused, err}
+	}
+	if err := h.lease.ask(r); err != nil {
 		return nil, err
 	}
 	sig, err := h.session.SignRelease(request)
@@ -282,11 +314,12 @@ func (h *Holder) sign(statement []byte) ([]byte, error) {
 
 // wrapInfo is what receipt.WrapInfo encodes.
 type wrapInfo struct {
-	Label    string      `json:"label"`
-	Grant    string      `json:"grant"`
-	Plan     plan.Digest `json:"plan"`
-	Asset    string      `json:"asset"`
-	ResultID string      `json:"resultId"`
+	Label    string             `json:"label"`
+	Grant    string             `json:"grant"`
+	Plan     plan.Digest        `json:"plan"`
+	Asset    string             `json:"asset"`
+	ResultID string             `json:"resultId"`
+	Lease    receipt.LeaseTerms `json:"lease"`
 }
 
 const maxWrapInfo = 8 << 10
@@ -298,12 +331,19 @@ func (h *Holder) deliver(d holdapi.Deliver) error {
 	if err := plan.Decode(d.Info, maxWrapInfo, &info); err != nil {
 		return fail(holdapi.CodeInvalid, "wrap info: %w", err)
 	}
-	want, err := receipt.WrapInfo(info.Grant, info.Plan, info.Asset, info.ResultID)
+	want, err := receipt.WrapInfo(info.Grant, info.Plan, info.Asset, info.ResultID, info.Lease)
 	if err != nil || !bytes.Equal(want, d.Info) {
 		return fail(holdapi.CodeInvalid, "wrap info is not that of a release")
 	}
 	if d.Asset == "" || info.Asset != d.Asset || info.Plan.Bytes() == nil {
 		return fail(holdapi.CodeRefused, "wrap info speaks of another asset, or of no plan")
+	}
+	leaseKeys, err := info.Lease.Keys(d.LeaseKeys)
+	if err != nil {
+		return &apiError{holdapi.CodeRefused, err}
+	}
+	if err := h.lease.use(); err != nil && !errors.Is(err, errNoLease) {
+		return err
 	}
 	key, err := h.recipient.Open(d.Enc, d.Ciphertext, d.Info, []byte(d.Asset))
 	if err != nil {
@@ -332,6 +372,10 @@ func (h *Holder) deliver(d holdapi.Deliver) error {
 			key.Destroy()
 			return fail(holdapi.CodeRefused, "key was released for another plan than the keys before it")
 		}
+	}
+	if err := h.lease.grant(info, leaseKeys); err != nil {
+		key.Destroy()
+		return err
 	}
 	h.keys[d.Asset] = heldKey{key: key, plan: info.Plan}
 	return nil
@@ -508,6 +552,9 @@ func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldIn
 	chunkSize := 0
 	for i, in := range inputs {
 		in.unprepare()
+		if err := h.lease.use(); err != nil {
+			return res, err
+		}
 		es, err := in.folder.Entries(work[in])
 		if err != nil {
 			return res, fail(holdapi.CodeRefused, "input %s: %w", in.Name, err)
@@ -540,6 +587,9 @@ func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldIn
 	}
 	for _, f := range files {
 		h.inputFS.addFile(ctx, f.input, f.name, f.c)
+		if r, ok := f.c.(resident); ok {
+			h.handout.add(f.input+"/"+f.name, r.r)
+		}
 	}
 	return res, nil
 }
@@ -559,7 +609,7 @@ func (h *Holder) onDemand(inputs []*heldInput, chunkSize int) (*demand, error) {
 	// Two chunks at the least: one that is read, and one that is decrypted.
 	size := max(min(maxCache, h.cfg.RegionBytes/4), 2*int64(chunkSize))
 	h.pool.Reserve(size)
-	d := &demand{pool: h.pool, cache: newChunkCache(h.ending, size, chunkSize), passthrough: h.inputFS.passthrough, ending: h.ending, log: h.log}
+	d := &demand{pool: h.pool, use: h.lease.use, cache: newChunkCache(h.ending, h.lease.use, size, chunkSize), passthrough: h.inputFS.passthrough, ending: h.ending, log: h.log}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.demand = d
@@ -569,6 +619,9 @@ func (h *Holder) onDemand(inputs []*heldInput, chunkSize int) (*demand, error) {
 // openFile decrypts the file at place j, or sees that it can be, if d does so
 // later. It returns how many bytes it decrypted.
 func (h *Holder) openFile(d *demand, in *heldInput, key *keys.DataKey, j int, e seal.Entry) (content, int64, error) {
+	if err := h.lease.use(); err != nil {
+		return nil, 0, err
+	}
 	f, err := in.folder.Open(key, e)
 	if err != nil {
 		return nil, 0, err
@@ -583,16 +636,26 @@ func (h *Holder) openFile(d *demand, in *heldInput, key *keys.DataKey, j int, e 
 			return nil, 0, err
 		}
 	}
-	if err := fillRegion(h.ending, f, r); err != nil {
+	if err := fillRegion(h.ending, h.lease.use, f, r); err != nil {
 		return nil, 0, err
 	}
 	return resident{r, h.inputFS.passthrough}, e.Size, nil
 }
 
 // fillRegion bounds its workers by what their buffers take, not by cores alone.
-func fillRegion(ctx context.Context, f *seal.OpenedFile, r *dma.Region) error {
+// use says before each chunk whether the key may be used.
+func fillRegion(ctx context.Context, use func() error, f *seal.OpenedFile, r *dma.Region) error {
 	f.Sequential()
-	return r.Fill(ctx, f.ChunkSize(), workersFor(f.ChunkSize()), func() func(int64, []byte) error { return f.Worker().ReadChunk })
+	f.Map()
+	return r.Fill(ctx, f.ChunkSize(), workersFor(f.ChunkSize()), func() func(int64, []byte) error {
+		w := f.Worker()
+		return func(i int64, dst []byte) error {
+			if err := use(); err != nil {
+				return err
+			}
+			return w.ReadChunk(i, dst)
+		}
+	})
 }
 
 // commit seals one checkpoint for the checkpoint tree, which calls it for one at
@@ -609,6 +672,9 @@ func (h *Holder) commit(name string, files []seal.Source) error {
 func (h *Holder) sealCommit(name string, files []seal.Source) error {
 	// A checkpoint is the job's own, or it is none.
 	if err := h.trace.waitStart(h.ending.Done(), h.cfg.StartWait); err != nil {
+		return err
+	}
+	if err := h.lease.use(); err != nil {
 		return err
 	}
 	start := time.Now()
@@ -634,7 +700,7 @@ func (h *Holder) sealCommit(name string, files []seal.Source) error {
 		return errors.New("the key for the checkpoints was released for another plan")
 	}
 	c.Plan, c.Asset, c.Folder = sink.Plan, sink.Asset, holdapi.CheckpointFolder(c.Sequence, name)
-	got, err := seal.SealCheckpoint(h.ending, k.key, h.session, files, sink.root, c, time.Now, seal.Options{})
+	got, err := seal.SealCheckpoint(h.ending, k.key, h.session, h.leased(files), sink.root, c, time.Now, seal.Options{})
 	if err != nil {
 		return err
 	}
@@ -659,7 +725,7 @@ func (h *Holder) status() holdapi.Status {
 
 // current is called with h.mu held.
 func (h *Holder) current() holdapi.Status {
-	s := holdapi.Status{Scrubbed: h.scrubbed, LogBytes: h.stdout.size() + h.stderr.size(), LogCut: h.budget.dropped()}
+	s := holdapi.Status{Scrubbed: h.scrubbed, Lease: h.lease.look(), LogBytes: h.stdout.size() + h.stderr.size(), LogCut: h.budget.dropped()}
 	h.trace.status(&s)
 	if !h.scrubbed {
 		s.RegionBytes = h.pool.Held() + h.ckptFS.held()
@@ -693,6 +759,9 @@ func (h *Holder) finish(ctx context.Context) (holdapi.Status, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.scrubbed = err == nil
+	if h.scrubbed {
+		h.events.add(holdapi.Event{Kind: eventScrubbed})
+	}
 	h.final = h.current()
 	close(h.finished)
 	h.events.close()
@@ -714,6 +783,9 @@ func (h *Holder) release(ctx context.Context) error {
 		if l != nil {
 			errs = append(errs, l.finish(ctx))
 		}
+	}
+	if h.handout != nil {
+		errs = append(errs, h.handout.close())
 	}
 	// A decryption under way ends at its next chunk.
 	h.end()
@@ -750,7 +822,10 @@ func (h *Holder) release(ctx context.Context) error {
 	if h.sink != nil {
 		errs = append(errs, h.sink.root.Close())
 	}
-	errs = append(errs, h.removeNames())
+	if h.alarm != nil {
+		h.alarm.close()
+	}
+	errs = append(errs, h.cfg.Procs.Close(), h.removeNames())
 	return errors.Join(errs...)
 }
 

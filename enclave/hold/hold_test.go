@@ -3,6 +3,9 @@ package hold_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -103,6 +106,8 @@ type holder struct {
 	log *bytes.Buffer
 	c   *holdapi.Client
 	hi  holdapi.Hello
+	// procs lists the processes of the job's control group.
+	procs *os.File
 }
 
 func start(t *testing.T, args ...string) *holder {
@@ -111,7 +116,12 @@ func start(t *testing.T, args ...string) *holder {
 	run, err := os.MkdirTemp("/tmp", "coffer-run-")
 	must(t, err)
 	h := &holder{t: t, run: run, log: new(bytes.Buffer)}
-	h.cmd = exec.Command(holderBinary(t), append([]string{"--run", run, "--job", jobID, "--uid", "65532", "--gid", "65532", "--log-bytes", "1000"}, args...)...)
+	// Nobody is in the job's control group but who a test puts there.
+	h.procs, err = os.CreateTemp(t.TempDir(), "procs")
+	must(t, err)
+	t.Cleanup(func() { _ = h.procs.Close() })
+	h.cmd = exec.Command(holderBinary(t), append([]string{"--run", run, "--job", jobID, "--uid", "65532", "--gid", "65532", "--log-bytes", "1000", "--procs", "3"}, args...)...)
+	h.cmd.ExtraFiles = []*os.File{h.procs}
 	h.cmd.Stderr = h.log
 	h.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: syscall.CLONE_NEWNET}
 	must(t, h.cmd.Start())
@@ -145,13 +155,56 @@ func start(t *testing.T, args ...string) *holder {
 
 func (h *holder) path(p ...string) string { return filepath.Join(append([]string{h.run}, p...)...) }
 
-// deliver wraps key as a broker does.
+// leaser signs leases as the broker does.
+var leaser = newLeaser("broker.test")
+
+type leaseSigner struct {
+	*receipt.Signer
+	jwks []byte
+}
+
+func newLeaser(name string) leaseSigner {
+	key, err := ecdsa.GenerateKey(elliptic.P384(), crand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	s, err := receipt.NewSigner(name, key)
+	if err != nil {
+		panic(err)
+	}
+	jwks, err := s.JWKS()
+	if err != nil {
+		panic(err)
+	}
+	return leaseSigner{s, jwks}
+}
+
+// deliver wraps key as a broker does, for as long as no test waits.
 func (h *holder) deliver(key *keys.DataKey, asset string) error {
-	info, err := receipt.WrapInfo("grant", planDigest, asset, "result")
+	return h.deliverFor(key, asset, leaser.LeaseTerms(int64(receipt.MaxLease.Seconds())))
+}
+
+// deliverFor asks for a key and wraps it under the given lease.
+func (h *holder) deliverFor(key *keys.DataKey, asset string, terms receipt.LeaseTerms) error {
+	h.askRelease(asset)
+	return h.wrapped(key, "grant", asset, asset, terms)
+}
+
+func (h *holder) askRelease(asset string) {
+	h.t.Helper()
+	req, err := receipt.ReleaseRequest{Version: receipt.RequestVersion, Broker: "broker.test", Grant: "grant", Attempt: 1, ResultID: "result", Asset: asset}.Canonical()
+	must(h.t, err)
+	_, err = h.c.SignRelease(h.t.Context(), req)
+	must(h.t, err)
+}
+
+// wrapped delivers key, wrapped for one asset with the info of another.
+func (h *holder) wrapped(key *keys.DataKey, grant, asset, infoAsset string, terms receipt.LeaseTerms) error {
+	info, err := receipt.WrapInfo(grant, planDigest, infoAsset, "result", terms)
 	must(h.t, err)
 	enc, ct, err := key.Wrap(h.hi.RecipientKey, info, []byte(asset))
 	must(h.t, err)
-	return h.c.Deliver(h.t.Context(), holdapi.Deliver{Asset: asset, Info: info, Enc: enc, Ciphertext: ct})
+	return h.c.Deliver(h.t.Context(), holdapi.Deliver{Asset: asset, Info: info, Enc: enc, Ciphertext: ct, LeaseKeys: leaser.jwks})
 }
 
 type memReader struct{ *bytes.Reader }
@@ -347,7 +400,7 @@ func TestEndToEnd(t *testing.T) {
 	if _, err := os.Stat(h.path("inputs")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("inputs after finish: %v", err)
 	}
-	if err := h.deliver(data, "other"); err == nil {
+	if err := h.wrapped(data, "grant", "other", "other", leaser.LeaseTerms(60)); err == nil {
 		t.Error("a key was taken after finish")
 	}
 	if _, err := h.c.SignRelease(ctx, []byte("{}")); code(err) != holdapi.CodeState {
@@ -427,30 +480,25 @@ func TestRefusals(t *testing.T) {
 		f    func() error
 		code string
 	}{
-		"exit before finish":        {func() error { return h.c.Exit(ctx) }, holdapi.CodeState},
-		"another digest":            {func() error { return h.c.Input(ctx, holdapi.Input{Name: "in", Asset: "a", Digest: plan.Sum(nil)}, dir) }, holdapi.CodeRefused},
-		"no digest":                 {func() error { return h.c.Input(ctx, holdapi.Input{Name: "in", Asset: "a"}, dir) }, holdapi.CodeRefused},
-		"another asset":             {func() error { return h.c.Input(ctx, holdapi.Input{Name: "in", Asset: "b", Digest: digest}, dir) }, holdapi.CodeRefused},
-		"an input that leaves":      {func() error { return h.c.Input(ctx, holdapi.Input{Name: "../in", Asset: "a", Digest: digest}, dir) }, holdapi.CodeInvalid},
-		"a folder that is not one":  {func() error { return h.c.Input(ctx, in, filepath.Join(dir, seal.ManifestName)) }, ""},
-		"a release request that is": {func() error { _, err := h.c.SignRelease(ctx, []byte(`{"a":1}`)); return err }, holdapi.CodeRefused},
-		"a statement before finish": {func() error { _, err := h.c.Sign(ctx, statementOf(t, h.hi.JobID)); return err }, holdapi.CodeState},
-		"a statement that is none":  {func() error { _, err := h.c.Sign(ctx, []byte(`x`)); return err }, holdapi.CodeRefused},
-		"a stream that is none":     {func() error { _, err := h.c.Logs(ctx, holdapi.Logs{Stream: "x"}); return err }, holdapi.CodeInvalid},
-		"a sink without a bound":    {func() error { return h.c.Sink(ctx, holdapi.Sink{Asset: "a", Plan: planDigest}, dir) }, holdapi.CodeInvalid},
-		"a key with other info": {func() error {
-			info, err := receipt.WrapInfo("g", planDigest, "b", "r")
-			must(t, err)
-			enc, ct, err := key.Wrap(h.hi.RecipientKey, info, []byte("a"))
-			must(t, err)
-			return h.c.Deliver(ctx, holdapi.Deliver{Asset: "a", Info: info, Enc: enc, Ciphertext: ct})
-		}, holdapi.CodeRefused},
+		"exit before finish":          {func() error { return h.c.Exit(ctx) }, holdapi.CodeState},
+		"another digest":              {func() error { return h.c.Input(ctx, holdapi.Input{Name: "in", Asset: "a", Digest: plan.Sum(nil)}, dir) }, holdapi.CodeRefused},
+		"no digest":                   {func() error { return h.c.Input(ctx, holdapi.Input{Name: "in", Asset: "a"}, dir) }, holdapi.CodeRefused},
+		"another asset":               {func() error { return h.c.Input(ctx, holdapi.Input{Name: "in", Asset: "b", Digest: digest}, dir) }, holdapi.CodeRefused},
+		"an input that leaves":        {func() error { return h.c.Input(ctx, holdapi.Input{Name: "../in", Asset: "a", Digest: digest}, dir) }, holdapi.CodeInvalid},
+		"a folder that is not one":    {func() error { return h.c.Input(ctx, in, filepath.Join(dir, seal.ManifestName)) }, ""},
+		"a release request that is":   {func() error { _, err := h.c.SignRelease(ctx, []byte(`{"a":1}`)); return err }, holdapi.CodeRefused},
+		"a statement before finish":   {func() error { _, err := h.c.Sign(ctx, statementOf(t, h.hi.JobID)); return err }, holdapi.CodeState},
+		"a statement that is none":    {func() error { _, err := h.c.Sign(ctx, []byte(`x`)); return err }, holdapi.CodeRefused},
+		"a stream that is none":       {func() error { _, err := h.c.Logs(ctx, holdapi.Logs{Stream: "x"}); return err }, holdapi.CodeInvalid},
+		"a sink without a bound":      {func() error { return h.c.Sink(ctx, holdapi.Sink{Asset: "a", Plan: planDigest}, dir) }, holdapi.CodeInvalid},
+		"a key with other info":       {func() error { return h.wrapped(key, "grant", "a", "b", leaser.LeaseTerms(60)) }, holdapi.CodeRefused},
+		"a key that nobody asked for": {func() error { return h.wrapped(key, "grant", "a", "a", leaser.LeaseTerms(60)) }, holdapi.CodeRefused},
 		"a key for another asset's data": {func() error {
-			info, err := receipt.WrapInfo("g", planDigest, "a", "r")
+			info, err := receipt.WrapInfo("grant", planDigest, "a", "result", leaser.LeaseTerms(60))
 			must(t, err)
 			enc, ct, err := key.Wrap(h.hi.RecipientKey, info, []byte("b"))
 			must(t, err)
-			return h.c.Deliver(ctx, holdapi.Deliver{Asset: "a", Info: info, Enc: enc, Ciphertext: ct})
+			return h.c.Deliver(ctx, holdapi.Deliver{Asset: "a", Info: info, Enc: enc, Ciphertext: ct, LeaseKeys: leaser.jwks})
 		}, holdapi.CodeRefused},
 		"info of no release": {func() error {
 			enc, ct, err := key.Wrap(h.hi.RecipientKey, []byte("{}"), []byte("a"))

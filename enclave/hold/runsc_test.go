@@ -39,7 +39,7 @@ func (h *holder) runsc(runsc, script string) (string, error) {
 	needRoot(h.t)
 	dir := h.t.TempDir()
 	rootfs := filepath.Join(dir, "rootfs")
-	for _, d := range []string{"usr", "inputs", "checkpoints", "tmp", "proc"} {
+	for _, d := range []string{"usr", "inputs", "checkpoints", "regions", "tmp", "proc"} {
 		must(h.t, os.MkdirAll(filepath.Join(rootfs, d), 0o755))
 	}
 	for _, l := range []string{"bin", "lib", "lib64"} {
@@ -56,7 +56,7 @@ func (h *holder) runsc(runsc, script string) (string, error) {
 			"env": []string{"PATH=/usr/bin:/bin", "LANG=C.UTF-8"}, "noNewPrivileges": true,
 		},
 		"root":   map[string]any{"path": rootfs, "readonly": true},
-		"mounts": []any{mount("/usr", "/usr", "ro"), mount("/inputs", h.path("inputs/data"), "ro"), mount("/checkpoints", h.path("checkpoints"), "rw"), map[string]any{"destination": "/proc", "type": "proc", "source": "proc"}, map[string]any{"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}},
+		"mounts": []any{mount("/usr", "/usr", "ro"), mount("/inputs", h.path("inputs/data"), "ro"), mount("/checkpoints", h.path("checkpoints"), "rw"), mount("/regions", h.path(holdapi.RegionsDir), "ro"), map[string]any{"destination": "/proc", "type": "proc", "source": "proc"}, map[string]any{"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}},
 		"linux":  map[string]any{"namespaces": []map[string]string{{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}}},
 	}
 	trace := map[string]any{"trace_session": map[string]any{
@@ -75,7 +75,7 @@ func (h *holder) runsc(runsc, script string) (string, error) {
 		must(h.t, os.WriteFile(filepath.Join(dir, name), b, 0o600))
 	}
 	id := fmt.Sprintf("coffer-hold-test-%d", os.Getpid())
-	c := exec.Command(runsc, "--root", filepath.Join(dir, "root"), "--platform=systrap", "--network=none", "--ignore-cgroups",
+	c := exec.Command(runsc, "--root", filepath.Join(dir, "root"), "--platform=systrap", "--network=none", "--ignore-cgroups", "--host-uds=open",
 		"--pod-init-config", filepath.Join(dir, "trace.json"), "run", "--bundle", dir, id)
 	// The runtime keeps an empty network namespace there.
 	defer func() { _ = unix.Unmount(filepath.Join(dir, "root", "null-netns"), unix.MNT_DETACH) }()
@@ -124,6 +124,19 @@ if command -v python3 >/dev/null; then python3 - <<'END'
 import mmap, os, zipfile
 m = mmap.mmap(os.open('/inputs/sub/big', os.O_RDONLY), 0, prot=mmap.PROT_READ)
 assert len(m) == 9*2**20+3 and m[:] == open('/inputs/sub/big', 'rb').read()
+import json, socket
+s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+s.connect('/regions/regions.sock')
+s.sendall(json.dumps({'version': 'coffer.run/regions/v1', 'open': 'data/sub/big'}).encode())
+_, fds, _, _ = socket.recv_fds(s, 4096, 1)
+given = mmap.mmap(fds[0], 9*2**20+3, prot=mmap.PROT_READ)
+assert given[:] == m[:]
+for attempt in (lambda: os.pwrite(fds[0], b'x', 0), lambda: mmap.mmap(fds[0], 4096)):
+    try:
+        attempt()
+    except OSError:
+        continue
+    raise SystemExit('the region was open for writing')
 with zipfile.ZipFile('/checkpoints/e3.tmp', 'w', allowZip64=True) as z:
     for n in ('a', 'b'):
         with z.open(n, 'w', force_zip64=True) as f: f.write(n.encode() * 3000000)

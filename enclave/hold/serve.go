@@ -76,19 +76,28 @@ func (h *Holder) Serve(ctx context.Context) error {
 	return err
 }
 
-// samePeer wants a peer of this process's own user.
-func samePeer(c *net.UnixConn) error {
+// peer returns who connected, as of then.
+func peer(c *net.UnixConn) (*unix.Ucred, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var cred *unix.Ucred
 	var cerr error
 	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return err
+		return nil, err
 	}
 	if cerr != nil {
-		return fmt.Errorf("peer credentials: %w", cerr)
+		return nil, fmt.Errorf("peer credentials: %w", cerr)
+	}
+	return cred, nil
+}
+
+// samePeer wants a peer of this process's own user.
+func samePeer(c *net.UnixConn) error {
+	cred, err := peer(c)
+	if err != nil {
+		return err
 	}
 	if int(cred.Uid) != os.Geteuid() {
 		return fmt.Errorf("peer is user %d", cred.Uid)
@@ -188,6 +197,14 @@ func (h *Holder) answer(ctx context.Context, b []byte, fds []*os.File) (res hold
 		}
 	case holdapi.OpDeliver:
 		err = h.deliver(*q.Deliver)
+	case holdapi.OpLease:
+		v := h.lease.begin()
+		res.Lease = &v
+	case holdapi.OpRenew:
+		var v holdapi.Lease
+		if v, err = h.lease.renew(q.Renew.Lease); err == nil {
+			res.Lease = &v
+		}
 	case holdapi.OpInput:
 		var root *os.Root
 		if root, err = openFolder(fds[0]); err == nil {
@@ -243,16 +260,16 @@ func (h *Holder) answer(ctx context.Context, b []byte, fds []*os.File) (res hold
 // checkParts wants exactly the part and the descriptors that an operation has.
 func checkParts(q holdapi.Request, fds int) error {
 	parts := map[string]bool{
-		holdapi.OpSignRelease: q.SignRelease != nil, holdapi.OpSign: q.Sign != nil, holdapi.OpDeliver: q.Deliver != nil,
+		holdapi.OpSignRelease: q.SignRelease != nil, holdapi.OpSign: q.Sign != nil, holdapi.OpDeliver: q.Deliver != nil, holdapi.OpRenew: q.Renew != nil,
 		holdapi.OpInput: q.Input != nil, holdapi.OpSink: q.Sink != nil, holdapi.OpLogs: q.Logs != nil, holdapi.OpEvents: q.Events != nil,
 	}
 	want := 0
 	switch q.Op {
-	case holdapi.OpHello, holdapi.OpDecrypt, holdapi.OpStatus, holdapi.OpFinish, holdapi.OpExit:
+	case holdapi.OpHello, holdapi.OpLease, holdapi.OpDecrypt, holdapi.OpStatus, holdapi.OpFinish, holdapi.OpExit:
 	case holdapi.OpInput, holdapi.OpSink:
 		want = 1
 		fallthrough
-	case holdapi.OpSignRelease, holdapi.OpSign, holdapi.OpDeliver, holdapi.OpLogs, holdapi.OpEvents:
+	case holdapi.OpSignRelease, holdapi.OpSign, holdapi.OpDeliver, holdapi.OpRenew, holdapi.OpLogs, holdapi.OpEvents:
 		if !parts[q.Op] {
 			return fail(holdapi.CodeInvalid, "%s says nothing", q.Op)
 		}

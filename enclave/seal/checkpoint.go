@@ -98,9 +98,11 @@ type Commit struct {
 
 // SealCheckpoint seals the sources into the sink as c.Folder: all of them or
 // none. When it returns without an error the folder, with its signed record, is
-// durable.
+// durable. The plaintext is not digested: the digest of the ciphertext, with the
+// key that its headers commit to, names it, and a job waits while it is sealed.
 func SealCheckpoint(ctx context.Context, key *keys.DataKey, session *keys.Session, sources []Source, sink *os.Root, c Commit, now func() time.Time, o Options) (Checkpoint, error) {
 	var out Checkpoint
+	o.noPlainRoots = true
 	_, err := sealInto(ctx, key, c.Asset, sources, sink, c.Folder, o, func(tmp *os.Root, s Sealed) error {
 		r := Record{Version: RecordVersion, JobID: c.JobID, Plan: c.Plan, Asset: c.Asset, Sequence: c.Sequence, Name: c.Name,
 			Digest: s.Digest, Parent: c.Parent, Bytes: s.Bytes, UnixNano: now().UnixNano()}

@@ -17,6 +17,8 @@ type File struct {
 	header header
 	layout layout
 	pool   sync.Pool
+	// mapped is where the file can be read without a copy; nil if it cannot.
+	mapped *mapping
 }
 
 // OpenFile reads the header of a sealed file of cipherSize bytes.
@@ -53,14 +55,15 @@ func (f *File) Chunks() int64 { return f.layout.chunks }
 // Worker reads chunks with buffers of its own: one goroutine owns it, and no
 // chunk allocates.
 type Worker struct {
-	f     *File
+	f *File
+	// buf is for ciphertext that is not read in place.
 	buf   []byte
 	nonce [12]byte
 }
 
 // Worker returns a new worker on f.
 func (f *File) Worker() *Worker {
-	return &Worker{f: f, buf: make([]byte, f.layout.maxChunk())}
+	return &Worker{f: f}
 }
 
 // ReadChunk decrypts chunk i into dst, which must be exactly as long as the
@@ -74,6 +77,17 @@ func (w *Worker) ReadChunk(i int64, dst []byte) error {
 	if len(dst) != n {
 		return fmt.Errorf("chunk %d is %d bytes long, not %d", i, n, len(dst))
 	}
+	setNonce(&w.nonce, i, i == f.layout.chunks-1)
+	if f.mapped != nil {
+		var opened error
+		if f.mapped.use(f.layout.offset(i), n+TagSize, func(c []byte) { opened = w.open(i, dst, c) }) {
+			return opened
+		}
+		clear(dst)
+	}
+	if w.buf == nil {
+		w.buf = make([]byte, f.layout.maxChunk())
+	}
 	c := w.buf[:n+TagSize]
 	if m, err := f.r.ReadAt(c, f.layout.offset(i)); m < len(c) {
 		clear(dst)
@@ -82,8 +96,12 @@ func (w *Worker) ReadChunk(i int64, dst []byte) error {
 		}
 		return fmt.Errorf("%w: read chunk %d: %w", ErrDamaged, i, err)
 	}
-	setNonce(&w.nonce, i, i == f.layout.chunks-1)
-	if _, err := f.aead.Open(dst[:0:n], w.nonce[:], c, f.header[:]); err != nil {
+	return w.open(i, dst, c)
+}
+
+// open decrypts the sealed chunk c, whose nonce is set.
+func (w *Worker) open(i int64, dst, c []byte) error {
+	if _, err := w.f.aead.Open(dst[:0:len(dst)], w.nonce[:], c, w.f.header[:]); err != nil {
 		clear(dst)
 		return fmt.Errorf("%w: chunk %d does not authenticate", ErrDamaged, i)
 	}

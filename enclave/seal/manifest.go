@@ -68,7 +68,8 @@ type Entry struct {
 	Name       string
 	Size       int64
 	CipherSize int64
-	// PlainRoot is the Merkle root over the plaintext's chunks.
+	// PlainRoot is the Merkle root over the plaintext's chunks. It is empty in a
+	// checkpoint.
 	PlainRoot Root
 
 	salt []byte
@@ -77,7 +78,7 @@ type Entry struct {
 type privateEntry struct {
 	Name string `json:"name"`
 	Size int64  `json:"size"`
-	Root Root   `json:"merkleRoot"`
+	Root Root   `json:"merkleRoot,omitempty"`
 	// Salt is the one in the file's header: a file of another place in this
 	// asset, or of another asset under the same key, has another.
 	Salt []byte `json:"salt"`
@@ -250,8 +251,12 @@ func (m Manifest) Open(key *keys.DataKey) ([]Entry, error) {
 		if l.size != f.Size || len(f.Salt) != saltSize {
 			return nil, fmt.Errorf("open manifest: file %s: size or salt contradict its ciphertext", m.Files[i].ID)
 		}
-		if err := checkRoot(f.Root); err != nil {
+		// All files have a digest or none has: one that lacks it is no checkpoint's.
+		if err := checkRoot(f.Root); err != nil && (f.Root != "" || p.Files[0].Root != "") {
 			return nil, fmt.Errorf("open manifest: file %s: %w", m.Files[i].ID, err)
+		}
+		if f.Root != "" && p.Files[0].Root == "" {
+			return nil, fmt.Errorf("open manifest: file %s has a digest, and the first has none", m.Files[i].ID)
 		}
 		names[i] = f.Name
 		out[i] = Entry{ID: m.Files[i].ID, Name: f.Name, Size: f.Size, CipherSize: m.Files[i].CipherSize, PlainRoot: f.Root, salt: f.Salt}
@@ -324,8 +329,18 @@ func (o *OpenedFile) Sequential() {
 	_ = unix.Fadvise(int(o.f.Fd()), 0, 0, unix.FADV_SEQUENTIAL)
 }
 
+// Map has chunks decrypted from the page cache, without a copy of their
+// ciphertext, where that is safe: while the kernel says that nobody can write to
+// the file. Elsewhere, and from then on when somebody comes to, chunks are read
+// as without it. It is called before the first read. Writers wait until Close, or
+// as long as the kernel lets them be kept waiting (/proc/sys/fs/lease-break-time).
+func (o *OpenedFile) Map() { o.mapped = mapFile(int(o.f.Fd()), o.layout.cipherSize()) }
+
 // Close closes the descriptor.
-func (o *OpenedFile) Close() error { return o.f.Close() }
+func (o *OpenedFile) Close() error {
+	o.mapped.close()
+	return o.f.Close()
+}
 
 // Open opens one file for reading under key.
 func (f *Folder) Open(key *keys.DataKey, e Entry) (*OpenedFile, error) {

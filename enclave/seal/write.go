@@ -44,6 +44,8 @@ type Options struct {
 	// Progress is called, from several goroutines, with bytes done and in all.
 	Progress func(done, total int64)
 
+	// noPlainRoots leaves the plaintext's digests out of the manifest.
+	noPlainRoots bool
 	// salt makes test vectors; there is no way to set it from outside.
 	salt func() [saltSize]byte
 	// step is called between any two changes on disk, for tests that end there.
@@ -179,7 +181,8 @@ type sealJob struct {
 	src    io.ReaderAt
 	dst    *os.File
 	next   atomic.Int64
-	// cipherLeaves begins with the header block; plainLeaves does not.
+	// cipherLeaves begins with the header block; plainLeaves does not, and is nil
+	// if the plaintext is not digested.
 	cipherLeaves, plainLeaves []leaf
 	progress                  func(n int)
 }
@@ -215,7 +218,10 @@ func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id
 	defer dst.Close()
 	o.at()
 	j := &sealJob{aead: aead, header: h, layout: l, src: src, dst: dst, progress: progress,
-		cipherLeaves: make([]leaf, 1+l.chunks), plainLeaves: make([]leaf, l.chunks)}
+		cipherLeaves: make([]leaf, 1+l.chunks)}
+	if !o.noPlainRoots {
+		j.plainLeaves = make([]leaf, l.chunks)
+	}
 	block := make([]byte, PayloadOffset)
 	copy(block, h[:])
 	newLeafHasher().sum(block, &j.cipherLeaves[0])
@@ -233,8 +239,11 @@ func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id
 	if err := dst.Close(); err != nil {
 		return SealedFile{}, privateEntry{}, fmt.Errorf("close sealed file: %w", err)
 	}
-	return SealedFile{ID: id, CipherSize: l.cipherSize(), Root: merkleRoot(j.cipherLeaves)},
-		privateEntry{Name: s.Name, Size: s.Size, Root: merkleRoot(j.plainLeaves), Salt: slices.Clone(h.salt())}, nil
+	e := privateEntry{Name: s.Name, Size: s.Size, Salt: slices.Clone(h.salt())}
+	if j.plainLeaves != nil {
+		e.Root = merkleRoot(j.plainLeaves)
+	}
+	return SealedFile{ID: id, CipherSize: l.cipherSize(), Root: merkleRoot(j.cipherLeaves)}, e, nil
 }
 
 func (j *sealJob) run(ctx context.Context, workers int) error {
@@ -274,7 +283,9 @@ func (j *sealJob) work(ctx context.Context) error {
 		if m, err := j.src.ReadAt(buf[:n], i*int64(j.layout.chunkSize)); m < n {
 			return fmt.Errorf("read source: %w", cmp.Or(err, io.ErrUnexpectedEOF))
 		}
-		h.sum(buf[:n], &j.plainLeaves[i])
+		if j.plainLeaves != nil {
+			h.sum(buf[:n], &j.plainLeaves[i])
+		}
 		setNonce(nonce, i, i == j.layout.chunks-1)
 		c := j.aead.Seal(buf[:0], nonce[:], buf[:n], j.header[:])
 		h.sum(c, &j.cipherLeaves[1+i])

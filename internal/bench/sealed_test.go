@@ -83,6 +83,9 @@ func regions(t *testing.T) []row {
 	entries := must[[]seal.Entry](t)(folder.Entries(key))
 	f := must[*seal.OpenedFile](t)(folder.Open(key, entries[0]))
 	t.Cleanup(func() { f.Close() })
+	inPlace := must[*seal.OpenedFile](t)(folder.Open(key, entries[0]))
+	t.Cleanup(func() { inPlace.Close() })
+	inPlace.Map()
 
 	// The cipher alone, from memory to memory that is there.
 	aead, nonce := gcm(t), make([]byte, 12)
@@ -123,7 +126,7 @@ func regions(t *testing.T) []row {
 		}
 		return took
 	}
-	fill := func(r *dma.Region) {
+	fill := func(r *dma.Region, f *seal.OpenedFile) {
 		if err := r.Fill(t.Context(), f.ChunkSize(), 0, func() func(int64, []byte) error { return f.Worker().ReadChunk }); err != nil {
 			t.Fatal(err)
 		}
@@ -131,7 +134,7 @@ func regions(t *testing.T) []row {
 	fresh := func() time.Duration {
 		began := time.Now()
 		r := must[*dma.Region](t)(dma.New("bench", f.Size()))
-		fill(r)
+		fill(r, inPlace)
 		took := time.Since(began)
 		if err := r.Close(); err != nil {
 			t.Fatal(err)
@@ -140,17 +143,37 @@ func regions(t *testing.T) []row {
 	}
 	kept := must[*dma.Region](t)(dma.New("bench", f.Size()))
 	t.Cleanup(func() { kept.Close() })
-	again := func() time.Duration { return timed(1, func() { fill(kept) }) }
-
-	m, ratio := rounds(t, fileRounds, func(s sample) float64 { return float64(s[1]+s[2]) / float64(s[0]) }, fresh, open, prefault, again)
-	return []row{
+	again := func(f *seal.OpenedFile) func() time.Duration {
+		return func() time.Duration { return timed(1, func() { fill(kept, f) }) }
+	}
+	m, ratio := rounds(t, fileRounds, func(s sample) float64 { return float64(s[1]+s[2]) / float64(s[0]) }, fresh, open, prefault)
+	k, copied := rounds(t, fileRounds, func(s sample) float64 { return float64(s[1]) / float64(s[0]) }, again(f), open, again(inPlace))
+	_, mapped := rounds(t, fileRounds, func(s sample) float64 { return float64(s[1]) / float64(s[0]) }, again(inPlace), open)
+	out := []row{
 		atLeast("sealed file to fresh region / 1/(1/cipher + 1/prefault)", ratio, "x", 0.90),
 		info("  sealed file to fresh region", rate(m[0]), "GB/s"),
 		info("  cipher, AES-256-GCM open, resident to resident, all cores", rate(m[1]), "GB/s"),
 		info("  prefault of new shared memory, all cores", rate(m[2]), "GB/s"),
-		atLeast("sealed file to a region whose memory is there / cipher", float64(m[1])/float64(m[3]), "x", 0.65),
-		info("  sealed file to a region whose memory is there", rate(m[3]), "GB/s"),
+		atLeast("sealed file, read, to a region whose memory is there / cipher", copied, "x", 0.65),
+		atLeast("sealed file, mapped, to a region whose memory is there / cipher", mapped, "x", 0.90),
+		info("  sealed file, read, to a region whose memory is there", rate(k[0]), "GB/s"),
+		info("  sealed file, mapped, to a region whose memory is there", rate(k[2]), "GB/s"),
 	}
+	// What people seal files with, beside both of ours in every round.
+	for _, o := range []other{age, gocryptfs} {
+		read, missing := o.prepare(t, plain)
+		if missing != "" {
+			out = append(out, info("pool, fresh / "+o.name+" on the same bytes: not measured, "+missing, 0, ""))
+			continue
+		}
+		m, ratio := rounds(t, 3, func(s sample) float64 { return float64(s[0]) / float64(s[1]) }, read, again(inPlace), fresh)
+		out = append(out,
+			atLeast("sealed file to a region whose memory is there / "+o.name+" on the same bytes", ratio, "x", 4),
+			atLeast("sealed file to fresh region / "+o.name+" on the same bytes", float64(m[0])/float64(m[2]), "x", 2),
+			info("  "+o.name, rate(m[0]), "GB/s"),
+		)
+	}
+	return out
 }
 
 // checkpoints measures sealing from memory to disk, durable when it returns.

@@ -3,7 +3,8 @@
 //
 // Trusted: the certificate authority named in the configuration. Checked: TLS
 // 1.3, the peer's chain, its single SPIFFE name, and, by clients, the role of
-// the server they reach. Not checked: what a role may do; each service decides.
+// the server they reach. Not checked: what a role may do, and, with
+// ServerForPeople, who a caller without a certificate is; each service decides.
 package daemon
 
 import (
@@ -93,8 +94,8 @@ func Serve(ctx context.Context, addr string, tlsConfig *tls.Config, handler http
 	if log == nil {
 		return errors.New("serve: no logger")
 	}
-	if tlsConfig == nil || tlsConfig.ClientAuth != tls.RequireAndVerifyClientCert || tlsConfig.ClientCAs == nil {
-		return errors.New("serve: refusing to serve without mutual TLS")
+	if tlsConfig == nil || tlsConfig.ClientCAs == nil || tlsConfig.ClientAuth != tls.RequireAndVerifyClientCert && tlsConfig.ClientAuth != tls.VerifyClientCertIfGiven {
+		return errors.New("serve: refusing to serve without verifying client certificates")
 	}
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", addr)

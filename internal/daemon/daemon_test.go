@@ -53,6 +53,11 @@ func serve(t *testing.T, id daemon.TLS, handler http.Handler) (addr string, stop
 	if err != nil {
 		t.Fatal(err)
 	}
+	return serveWith(t, cfg, handler)
+}
+
+func serveWith(t *testing.T, cfg *tls.Config, handler http.Handler) (addr string, stop func() error) {
+	t.Helper()
 	addr = freeAddr(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
@@ -162,7 +167,7 @@ func TestClientRefusesServerInAnotherRole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := dial(addr, cfg); err == nil || !strings.Contains(err.Error(), "want a broker") {
+	if _, err := dial(addr, cfg); err == nil || !strings.Contains(err.Error(), "want the role broker") {
 		t.Errorf("an agent passed for the broker: %v", err)
 	}
 	if _, err := pki.Files(dir, "owner", "alice").Client("owner"); err == nil {

@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 )
 
@@ -20,23 +22,29 @@ const TrustDomain = "coffer.local"
 
 // Roles that an identity may have.
 const (
-	RoleOwner    = "owner"
-	RoleEngineer = "engineer"
-	RoleAgent    = "agent"
-	RoleOperator = "operator"
-	RoleAuditor  = "auditor"
-	RoleVerifier = "verifier"
-	RoleBroker   = "broker"
+	RoleOwner     = "owner"
+	RoleEngineer  = "engineer"
+	RoleApprover  = "approver"
+	RoleOperator  = "operator"
+	RoleAuditor   = "auditor"
+	RoleScheduler = "scheduler"
+	RoleAgent     = "agent"
+	RoleVerifier  = "verifier"
+	// RoleRelyingParty asks a verifier about evidence, and has nothing else of
+	// coffer's.
+	RoleRelyingParty = "relying-party"
+	RoleBroker       = "broker"
+	RoleIssuer       = "issuer"
 )
 
 // Roles returns every role.
 func Roles() []string {
-	return []string{RoleOwner, RoleEngineer, RoleAgent, RoleOperator, RoleAuditor, RoleVerifier, RoleBroker}
+	return []string{RoleOwner, RoleEngineer, RoleApprover, RoleOperator, RoleAuditor, RoleScheduler, RoleAgent, RoleVerifier, RoleRelyingParty, RoleBroker, RoleIssuer}
 }
 
 // Serves reports whether identities of a role answer on a port.
 func Serves(role string) bool {
-	return role == RoleAgent || role == RoleVerifier || role == RoleBroker
+	return role == RoleAgent || role == RoleVerifier || role == RoleBroker || role == RoleIssuer
 }
 
 var nameForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
@@ -54,7 +62,16 @@ func IdentityURI(role, name string) (*url.URL, error) {
 
 // ParseIdentity reads spiffe://coffer.local/ROLE/NAME, in that exact form.
 func ParseIdentity(u *url.URL) (role, name string, err error) {
-	role, name, ok := strings.Cut(strings.TrimPrefix(u.Path, "/"), "/")
+	// The SPIFFE ID specification, section 2: no port, user name, query,
+	// fragment, escape or empty segment.
+	id, err := spiffeid.FromURI(u)
+	if err != nil {
+		return "", "", fmt.Errorf("identity %.120q: %w", u.String(), err)
+	}
+	if id.TrustDomain().Name() != TrustDomain {
+		return "", "", fmt.Errorf("identity %.120q: trust domain %s, want %s", u.String(), id.TrustDomain().Name(), TrustDomain)
+	}
+	role, name, ok := strings.Cut(strings.TrimPrefix(id.Path(), "/"), "/")
 	if !ok {
 		return "", "", fmt.Errorf("identity %.120q: want spiffe://%s/ROLE/NAME", u.String(), TrustDomain)
 	}
@@ -62,8 +79,6 @@ func ParseIdentity(u *url.URL) (role, name string, err error) {
 	if err != nil {
 		return "", "", err
 	}
-	// Comparing the text leaves no room for ports, user names, queries,
-	// fragments and escapes.
 	if u.String() != want.String() {
 		return "", "", fmt.Errorf("identity %.120q: want %s", u.String(), want)
 	}
@@ -78,6 +93,10 @@ func certIdentity(c *x509.Certificate) (role, name string, err error) {
 	}
 	return ParseIdentity(c.URIs[0])
 }
+
+// HasCertificate reports whether the sender of a request showed a client
+// certificate. Only with ServerForPeople can it be otherwise.
+func HasCertificate(r *http.Request) bool { return r.TLS != nil && len(r.TLS.PeerCertificates) > 0 }
 
 // Identity returns who sent a request, from its verified client certificate.
 func Identity(r *http.Request) (role, name string, err error) {
@@ -115,6 +134,25 @@ func (t TLS) Server() (*tls.Config, error) {
 	}, nil
 }
 
+// ServerForPeople is Server for callers who may come without a certificate,
+// because they bring a token. A certificate that is shown must hold. The handler
+// has to establish who calls: Identity alone is an error without a certificate.
+func (t TLS) ServerForPeople() (*tls.Config, error) {
+	cfg, err := t.Server()
+	if err != nil {
+		return nil, err
+	}
+	cfg.ClientAuth = tls.VerifyClientCertIfGiven
+	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
+		if len(cs.PeerCertificates) == 0 {
+			return nil
+		}
+		_, _, err := certIdentity(cs.PeerCertificates[0])
+		return err
+	}
+	return cfg, nil
+}
+
 // Client returns the configuration of a client of servers in serverRole. A
 // certificate under CA alone is not enough: an agent must not pass for the
 // broker on the broker's port.
@@ -126,22 +164,27 @@ func (t TLS) Client(serverRole string) (*tls.Config, error) {
 	if err != nil {
 		return nil, err
 	}
+	cfg := clientOf(serverRole, pool)
+	cfg.Certificates = []tls.Certificate{cert}
+	return cfg, nil
+}
+
+func clientOf(serverRole string, pool *x509.CertPool) *tls.Config {
 	return &tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		Certificates: []tls.Certificate{cert},
-		RootCAs:      pool,
-		NextProtos:   []string{"h2", "http/1.1"},
+		MinVersion: tls.VersionTLS13,
+		RootCAs:    pool,
+		NextProtos: []string{"h2", "http/1.1"},
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			role, name, err := certIdentity(cs.PeerCertificates[0])
 			if err != nil {
 				return err
 			}
 			if role != serverRole {
-				return fmt.Errorf("server is %s/%s, want a %s", role, name, serverRole)
+				return fmt.Errorf("server is %s/%s, want the role %s", role, name, serverRole)
 			}
 			return nil
 		},
-	}, nil
+	}
 }
 
 // HTTPClient returns an HTTP/2 client of servers in serverRole. It has no
@@ -151,6 +194,23 @@ func (t TLS) HTTPClient(serverRole string) (*http.Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	return httpClient(cfg), nil
+}
+
+// HTTPClientForPeople is an HTTP client of servers in serverRole under the
+// authority in the file ca. It shows no certificate: its user brings a token.
+func HTTPClientForPeople(ca, serverRole string) (*http.Client, error) {
+	if !Serves(serverRole) {
+		return nil, fmt.Errorf("client of role %.40q: no such server", serverRole)
+	}
+	pool, err := loadCA(ca)
+	if err != nil {
+		return nil, err
+	}
+	return httpClient(clientOf(serverRole, pool)), nil
+}
+
+func httpClient(cfg *tls.Config) *http.Client {
 	return &http.Client{
 		Transport: &http.Transport{
 			TLSClientConfig:     cfg,
@@ -160,20 +220,28 @@ func (t TLS) HTTPClient(serverRole string) (*http.Client, error) {
 		},
 		// No service of ours redirects: following one would take a request elsewhere.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return errors.New("refusing to follow a redirect") },
-	}, nil
+	}
+}
+
+func loadCA(file string) (*x509.CertPool, error) {
+	ca, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("read certificate authority: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(ca) {
+		return nil, fmt.Errorf("certificate authority %s holds no certificate", file)
+	}
+	return pool, nil
 }
 
 func (t TLS) load() (tls.Certificate, *x509.CertPool, error) {
 	if t.CA == "" || t.Cert == "" || t.Key == "" {
 		return tls.Certificate{}, nil, errors.New("tls needs ca, cert and key files")
 	}
-	ca, err := os.ReadFile(t.CA)
+	pool, err := loadCA(t.CA)
 	if err != nil {
-		return tls.Certificate{}, nil, fmt.Errorf("read certificate authority: %w", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(ca) {
-		return tls.Certificate{}, nil, fmt.Errorf("certificate authority %s holds no certificate", t.CA)
+		return tls.Certificate{}, nil, err
 	}
 	certPEM, err := os.ReadFile(t.Cert)
 	if err != nil {

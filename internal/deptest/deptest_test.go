@@ -121,6 +121,16 @@ func TestRulesCanFail(t *testing.T) {
 		"another program links NVIDIA's library": {
 			Graph{"./cmd/cofferd": {"github.com/NVIDIA/go-nvml/pkg/nvml"}}, "./cmd/cofferd -> github.com/NVIDIA/go-nvml/pkg/nvml",
 		},
+		"the broker links a token's library": {
+			Graph{"./cmd/coffer-broker": {"github.com/miekg/pkcs11"}}, "./cmd/coffer-broker -> github.com/miekg/pkcs11",
+		},
+		"the broker links a key store's client": {
+			Graph{"./cmd/coffer-broker": {"github.com/hashicorp/vault/api"}}, "./cmd/coffer-broker -> github.com/hashicorp/vault/api",
+		},
+		"the command line reads object stores": {
+			Graph{"./cmd/coffer": {"./runner/source/object"}, "./runner/source/object": {"gocloud.dev/blob/s3blob"}},
+			"./cmd/coffer -> ./runner/source/object -> gocloud.dev/blob/s3blob",
+		},
 		"Kubernetes in the runner": {
 			Graph{"./runner/server": {"k8s.io/client-go/rest"}}, "./runner/server -> k8s.io/client-go/rest",
 		},

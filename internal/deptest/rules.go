@@ -139,9 +139,28 @@ func Rules() []Rule {
 		},
 		{
 			About:  []string{"./..."},
-			Except: []string{"./plugins/kubernetes/..."},
+			Except: []string{"./plugins/keystore/pkcs11", "./cmd/coffer-keystore-pkcs11"},
+			Forbid: []string{"github.com/miekg/pkcs11/..."},
+			Why:    "a token's library is C code: it runs in a process of its own, whose death is a named failure",
+		},
+		{
+			About:  []string{"./..."},
+			Except: []string{"./plugins/keystore/vault", "./cmd/coffer-keystore-vault"},
+			Forbid: []string{"github.com/hashicorp/vault/..."},
+			Why:    "a key store's client runs in a process of its own: the broker speaks the contract to all of them alike",
+		},
+		{
+			About:  []string{"./..."},
+			Except: []string{"./runner/source/object", "./cmd/cofferd"},
+			Forbid: []string{"gocloud.dev/blob/..."},
+			Why:    "the agent alone fetches from object stores: their libraries are large, and nothing that holds, judges or releases needs them",
+		},
+		{
+			About:  []string{"./..."},
+			Except: []string{"./plugins/kubernetes/...", "./attest/translog/serve"},
 			Forbid: []string{"k8s.io/..."},
-			Why:    "Kubernetes is one way to use coffer, out of process",
+			Past:   []string{"github.com/transparency-dev/tessera/...", "./attest/translog/serve"},
+			Why:    "Kubernetes is one way to use coffer, out of process; Tessera logs through k8s.io/klog, which attest/translog/serve turns to the daemon's own log",
 		},
 	}
 }

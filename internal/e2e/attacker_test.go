@@ -100,7 +100,7 @@ func newAttacker(t *testing.T, n *node, honest []byte) *attacker {
 	a.brokerKeys, err = receipt.ParseKeys(a.brokerID, read("broker", "jwks.json"))
 	must(err)
 
-	a.tpm, err = tpm.Open(ctx, cfg.TPM)
+	a.tpm, err = tpm.Open(ctx, cfg.TPM, tpm.Options{})
 	must(err)
 	t.Cleanup(func() { a.tpm.Close() })
 	log := filepath.Join(t.TempDir(), "event-log")

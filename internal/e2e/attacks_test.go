@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -115,7 +116,7 @@ func jobAttack(edit func(t *testing.T, a *attacker) (job string)) func(*testing.
 }
 
 func attacks() []attack {
-	return []attack{
+	return append([]attack{
 		{
 			name: "stale nonce", does: "answers a challenge that the verifier gave an hour ago", stage: "verify", only: "nonce.fresh",
 			refused: requestAttack(func(t *testing.T, a *attacker, r *collect.Request) { r.Nonce = a.oldNonce(t) }),
@@ -433,8 +434,9 @@ func attacks() []attack {
 				if err != nil {
 					t.Fatal(err)
 				}
+				terms := a.leaseTerms(t, r)
 				info := func(asset string) []byte {
-					b, err := receipt.WrapInfo(grant, a.digest, asset, v.Result().ID)
+					b, err := receipt.WrapInfo(grant, a.digest, asset, v.Result().ID, terms)
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -451,7 +453,49 @@ func attacks() []attack {
 				return check.Refuse("decrypt", l)
 			},
 		},
+		leaseAttack("longer lease", "has the holder take a key under a lease that outlasts the broker's", func(l *receipt.LeaseTerms) { l.Seconds = 3600 }),
+		leaseAttack("leases of its own", "has the holder take a key under leases that the attacker signs", func(l *receipt.LeaseTerms) { l.Key = "an-attackers-key" }),
+	}, grantAttacks()...)
+}
+
+// leaseAttack opens a released key under other terms than it was wrapped under.
+func leaseAttack(name, does string, edit func(*receipt.LeaseTerms)) attack {
+	return attack{name: name, does: does, stage: "decrypt", only: "wrap.info", refused: func(t *testing.T, a *attacker) error {
+		v, token := a.attest(t)
+		grant := a.node.grant(t, string(a.digest), 1)
+		r, err := a.release(t, token, v.Result().ID, grant, "model", a.session)
+		if err != nil {
+			t.Fatal(err)
+		}
+		terms := a.leaseTerms(t, r)
+		open := func() error {
+			info, err := receipt.WrapInfo(grant, a.digest, "model", v.Result().ID, terms)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = a.recipient.Open(r.GetEnc(), r.GetCiphertext(), info, []byte("model"))
+			return err
+		}
+		if err := open(); err != nil {
+			t.Fatalf("under its own terms, it does not open: %v", err)
+		}
+		if edit(&terms); open() == nil {
+			return errors.New("it opens")
+		}
+		var l check.List
+		l.Fail("wrap.info", "", "", "")
+		return check.Refuse("decrypt", l)
+	}}
+}
+
+// leaseTerms are those that a released key was wrapped under.
+func (a *attacker) leaseTerms(t *testing.T, r *brokerv1.ReleaseResponse) receipt.LeaseTerms {
+	t.Helper()
+	var rel receipt.Release
+	if err := a.brokerKeys.Open(receipt.TypeRelease, r.GetReceipt(), &rel); err != nil {
+		t.Fatal(err)
 	}
+	return rel.LeaseTerms()
 }
 
 // gpuFunc answers for the one GPU there is.
@@ -526,7 +570,7 @@ func TestAttacks(t *testing.T) {
 	if err != nil {
 		t.Fatalf("an unchanged request is refused, so the table proves nothing: %v", err)
 	}
-	info, err := receipt.WrapInfo(grant, a.digest, "model", v.Result().ID)
+	info, err := receipt.WrapInfo(grant, a.digest, "model", v.Result().ID, a.leaseTerms(t, r))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -595,5 +639,8 @@ one that must fail; the test lists which others may fail beside it.
 var extraRows = [][4]string{
 	{"old copy of the journal restored", "puts back a journal from before the job's keys were released (TestOldJournalGainsNothing)", "release", "grant.exhausted"},
 	{"edited journal", "changes what the journal says of a running job while the agent is away (TestEditedJournalIsNotAdopted)", "adopt", "adopt.sandbox"},
+	{"agent killed, grant revoked", "keeps the node from hearing that the owner took the grant back, while a job runs (TestAgentKilledAndRevoked)", "run", "lease-lapsed"},
+	{"broker cut off", "keeps a running job's renewals from the broker (TestBrokerAwayLongerThanTheLease)", "run", "lease-lapsed"},
+	{"holder paused", "stops the holder for longer than the lease and lets it go on, with a read and an open waiting (TestPausedHolder)", "run", "lease-lapsed"},
 	{"operator's exec into the job", "is recorded by the trace and fails the bundle (TestOperatorExecIsSeen)", "bundle", "trace.operator"},
 }

@@ -63,11 +63,12 @@ func accuracy(t *testing.T, output string) float64 {
 
 // verify runs coffer-verify as a stranger would: no network, no environment, and
 // of the stack only the bundle, the public keys and the public roots.
-func (n *node) verify(t *testing.T, bundle []byte, pinned bool) (string, error) {
+func (n *node) verify(t *testing.T, bundle []byte, pinned bool, more ...string) (string, error) {
 	t.Helper()
 	dir := t.TempDir()
 	copyTree(t, filepath.Join(n.dir, "simulation", "roots"), filepath.Join(dir, "roots"))
 	args := []string{"-n", filepath.Join(n.bin, "coffer-verify"), "--simulation-roots", dir}
+	args = append(args, more...)
 	if pinned {
 		for _, who := range []string{"verifier", "broker"} {
 			b, err := os.ReadFile(filepath.Join(n.dir, who, "jwks.json"))

@@ -47,7 +47,7 @@ const (
 // ourTools come with coffer; foreignTools are built by `make deps` or come from
 // Debian.
 func ourTools() []string {
-	return []string{"cofferd", "coffer-holder", "coffer-verifier-simulated", "coffer-broker", "coffer-emulator", "coffer-gpu-nvidia"}
+	return []string{"cofferd", "coffer-holder", "coffer-verifier-simulated", "coffer-broker", "coffer-issuer", "coffer-emulator", "coffer-gpu-nvidia", keyStoreProgram}
 }
 
 func foreignTools() []string {
@@ -314,7 +314,7 @@ func preflight(l Layout, t tools, p Ports) []Finding {
 	if out[1].Outcome == OK {
 		out = append(out, checkPorts(p))
 	}
-	return append(out, checkMemory(), checkDisk(l.Dir), checkSwap(), checkFuse())
+	return append(out, l.checkKeyStores(), checkMemory(), checkDisk(l.Dir), checkSwap(), checkFuse())
 }
 
 // PreflightError lists what keeps the stack from starting.

@@ -34,6 +34,7 @@ const (
 	containerdName = "containerd"
 	verifierName   = "coffer-verifier"
 	brokerName     = "coffer-broker"
+	issuerName     = "coffer-issuer"
 	agentName      = "cofferd"
 )
 
@@ -45,6 +46,7 @@ func identities() []identity {
 		{daemon.RoleAgent, NodeName},
 		{daemon.RoleVerifier, "verifier"},
 		{daemon.RoleBroker, "broker"},
+		{daemon.RoleIssuer, "issuer"},
 		{daemon.RoleOwner, "owner"},
 		{daemon.RoleEngineer, "engineer"},
 		{daemon.RoleAuditor, "auditor"},
@@ -176,6 +178,7 @@ func (l Layout) services(t tools, p Ports) ([]service, error) {
 		ours(emulatorName, "coffer-emulator", l.emulatorSocket(), socketAnswers(l.emulatorSocket())),
 		{containerdName, []string{ctrd, "--config", l.path("config", "containerd.toml")}, l.containerdSocket(), l.containerdAnswers},
 		ours(verifierName, "coffer-verifier-simulated", "", l.healthy(daemon.RoleVerifier, p.Verifier)),
+		ours(issuerName, "coffer-issuer", "", l.healthy(daemon.RoleIssuer, p.Issuer)),
 		ours(brokerName, "coffer-broker", "", l.healthy(daemon.RoleBroker, p.Broker)),
 		ours(agentName, "cofferd", "", l.healthy(daemon.RoleAgent, p.Agent)),
 	}, nil
@@ -251,11 +254,20 @@ type brokerConfig struct {
 	TLS              daemon.TLS       `json:"tls"`
 	ID               string           `json:"id"`
 	KeyFile          string           `json:"keyFile"`
-	KEKFile          string           `json:"kekFile"`
+	KEKFile          string           `json:"kekFile,omitempty"`
+	DefaultKeyStore  string           `json:"defaultKeyStore,omitempty"`
+	KeyStores        []brokerKeyStore `json:"keyStores,omitempty"`
 	OwnerWrapKeyFile string           `json:"ownerWrapKeyFile"`
 	DB               string           `json:"db"`
+	Log              brokerLog        `json:"log"`
 	Verifiers        []brokerVerifier `json:"verifiers"`
 	Simulation       bool             `json:"simulation"`
+	Access           brokerAccess     `json:"access"`
+}
+
+type brokerLog struct {
+	Dir     string `json:"dir"`
+	KeyFile string `json:"keyFile"`
 }
 
 type brokerVerifier struct {
@@ -309,12 +321,28 @@ func (s *starter) configure(context.Context) (string, error) {
 		return "", err
 	}
 	ids := map[string]daemon.TLS{}
-	for _, role := range []string{daemon.RoleVerifier, daemon.RoleBroker, daemon.RoleAgent} {
+	for _, role := range []string{daemon.RoleVerifier, daemon.RoleBroker, daemon.RoleAgent, daemon.RoleIssuer} {
 		if ids[role], err = s.tls(role); err != nil {
 			return "", err
 		}
 	}
+	rules, err := s.access()
+	if err != nil {
+		return "", err
+	}
 	p := s.o.Ports
+	broker := brokerConfig{
+		Listen: listen(p.Broker), TLS: ids[daemon.RoleBroker], ID: BrokerID,
+		KeyFile: s.path("broker", "key.pem"), OwnerWrapKeyFile: s.path("broker", "owner-wrap.key"),
+		DB:         s.database(),
+		Log:        brokerLog{Dir: s.path("broker", "log"), KeyFile: s.path("broker", "log.key")},
+		Verifiers:  []brokerVerifier{{VerifierID, s.path("verifier", "jwks.json")}},
+		Simulation: true,
+		Access:     rules,
+	}
+	if err := s.setKeyStores(s.tools, &broker); err != nil {
+		return "", err
+	}
 	configs := map[string]any{
 		emulatorName: server.Config{
 			SimulationDir: s.path("simulation"),
@@ -327,12 +355,10 @@ func (s *starter) configure(context.Context) (string, error) {
 			KeyFile: s.path("verifier", "key.pem"), NonceKeyFile: s.path("verifier", "nonce.key"),
 			SimulationDir: s.path("simulation"),
 		},
-		brokerName: brokerConfig{
-			Listen: listen(p.Broker), TLS: ids[daemon.RoleBroker], ID: BrokerID,
-			KeyFile: s.path("broker", "key.pem"), KEKFile: s.path("broker", "kek.key"), OwnerWrapKeyFile: s.path("broker", "owner-wrap.key"),
-			DB:         s.path("broker", "broker.db"),
-			Verifiers:  []brokerVerifier{{VerifierID, s.path("verifier", "jwks.json")}},
-			Simulation: true,
+		brokerName: broker,
+		issuerName: issuerConfig{
+			Listen: listen(p.Issuer), URL: baseURL(p.Issuer), TLS: ids[daemon.RoleIssuer],
+			KeyFile: s.path("issuer", "key.pem"), PeopleFile: s.peopleFile(),
 		},
 		agentName: agentConfig{
 			Listen: listen(p.Agent), TLS: ids[daemon.RoleAgent], Node: NodeName,
@@ -371,7 +397,8 @@ func fileSHA256(path string) (string, error) {
 }
 
 // Restart starts again the daemons of a stack that have ended, and stops and
-// starts the named ones. It returns what it started.
+// starts the named ones. A broker takes over the key stores that the stack has by
+// then. Restart returns what it started.
 func Restart(ctx context.Context, dir string, names []string, progress func(Step)) ([]string, error) {
 	l, err := NewLayout(dir)
 	if err != nil {
@@ -407,6 +434,12 @@ func Restart(ctx context.Context, dir string, names []string, progress func(Step
 	}
 	s := &starter{Layout: l, o: Options{Ports: i.Ports, ToolsDir: i.Tools, Progress: progress}, tools: t, rec: rec}
 	s.env = s.environment()
+	// Before anything is stopped: with a key store that cannot be read, all stays.
+	if slices.Contains(todo, brokerName) {
+		if err := l.takeKeyStores(t); err != nil {
+			return nil, err
+		}
+	}
 	for _, name := range slices.Backward(todo) {
 		if k := s.find(name); k >= 0 && s.rec.Processes[k].alive() {
 			if err := tell(ctx, progress, step{name, func(ctx context.Context) (string, error) {

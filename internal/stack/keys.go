@@ -7,11 +7,11 @@ import (
 	"os"
 
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/translog"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 )
 
-// secretSize is that of the verifier's nonce key and of the broker's
-// key-encryption key, in bytes.
+// secretSize is that of the verifier's nonce key, in bytes.
 const secretSize = 32
 
 func createSecret(path string) error { return keyfile.CreateSecret(path, secretSize) }
@@ -26,8 +26,9 @@ func (s *starter) keys(context.Context) (string, error) {
 		{s.path("verifier", "key.pem"), keyfile.CreateP384},
 		{s.path("verifier", "nonce.key"), createSecret},
 		{s.path("broker", "key.pem"), keyfile.CreateP384},
-		{s.path("broker", "kek.key"), createSecret},
+		{s.path("issuer", "key.pem"), keyfile.CreateP384},
 		{s.path("broker", "owner-wrap.key"), keyfile.CreateHPKE},
+		{s.path("broker", "log.key"), func(path string) error { return keyfile.CreateNote(path, translog.KeyName(BrokerID)) }},
 	} {
 		if _, err := os.Lstat(k.file); errors.Is(err, fs.ErrNotExist) {
 			if err := k.create(k.file); err != nil {
@@ -41,6 +42,9 @@ func (s *starter) keys(context.Context) (string, error) {
 		if err := publish(p.id, s.path(p.dir, "key.pem"), s.path(p.dir, "jwks.json")); err != nil {
 			return "", err
 		}
+	}
+	if err := publishLog(s.path("broker", "log.key"), s.path("broker", logKeyFile)); err != nil {
+		return "", err
 	}
 	return "verifier and broker", nil
 }
@@ -60,4 +64,21 @@ func publish(id, keyFile, jwksFile string) error {
 		return err
 	}
 	return keyfile.Write(jwksFile, jwks)
+}
+
+// logKeyFile has the public key of the evidence log's checkpoints, in the broker's
+// folder.
+const logKeyFile = "log.vkey"
+
+// publishLog writes the public half of the log's key.
+func publishLog(keyFile, publicFile string) error {
+	key, err := keyfile.ReadNote(keyFile)
+	if err != nil {
+		return err
+	}
+	public, err := translog.PublicKey(key)
+	if err != nil {
+		return err
+	}
+	return keyfile.Write(publicFile, []byte(public+"\n"))
 }

@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/internal/daemon/pki"
 )
 
 // Names under which the parts of the stack know each other.
@@ -25,7 +26,7 @@ const (
 // DefaultDir is where a stack keeps its state unless told otherwise.
 const DefaultDir = "/var/lib/coffer"
 
-// DefaultPortBase is the verifier's port; broker and agent take the next two.
+// DefaultPortBase is the verifier's port; broker, agent and issuer take the next.
 const DefaultPortBase = 7441
 
 // runRoot holds sockets and other things that do not outlive a boot. Socket
@@ -79,18 +80,19 @@ type Ports struct {
 	Verifier int `json:"verifier"`
 	Broker   int `json:"broker"`
 	Agent    int `json:"agent"`
+	Issuer   int `json:"issuer"`
 }
 
-// PortsFrom returns the three ports from base on.
+// PortsFrom returns the four ports from base on.
 func PortsFrom(base int) (Ports, error) {
-	if base < 1 || base > 65533 {
-		return Ports{}, fmt.Errorf("port base %d: want 1 to 65533", base)
+	if base < 1 || base > 65532 {
+		return Ports{}, fmt.Errorf("port base %d: want 1 to 65532", base)
 	}
-	return Ports{Verifier: base, Broker: base + 1, Agent: base + 2}, nil
+	return Ports{Verifier: base, Broker: base + 1, Agent: base + 2, Issuer: base + 3}, nil
 }
 
 func (p Ports) named() []namedPort {
-	return []namedPort{{"verifier", p.Verifier}, {"broker", p.Broker}, {"agent", p.Agent}}
+	return []namedPort{{"verifier", p.Verifier}, {"broker", p.Broker}, {"agent", p.Agent}, {"issuer", p.Issuer}}
 }
 
 type namedPort struct {
@@ -202,6 +204,12 @@ func (e Endpoint) Verifier() string { return baseURL(e.ports.Verifier) }
 
 // Broker returns the broker's base URL.
 func (e Endpoint) Broker() string { return baseURL(e.ports.Broker) }
+
+// Issuer returns the OpenID provider's URL, by which its tokens name it.
+func (e Endpoint) Issuer() string { return baseURL(e.ports.Issuer) }
+
+// CA returns the file of the authority whose certificates the services have.
+func (e Endpoint) CA() string { return e.layout.path("pki", pki.CAFile) }
 
 // Agent returns the node agent's base URL.
 func (e Endpoint) Agent() string { return baseURL(e.ports.Agent) }

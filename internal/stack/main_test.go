@@ -2,7 +2,9 @@ package stack
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -12,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/coffer-run/coffer/internal/daemon"
+	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 )
 
 // TestMain plays the daemons of a stack when the test binary is run by one of
@@ -19,6 +22,9 @@ import (
 func TestMain(m *testing.M) {
 	if name := filepath.Base(os.Args[0]); slices.Contains(ourTools(), name) {
 		daemon.Main(func(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) error {
+			if name == keyStoreProgram {
+				return playKeyStore(args)
+			}
 			return play(ctx, name, args, stderr)
 		})
 	}
@@ -32,6 +38,22 @@ func runTests(m *testing.M) int {
 	}
 	defer func() { _ = os.RemoveAll(mintedDir) }()
 	return m.Run()
+}
+
+// playKeyStore makes a file that differs each time, where the configuration
+// names one.
+func playKeyStore(args []string) error {
+	if len(args) != 4 || args[0] != "--config" || args[2] != "create" || args[3] != ownKey {
+		return fmt.Errorf("unexpected arguments %q", args)
+	}
+	var c localKeyStoreConfig
+	if err := readJSON(args[1], &c); err != nil {
+		return err
+	}
+	if strings.Contains(filepath.Dir(os.Args[0]), "broken-"+keyStoreProgram) {
+		return errors.New("this program is broken on purpose")
+	}
+	return keyfile.Write(c.File, []byte(rand.Text()))
 }
 
 // play answers on the port that the configuration names, and nothing more. It

@@ -136,6 +136,8 @@ func (s *starter) start(ctx context.Context) error {
 		{"simulated devices", s.devices},
 		{"tpm state", s.tpmState},
 		{"keys", s.keys},
+		{"key store", s.ownStore},
+		{"people", s.people},
 		{"configuration", s.configure},
 	}
 	services, err := s.services(s.tools, s.o.Ports)
@@ -235,7 +237,7 @@ func (s *starter) environment() []string {
 }
 
 func (s *starter) folders(context.Context) (string, error) {
-	for _, d := range []string{s.path("verifier"), s.path("broker"), s.path("agent"), s.path("containerd"), s.path("log"), s.path("config"), s.run("tmp"), s.Jobs()} {
+	for _, d := range []string{s.path("verifier"), s.path("broker"), s.path("issuer"), s.path("agent"), s.path("containerd"), s.path("log"), s.path("config"), s.givenKeyStores(), s.run("tmp"), s.Jobs()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return "", err
 		}

@@ -55,10 +55,10 @@ func need(t *testing.T, ok bool, why string) {
 	t.Skip(why)
 }
 
-// freeBase returns the first of three free ports.
+// freeBase returns the first of four free ports.
 func freeBase(t *testing.T) int {
 	t.Helper()
-	for base := 20000 + os.Getpid()%20000; base < 60000; base += 3 {
+	for base := 20000 + os.Getpid()%20000; base < 60000; base += 4 {
 		p, err := PortsFrom(base)
 		if err != nil {
 			t.Fatal(err)
@@ -176,15 +176,15 @@ func TestUpAndDown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(rec.Processes) != 6 {
-		t.Fatalf("%d daemons recorded, want 6", len(rec.Processes))
+	if len(rec.Processes) != 7 {
+		t.Fatalf("%d daemons recorded, want 7", len(rec.Processes))
 	}
 	for _, p := range rec.Processes {
 		if !p.alive() {
 			t.Errorf("%s is not alive", p.Name)
 		}
 	}
-	for _, pattern := range []string{"pki/*.key", "verifier/*.key", "verifier/key.pem", "broker/*.key", "broker/key.pem", "simulation/devices/*"} {
+	for _, pattern := range []string{"pki/*.key", "verifier/*.key", "verifier/key.pem", "broker/*.key", "broker/keystore/*", "broker/key.pem", "issuer/key.pem", "people/*", "policies/set/*", "simulation/devices/*"} {
 		files, err := filepath.Glob(filepath.Join(o.Dir, pattern))
 		if err != nil || len(files) == 0 {
 			t.Errorf("%s: %v, %v", pattern, files, err)
@@ -224,7 +224,7 @@ func TestUpAndDown(t *testing.T) {
 	if err := Down(ctx, o.Dir, false, nil); err != nil {
 		t.Errorf("second down: %v", err)
 	}
-	key, err := os.ReadFile(l.path("broker", "kek.key"))
+	key, err := os.ReadFile(l.keyStore("keys.json"))
 	if err != nil {
 		t.Fatalf("down removed state: %v", err)
 	}
@@ -232,7 +232,7 @@ func TestUpAndDown(t *testing.T) {
 	if _, err := Up(ctx, o); err != nil {
 		t.Fatalf("up again: %v", err)
 	}
-	if again, err := os.ReadFile(l.path("broker", "kek.key")); err != nil || !slices.Equal(key, again) {
+	if again, err := os.ReadFile(l.keyStore("keys.json")); err != nil || !slices.Equal(key, again) {
 		t.Errorf("the second up has other keys: %v", err)
 	}
 	if err := Down(ctx, o.Dir, true, nil); err != nil {

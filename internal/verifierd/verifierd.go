@@ -1,101 +1,115 @@
 // Package verifierd is what the two verifier daemons share. It has no way to
-// come by trust anchors: its callers give it theirs.
+// come by the vendors' or a simulation's trust anchors: its callers give it
+// theirs, to which the configuration adds what is a deployment's choice.
 package verifierd
 
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"os"
-	"path/filepath"
+	"os/signal"
+	"reflect"
 	"runtime/debug"
+	"syscall"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
 	endorsements "github.com/coffer-run/coffer/attest/endorse/serve"
 	"github.com/coffer-run/coffer/attest/policy"
-	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/verifier"
 	"github.com/coffer-run/coffer/attest/verifier/serve"
 	"github.com/coffer-run/coffer/internal/daemon"
-	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 )
 
-// maxPolicies bounds the documents in a policy folder.
-const maxPolicies = 256
-
-// Config is the part of the configuration that both daemons have. Every field
-// is required but PoliciesDir and Endorsements.
+// Config is the part of the configuration that both daemons have. Listen, TLS,
+// ID, KeyFile and NonceKeyFile are required.
 type Config struct {
 	// Listen is the address to answer on, 127.0.0.1:7441 in the embedded stack.
 	Listen string     `json:"listen"`
 	TLS    daemon.TLS `json:"tls"`
 	// ID is the verifier's name: evidence binds it, results are issued under it.
 	ID string `json:"id"`
-	// KeyFile holds the P-384 key that signs results (PKCS#8 PEM), NonceKeyFile
-	// the 32-byte key that replicas share. Both are mode 0600 and must exist.
-	KeyFile      string `json:"keyFile"`
-	NonceKeyFile string `json:"nonceKeyFile"`
-	// PoliciesDir holds further policies, one JSON document a file.
+	KeyFiles
+
+	// PoliciesDir holds further policies: one JSON document a file, or a folder
+	// with policy.json and its rules beside it.
 	PoliciesDir string `json:"policiesDir,omitempty"`
+	// KBSPolicy names the policy, of those that ship and of PoliciesDir, that guests
+	// of the Confidential Containers KBS protocol are held against. Without it all
+	// of them are refused.
+	KBSPolicy string `json:"kbsPolicy,omitempty"`
+	// ReferenceValues are files of signed reference values. One that none of the
+	// policies' sources signed, or that is not valid now, keeps the daemon from
+	// starting.
+	ReferenceValues []string `json:"referenceValues,omitempty"`
+	// EKRoots are the makers of TPMs whose endorsement keys count.
+	EKRoots []EKRoots `json:"ekRoots,omitempty"`
+	// AttestationKeys are keys that are trusted by name, without a certificate.
+	AttestationKeys []AttestationKeys `json:"attestationKeys,omitempty"`
+	// Paravisors are digests of the id keys whose signed guests keep a TPM, as
+	// SEV-SNP reports have them: SHA-384 in lower-case hex.
+	Paravisors []string `json:"paravisors,omitempty"`
 	// Endorsements says where certificates, revocation and reference values come
 	// from. Without it, what the evidence does not carry is reported as not
 	// checked, and policies that require it refuse.
 	Endorsements *endorsements.Config `json:"endorsements,omitempty"`
 }
 
+// GCPercent lets garbage grow to four times what lives (runtime/debug,
+// SetGCPercent): a verifier keeps little, and at the default a tenth of each
+// appraisal goes into collecting what those before it left.
+const GCPercent = 400
+
 // Run serves a verifier with the given anchors and the named policies that ship
-// with coffer, until ctx ends.
-func Run(ctx context.Context, name string, c Config, anchors anchor.Set, policies []string, stderr io.Writer) error {
+// with coffer, until ctx ends. On SIGHUP it reads the configuration again and
+// takes the key files from it.
+func Run(ctx context.Context, name string, read func() (Config, error), anchors anchor.Set, policies []string, stderr io.Writer) error {
+	c, err := read()
+	if err != nil {
+		return err
+	}
 	if c.Listen == "" {
 		return errors.New("configuration: listen is required")
 	}
+	debug.SetGCPercent(GCPercent)
 	log := daemon.Logger(stderr, name)
 	tlsConfig, err := c.TLS.Server()
 	if err != nil {
 		return err
 	}
-	o := verifier.Options{ID: c.ID, Anchors: anchors, Clock: time.Now, Build: build()}
-	for _, n := range policies {
-		p, err := policy.Named(n)
-		if err != nil {
-			return err
-		}
-		o.Policies = append(o.Policies, p)
+	if anchors, err = c.anchors(anchors); err != nil {
+		return err
 	}
-	more, err := readPolicies(c.PoliciesDir)
+	o := verifier.Options{ID: c.ID, Anchors: anchors, Clock: time.Now, Build: build(), KBSPolicy: c.KBSPolicy}
+	if o.Policies, err = c.policies(policies); err != nil {
+		return err
+	}
+	if o.References, err = c.references(); err != nil {
+		return err
+	}
+	keys, err := c.KeyFiles.read(c.ID)
 	if err != nil {
 		return err
 	}
-	o.Policies = append(o.Policies, more...)
-	key, err := keyfile.ReadP384(c.KeyFile)
-	if err != nil {
-		return err
-	}
-	if o.Signer, err = receipt.NewSigner(c.ID, key); err != nil {
-		return err
-	}
-	nonce, err := keyfile.ReadSecret(c.NonceKeyFile, verifier.NonceKeySize)
-	if err != nil {
-		return err
-	}
-	defer clear(nonce)
-	o.NonceKeys = [][]byte{nonce}
+	o.Signer, o.Published, o.NonceKeys = keys.Signer, keys.Published, keys.NonceKeys
+	so := serve.Options{Identify: daemon.Identity, Log: log}
 	if c.Endorsements != nil {
 		e, err := endorsements.Open(*c.Endorsements, anchors, log)
 		if err != nil {
 			return err
 		}
 		defer e.Close()
-		o.Endorsements = e.Cache
+		o.Endorsements, so.FetchFailures = e.Cache, e.Failures
 	}
 	v, err := verifier.New(o)
+	wipe(keys)
 	if err != nil {
 		return err
 	}
-	handler, err := serve.Handler(serve.Options{Verifier: v, Identify: daemon.Identity, Log: log})
+	so.Verifier = v
+	handler, err := serve.Handler(so)
 	if err != nil {
 		return err
 	}
@@ -108,56 +122,68 @@ func Run(ctx context.Context, name string, c Config, anchors anchor.Set, policie
 		names[i] = p.Name + "@" + string(d)
 	}
 	log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("address", c.Listen), slog.String("id", c.ID), slog.Bool("simulated", v.Simulated()),
-		slog.Int("endorsementKeyRoots", len(anchors.EKRoots())), slog.Any("policies", names), slog.Bool("endorsements", c.Endorsements != nil), slog.Bool("fetch", c.Endorsements != nil && c.Endorsements.Fetch))
+		slog.Int("endorsementKeyRoots", len(anchors.EKRoots())), slog.Any("policies", names), slog.String("kbsPolicy", c.KBSPolicy), slog.Int("referenceValues", len(o.References)),
+		slog.Bool("endorsements", c.Endorsements != nil), slog.Bool("fetch", c.Endorsements != nil && c.Endorsements.Fetch))
+	defer onHangup(func() { rotate(ctx, log, v, c, read) })()
 	return daemon.Serve(ctx, c.Listen, tlsConfig, handler, log)
 }
 
-// readPolicies reads every *.json in dir. A document that is no policy keeps
-// the daemon from starting: half of the policies is not what was configured.
-func readPolicies(dir string) ([]policy.Policy, error) {
-	if dir == "" {
-		return nil, nil
+// onHangup calls f for every SIGHUP until the returned function is called.
+func onHangup(f func()) (stop func()) {
+	signals, done, ended := make(chan os.Signal, 1), make(chan struct{}), make(chan struct{})
+	signal.Notify(signals, syscall.SIGHUP)
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-signals:
+				f()
+			case <-done:
+				return
+			}
+		}
+	}()
+	return func() {
+		signal.Stop(signals)
+		close(done)
+		<-ended
 	}
-	if _, err := os.ReadDir(dir); err != nil {
-		return nil, fmt.Errorf("read policies: %w", err)
+}
+
+// rotate takes the key files from the configuration as it is. What goes wrong is
+// logged, and the keys stay as they were.
+func rotate(ctx context.Context, log *slog.Logger, v *verifier.Verifier, began Config, read func() (Config, error)) {
+	c, err := read()
+	if err == nil {
+		var keys verifier.Keys
+		if keys, err = c.KeyFiles.read(began.ID); err == nil {
+			err = v.Rotate(keys)
+			wipe(keys)
+		}
 	}
-	paths, err := filepath.Glob(filepath.Join(dir, "*.json"))
 	if err != nil {
-		return nil, fmt.Errorf("read policies in %s: %w", dir, err)
+		log.LogAttrs(ctx, slog.LevelError, "keys not changed", slog.String("error", err.Error()))
+		return
 	}
-	if len(paths) > maxPolicies {
-		return nil, fmt.Errorf("read policies in %s: %d documents, at most %d are allowed", dir, len(paths), maxPolicies)
+	log.LogAttrs(ctx, slog.LevelInfo, "keys read", slog.Int("published", 1+len(c.PublishedKeyFiles)), slog.Int("nonceKeys", 1+len(c.OtherNonceKeyFiles)))
+	c.KeyFiles, began.KeyFiles = KeyFiles{}, KeyFiles{}
+	if !reflect.DeepEqual(c, began) {
+		log.LogAttrs(ctx, slog.LevelWarn, "the configuration has other changes: they count after a restart")
 	}
-	out := make([]policy.Policy, 0, len(paths))
-	for _, path := range paths {
-		b, err := ReadFile(path, policy.MaxSize)
+}
+
+// policies returns those that ship, by name, and those of the folder.
+func (c Config) policies(named []string) ([]policy.Policy, error) {
+	var out []policy.Policy
+	for _, n := range named {
+		p, err := policy.Named(n)
 		if err != nil {
 			return nil, err
 		}
-		p, err := policy.Parse(b)
-		if err != nil {
-			return nil, fmt.Errorf("policy %s: %w", path, err)
-		}
 		out = append(out, p)
 	}
-	return out, nil
-}
-
-// ReadFile reads a file of at most limit bytes.
-func ReadFile(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path) // #nosec G304 -- the operator names the file
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() //nolint:errcheck // read only
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
-	}
-	if int64(len(b)) > limit {
-		return nil, fmt.Errorf("read %s: more than %d bytes", path, limit)
-	}
-	return b, nil
+	more, err := readPolicies(c.PoliciesDir)
+	return append(out, more...), err
 }
 
 // build names the program in results: its version and commit, as far as the

@@ -26,6 +26,8 @@ const (
 	startTimeout = 10 * time.Second
 	exitTimeout  = 10 * time.Second
 	logName      = "holder.log"
+	// procsFD is the first descriptor after the standard ones (exec.Cmd.ExtraFiles).
+	procsFD = 3
 )
 
 // Config says what to start.
@@ -41,6 +43,9 @@ type Config struct {
 	// Join puts the process into the job's cgroup. It is called right after the
 	// start, before the holder is given anything to hold.
 	Join func(pid int) error
+	// Procs opens the list of the processes in that cgroup. The holder gets it, to
+	// end the job when its lease is over and no agent is there.
+	Procs func() (*os.File, error)
 }
 
 // Holder is a running holder process.
@@ -61,8 +66,14 @@ func Start(ctx context.Context, c Config) (_ *Holder, err error) {
 		return nil, fmt.Errorf("start holder: %w", err)
 	}
 	defer stderr.Close()
+	procs, err := c.Procs()
+	if err != nil {
+		return nil, fmt.Errorf("start holder: %w", err)
+	}
+	defer procs.Close()
 	cmd := exec.Command(c.Path, "--run", c.RunDir, "--job", c.JobID, "--uid", strconv.Itoa(c.UID), "--gid", strconv.Itoa(c.GID), //nolint:gosec,noctx // the configured holder; it must outlive ctx
-		"--log-bytes", strconv.FormatInt(c.LogBytes, 10))
+		"--log-bytes", strconv.FormatInt(c.LogBytes, 10), "--procs", strconv.Itoa(procsFD))
+	cmd.ExtraFiles = []*os.File{procs}
 	cmd.Env = []string{}
 	cmd.Dir = c.RunDir
 	cmd.Stdout, cmd.Stderr = stderr, stderr

@@ -20,6 +20,7 @@ import (
 	"github.com/goccy/go-yaml/parser"
 
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/runner/source"
 )
 
 const (
@@ -59,7 +60,8 @@ type Spec struct {
 type Input struct {
 	Name  string `yaml:"name"`
 	Asset string `yaml:"asset"`
-	// URI is where the sealed folder lies; "file:///absolute/path".
+	// URI is where the sealed folder lies: "file:///absolute/path", or a bucket that
+	// the node's configuration lists, "s3://bucket/prefix".
 	URI   string `yaml:"uri"`
 	Mount string `yaml:"mount"`
 }
@@ -331,12 +333,14 @@ func (c *checker) check(s *Spec) {
 		c.require(!names[in.Name], at+"name", "%q is used twice", in.Name)
 		names[in.Name] = true
 		c.require(nameForm.MatchString(in.Asset), at+"asset", "%.80q: %s", in.Asset, nameRule)
-		c.location(in.URI, at+"uri")
+		if _, err := source.Parse(in.URI); err != nil {
+			c.folder(in.URI, at+"uri", ", s3://bucket/prefix, gs://bucket/prefix or azblob://container/prefix")
+		}
 		c.mount(in.Mount, at+"mount", mounts)
 	}
 	if p := s.Checkpoints; p != nil {
 		c.require(nameForm.MatchString(p.Asset), "checkpoints.asset", "%.80q: %s", p.Asset, nameRule)
-		c.location(p.URI, "checkpoints.uri")
+		c.folder(p.URI, "checkpoints.uri", "")
 		c.mount(p.Mount, "checkpoints.mount", mounts)
 	}
 	c.require(s.Resources.CPU > 0, "resources.cpu", "want a number of cores, such as 2 or 1500m")
@@ -356,14 +360,15 @@ func (c *checker) check(s *Spec) {
 	c.require(s.AttestationPolicy != "", "attestationPolicy", "want the name of an attestation policy, such as production")
 }
 
-func (c *checker) location(uri, field string) {
+// folder wants a folder of the node; or names what else is allowed.
+func (c *checker) folder(uri, field, or string) {
 	u, err := url.Parse(uri)
 	c.require(err == nil && u.Scheme == "file" && u.Host == "" && path.IsAbs(u.Path) && path.Clean(u.Path) == u.Path,
-		field, "%.200q: want file:///absolute/path", uri)
+		field, "%.200q: want file:///absolute/path%s", uri, or)
 }
 
 // reserved are the container paths that belong to the sandbox.
-var reserved = []string{"/proc", "/sys", "/dev", "/tmp", "/usr", "/bin", "/lib", "/lib64", "/sbin", "/etc", "/app"}
+var reserved = []string{"/proc", "/sys", "/dev", "/tmp", "/usr", "/bin", "/lib", "/lib64", "/sbin", "/etc", "/app", "/run/coffer"}
 
 func (c *checker) mount(m, field string, seen map[string]bool) {
 	c.require(path.IsAbs(m) && path.Clean(m) == m && m != "/", field, "%.200q: want an absolute path", m)

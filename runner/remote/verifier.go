@@ -3,19 +3,28 @@ package remote
 import (
 	"context"
 	"fmt"
+	"io"
+	"net/http"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
 
 	verifierv1 "github.com/coffer-run/coffer/attest/api/verifier/v1"
 	"github.com/coffer-run/coffer/attest/api/verifier/v1/verifierv1connect"
+	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/receipt"
 )
 
+// endorsementsPath is where the verifier hands out what an appraisal used.
+const endorsementsPath = "/endorsements"
+
 // Verifier is a client of the verifier.
 type Verifier struct {
 	client verifierv1connect.VerifierServiceClient
+	http   *http.Client
+	url    string
 	keys   receipt.Keys
 	id     string
 	jwks   []byte
@@ -30,7 +39,7 @@ func NewVerifier(s Service) (*Verifier, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Verifier{client: verifierv1connect.NewVerifierServiceClient(s.HTTP, s.URL), keys: keys, id: s.ID, jwks: s.JWKS}, nil
+	return &Verifier{client: verifierv1connect.NewVerifierServiceClient(s.HTTP, s.URL), http: s.HTTP, url: s.URL, keys: keys, id: s.ID, jwks: s.JWKS}, nil
 }
 
 // ID is the verifier's name, which evidence binds.
@@ -94,6 +103,34 @@ func (v *Verifier) Appraise(ctx context.Context, env []byte, want receipt.Expect
 	token = r.Msg.GetResult()
 	verified, err = receipt.VerifyResult(v.keys, token, want, time.Now())
 	return verified, token, err
+}
+
+// Endorsements asks for the endorsements that the appraisal of a signed result
+// used, as a bundle carries them. Nil means that it used none.
+func (v *Verifier) Endorsements(ctx context.Context, token string) ([]byte, error) {
+	return once(ctx, "verifier", "ask for endorsements", func(ctx context.Context) ([]byte, error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(v.url, "/")+endorsementsPath, strings.NewReader(token))
+		if err != nil {
+			return nil, err
+		}
+		resp, err := v.http.Do(req)
+		if err != nil {
+			return nil, err
+		}
+		defer resp.Body.Close() //nolint:errcheck // read only
+		b, err := io.ReadAll(io.LimitReader(resp.Body, bundle.MaxPart+1))
+		switch {
+		case err != nil:
+			return nil, err
+		case resp.StatusCode != http.StatusOK:
+			return nil, fmt.Errorf("answer %d: %.400q", resp.StatusCode, b)
+		case len(b) > bundle.MaxPart:
+			return nil, fmt.Errorf("more than %d bytes", bundle.MaxPart)
+		case string(b) == "[]":
+			return nil, nil
+		}
+		return b, nil
+	})
 }
 
 // Recheck checks a result that was appraised before, as it stood when it was

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -110,6 +111,20 @@ func (c *Cgroup) Add(pid int) error {
 		return fmt.Errorf("add process %d to cgroup %s: %w", pid, c.path, err)
 	}
 	return nil
+}
+
+// Procs opens the group's list of processes for reading. Under version 1 each
+// hierarchy has one; the one for processes is meant.
+func (c *Cgroup) Procs() (*os.File, error) {
+	at := filepath.Join(cgroupRoot, c.path)
+	if !c.unified {
+		at = filepath.Join(cgroupRoot, string(cgroup1.Pids), c.path)
+	}
+	f, err := os.Open(filepath.Join(at, "cgroup.procs"))
+	if err != nil {
+		return nil, fmt.Errorf("list processes of cgroup %s: %w", c.path, err)
+	}
+	return f, nil
 }
 
 // Remove kills what is left in the group and deletes it. A group that is gone

@@ -57,7 +57,8 @@ var runtimeFlags = []string{
 	"--network=none",
 	"--overlay2=none",
 	"--file-access-mounts=shared",
-	"--host-uds=none",
+	// For the one socket that is in a job's mounts, at RegionsMount.
+	"--host-uds=open",
 	"--host-fifo=none",
 }
 

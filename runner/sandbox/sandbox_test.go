@@ -122,6 +122,11 @@ type job struct {
 
 func (n *Node) testJob(t *testing.T, id string, command ...string) *job {
 	t.Helper()
+	return n.testJobWith(t, id, nil, command...)
+}
+
+func (n *Node) testJobWith(t *testing.T, id string, binds []Bind, command ...string) *job {
+	t.Helper()
 	img, err := n.Image(t.Context(), "coffer.local/numpy:latest")
 	if err != nil {
 		t.Fatal(err)
@@ -178,7 +183,7 @@ func (n *Node) testJob(t *testing.T, id string, command ...string) *job {
 		t.Fatal(err)
 	}
 	j.Sandbox, err = n.Create(t.Context(), Request{
-		JobID: id, Plan: p, Image: img, Env: []string{secret}, RunDir: j.runDir, TraceSocket: sock,
+		JobID: id, Plan: p, Image: img, Env: []string{secret}, Binds: binds, RunDir: j.runDir, TraceSocket: sock,
 		Stdout: filepath.Join(j.runDir, "out"), Stderr: filepath.Join(j.runDir, "err"),
 	})
 	if err != nil {

@@ -13,7 +13,11 @@ import (
 
 // Rules names the version of the allow-list in this file. Whoever changes what a
 // specification may hold changes this name, and with it every plan digest.
-const Rules = "coffer.run/sandbox-rules/v1"
+const Rules = "coffer.run/sandbox-rules/v2"
+
+// RegionsMount is where a job finds the holder's socket for its inputs' memory
+// (docs/formats/regions.md).
+const RegionsMount = "/run/coffer"
 
 const (
 	// UID and GID are who a job runs as, inside and outside.

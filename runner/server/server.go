@@ -1,7 +1,7 @@
 // Package server answers the agent's API for engineers, schedulers and auditors.
 //
 // Trusted: the identity that Identify reads from a verified client certificate.
-// Checked: the role for each call, that an engineer's job is that engineer's
+// Checked: the role for each call, that an engineer's or scheduler's job is its own
 // where its output or its end is concerned, and sizes. Not trusted: job files.
 package server
 
@@ -73,14 +73,14 @@ func (c caller) String() string { return c.role + "/" + c.name }
 // allowed lists which roles may make which call. A call that is not listed is
 // nobody's.
 var allowed = map[string][]string{
-	agentv1connect.AgentServicePlanProcedure:     {"engineer", "owner", "auditor"},
-	agentv1connect.AgentServiceSubmitProcedure:   {"engineer"},
-	agentv1connect.AgentServiceGetProcedure:      {"engineer", "owner", "operator", "auditor"},
-	agentv1connect.AgentServiceListProcedure:     {"engineer", "owner", "operator", "auditor"},
-	agentv1connect.AgentServiceWatchProcedure:    {"engineer"},
-	agentv1connect.AgentServiceCancelProcedure:   {"engineer", "operator"},
+	agentv1connect.AgentServicePlanProcedure:     {"engineer", "owner", "auditor", "scheduler"},
+	agentv1connect.AgentServiceSubmitProcedure:   {"engineer", "scheduler"},
+	agentv1connect.AgentServiceGetProcedure:      {"engineer", "owner", "operator", "auditor", "scheduler"},
+	agentv1connect.AgentServiceListProcedure:     {"engineer", "owner", "operator", "auditor", "scheduler"},
+	agentv1connect.AgentServiceWatchProcedure:    {"engineer", "scheduler"},
+	agentv1connect.AgentServiceCancelProcedure:   {"engineer", "operator", "scheduler"},
 	agentv1connect.AgentServiceBundleProcedure:   {"engineer", "owner", "auditor"},
-	agentv1connect.AgentServiceCapacityProcedure: {"engineer", "owner", "operator", "auditor"},
+	agentv1connect.AgentServiceCapacityProcedure: {"engineer", "owner", "operator", "auditor", "scheduler"},
 }
 
 // guard refuses calls by role and turns errors into codes.
@@ -174,7 +174,7 @@ func (s *server) Submit(ctx context.Context, r *connect.Request[agentv1.SubmitRe
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&agentv1.SubmitResponse{Job: runner.Describe(row)}), nil
+	return connect.NewResponse(&agentv1.SubmitResponse{Job: s.describe(row)}), nil
 }
 
 func (s *server) Get(ctx context.Context, r *connect.Request[agentv1.GetRequest]) (*connect.Response[agentv1.GetResponse], error) {
@@ -182,7 +182,7 @@ func (s *server) Get(ctx context.Context, r *connect.Request[agentv1.GetRequest]
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&agentv1.GetResponse{Job: runner.Describe(row)}), nil
+	return connect.NewResponse(&agentv1.GetResponse{Job: s.describe(row)}), nil
 }
 
 func (s *server) List(ctx context.Context, r *connect.Request[agentv1.ListRequest]) (*connect.Response[agentv1.ListResponse], error) {
@@ -204,7 +204,7 @@ func (s *server) List(ctx context.Context, r *connect.Request[agentv1.ListReques
 		out.NextPageToken = rows[n-1].ID
 	}
 	for _, row := range rows {
-		out.Jobs = append(out.Jobs, runner.Describe(row))
+		out.Jobs = append(out.Jobs, s.describe(row))
 	}
 	return connect.NewResponse(out), nil
 }
@@ -216,7 +216,7 @@ func (s *server) own(ctx context.Context, id string) (journal.Job, error) {
 	if err != nil {
 		return journal.Job{}, err
 	}
-	if c, _ := ctx.Value(callerKey{}).(caller); c.role == "engineer" && c.String() != row.Submitter {
+	if c, _ := ctx.Value(callerKey{}).(caller); (c.role == "engineer" || c.role == "scheduler") && c.String() != row.Submitter {
 		return journal.Job{}, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("job %s is another engineer's", id))
 	}
 	return row, nil
@@ -282,7 +282,21 @@ func (s *server) Cancel(ctx context.Context, r *connect.Request[agentv1.CancelRe
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&agentv1.CancelResponse{Job: runner.Describe(row)}), nil
+	return connect.NewResponse(&agentv1.CancelResponse{Job: s.describe(row)}), nil
+}
+
+// describe is a job with what the agent knows of its lease while it runs.
+func (s *server) describe(row journal.Job) *agentv1.Job {
+	j := runner.Describe(row)
+	if row.State.Final() {
+		return j
+	}
+	until, stopping := s.agent.Lease(row.ID)
+	if !until.IsZero() {
+		j.LeaseUntilUnix = until.Unix()
+	}
+	j.Stopping = stopping
+	return j
 }
 
 func (s *server) Bundle(ctx context.Context, r *connect.Request[agentv1.BundleRequest]) (*connect.Response[agentv1.BundleResponse], error) {

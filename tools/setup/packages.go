@@ -14,15 +14,18 @@ import (
 
 // debianPackages names every package that a build, the demo or the tests run. libc6-dev is named because gcc only recommends it.
 var debianPackages = []string{
+	"age",
 	"ca-certificates",
 	"dataset-fashion-mnist",
 	"debian-archive-keyring",
 	"fuse3",
 	"gcc",
+	"gocryptfs",
 	"iproute2",
 	"libc6-dev",
 	"mmdebstrap",
 	"nftables",
+	"softhsm2",
 	"swtpm",
 	"swtpm-tools",
 }

@@ -118,24 +118,34 @@ func TestKeyStore(t *testing.T, open func(t *testing.T) (one, other broker.KeySt
 	})
 }
 
-// TestStore holds a Store to its contract. open returns an empty store;
-// reopen closes that one and opens the same state again.
+// TestStore holds a Store to its contract: whoever writes another one, over
+// another database, passes it. open returns an empty store; reopen closes that
+// one and opens the same state again.
 func TestStore(t *testing.T, open func(t *testing.T) (s broker.Store, reopen func() broker.Store)) {
 	for name, f := range map[string]func(*testing.T, broker.Store, func() broker.Store){
-		"keeps everything over a restart":         keeps,
-		"finds nothing in an empty store":         empty,
-		"refuses to insert twice":                 twice,
-		"refuses what refers to nothing":          dangling,
-		"undoes a failed update":                  undo,
-		"undoes a panicking update":               undoPanic,
-		"undoes a cancelled update":               undoCancel,
-		"runs updates one after another":          serial,
-		"shows a reader one state":                snapshot,
-		"finds uses by nonce and by result":       uses,
-		"returns an update's error as it is":      sameError,
-		"lists entries by job, start and limit":   entries,
-		"finds a bundle of a job by its digest":   bundles,
-		"refuses to use a grant more than it may": overuse,
+		"keeps everything over a restart":           keeps,
+		"finds nothing in an empty store":           empty,
+		"refuses to insert twice":                   twice,
+		"refuses what refers to nothing":            dangling,
+		"undoes a failed update":                    undo,
+		"undoes a panicking update":                 undoPanic,
+		"undoes a cancelled update":                 undoCancel,
+		"runs updates one after another":            serial,
+		"shows a reader one state":                  snapshot,
+		"finds uses by nonce and by result":         uses,
+		"returns an update's error as it is":        sameError,
+		"lists entries by job, start and limit":     entries,
+		"finds a bundle of a job by its digest":     bundles,
+		"refuses to use a grant more than it may":   overuse,
+		"lists grants by plan, principal and place": grantLists,
+		"finds a grant by its idempotency key":      grantKeys,
+		"changes of a grant only what it says":      grantChanges,
+		"changes an asset's policy and key":         assetChanges,
+		"keeps approvals in order":                  approvals,
+		"replaces leases and lists the open ones":   leases,
+		"finds revocations by their targets":        revocations,
+		"replaces checkpoint heads":                 heads,
+		"keeps the last policy set":                 policySets,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, reopen := open(t)
@@ -147,11 +157,16 @@ func TestStore(t *testing.T, open func(t *testing.T) (s broker.Store, reopen fun
 var t0 = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 func asset(name string) broker.Asset {
-	return broker.Asset{Name: name, Kind: broker.KindDataset, Digest: plan.Sum([]byte(name)), Owner: "alice", Created: t0, Wrapped: []byte{1, 2, 0, 3}}
+	return broker.Asset{Name: name, Kind: broker.KindDataset, Digest: plan.Sum([]byte(name)), Owner: "alice", Created: t0, Wrapped: []byte{1, 2, 0, 3},
+		KeyStore: "hsm", Labels: broker.Labels{Sensitivity: "high", Region: "eu"}, Revision: 1,
+		Policy: broker.Policy{Approvals: []broker.Rule{{Group: "approvers", Count: 2}}, Verifiers: []string{"v"}, Threshold: 1, LeaseSeconds: 30, GraceSeconds: 5, Affirming: []string{"hardware"}, StopAtExpiry: true}}
 }
 
 func grant(id string, assets ...string) broker.Grant {
-	return broker.Grant{ID: id, Assets: assets, Plan: plan.Sum([]byte("plan")), NotBefore: t0, NotAfter: t0.Add(time.Hour), MaxReleases: 3, Owner: "alice", AllowSimulated: true}
+	return broker.Grant{
+		ID: id, Assets: assets, Plan: plan.Sum([]byte("plan")), NotBefore: t0, NotAfter: t0.Add(time.Hour), MaxReleases: 3, Owner: "alice", AllowSimulated: true,
+		Requester: "owner/alice", Key: "key of " + id, Requested: t0, Principals: []string{"agent/node-1", "engineer/erin"}, Purpose: "why not",
+	}
 }
 
 func entry(i uint64) translog.Entry {
@@ -161,6 +176,7 @@ func entry(i uint64) translog.Entry {
 func release(result, asset, grant string, index uint64) broker.Release {
 	return broker.Release{
 		ReleaseKey: broker.ReleaseKey{Verifier: "v", ResultID: result, Asset: asset}, ID: "release-" + result + asset, Grant: grant, Attempt: 2, JobID: "job", Plan: plan.Sum([]byte("plan")),
+		LeaseSeconds: 30, LeaseKey: "kid", Approvals: []plan.Digest{plan.Sum([]byte("approval"))},
 		AssetDigest: plan.Sum([]byte(asset)), Request: plan.Sum([]byte("request")), Enc: []byte{9, 0}, Ciphertext: []byte{8, 0}, Time: t0, NotAfter: t0.Add(time.Hour), Simulated: true,
 		LogIndex: index, LogHash: entry(index).Hash,
 	}
@@ -201,16 +217,16 @@ func same[T any](t *testing.T, what string, want T) func(T, error) {
 func keeps(t *testing.T, s broker.Store, reopen func() broker.Store) {
 	update(t, s, seed)
 	g := grant("g", "a", "b")
-	g.Used, g.Revoked, g.Reason = 2, t0.Add(time.Minute), "why"
+	g.Used, g.Revoked, g.Reason, g.EndedBy, g.Consented, g.Seq = 2, t0.Add(time.Minute), "why", "owner/alice", true, 1
 	update(t, s, func(ctx context.Context, tx broker.Tx) error { return tx.SetGrant(ctx, g) })
 	s = reopen()
 	view(t, s, func(ctx context.Context, r broker.Reader) error {
 		same(t, "asset", asset("a"))(r.Asset(ctx, "a"))
 		same(t, "assets", []broker.Asset{asset("a"), asset("b")})(r.Assets(ctx, 9))
 		same(t, "grant", g)(r.Grant(ctx, "g"))
-		same(t, "grants", []broker.Grant{g})(r.Grants(ctx, "", 9))
-		same(t, "grants of the plan", []broker.Grant{g})(r.Grants(ctx, g.Plan, 9))
-		same(t, "grants of another plan", []broker.Grant(nil))(r.Grants(ctx, plan.Sum(nil), 9))
+		same(t, "grants", []broker.Grant{g})(r.Grants(ctx, broker.GrantFilter{Limit: 9}))
+		same(t, "grants of the plan", []broker.Grant{g})(r.Grants(ctx, broker.GrantFilter{Plan: g.Plan, Limit: 9}))
+		same(t, "grants of another plan", []broker.Grant(nil))(r.Grants(ctx, broker.GrantFilter{Plan: plan.Sum(nil), Limit: 9}))
 		same(t, "release", release("r", "a", "g", 0))(r.Release(ctx, broker.ReleaseKey{Verifier: "v", ResultID: "r", Asset: "a"}))
 		same(t, "counted", true)(r.Counted(ctx, "g", "job", "k"))
 		same(t, "head", translog.Head{Size: 1, Hash: entry(0).Hash})(r.Head(ctx))
@@ -219,9 +235,9 @@ func keeps(t *testing.T, s broker.Store, reopen func() broker.Store) {
 		same(t, "counted for another job", false)(r.Counted(ctx, "g", "job 2", "k"))
 		same(t, "assets of the owner", 2)(r.OwnedAssets(ctx, "alice"))
 		same(t, "assets of another", 0)(r.OwnedAssets(ctx, "bob"))
-		same(t, "grants of the owner", 1)(r.OwnedGrants(ctx, "alice", g.Plan))
-		same(t, "grants of another", 0)(r.OwnedGrants(ctx, "bob", g.Plan))
-		same(t, "grants of the owner for another plan", 0)(r.OwnedGrants(ctx, "alice", plan.Sum(nil)))
+		same(t, "grants of the owner", 1)(r.RequestedGrants(ctx, "owner/alice", g.Plan))
+		same(t, "grants of another", 0)(r.RequestedGrants(ctx, "owner/bob", g.Plan))
+		same(t, "grants of the owner for another plan", 0)(r.RequestedGrants(ctx, "owner/alice", plan.Sum(nil)))
 		same(t, "one asset", []broker.Asset{asset("a")})(r.Assets(ctx, 1))
 		return nil
 	})
@@ -471,4 +487,229 @@ func overuse(t *testing.T, s broker.Store, _ func() broker.Store) {
 			t.Errorf("%d of %d uses committed", used, g.MaxReleases)
 		}
 	}
+}
+
+func grantLists(t *testing.T, s broker.Store, _ func() broker.Store) {
+	other := plan.Sum([]byte("plan B"))
+	update(t, s, func(ctx context.Context, tx broker.Tx) error {
+		errs := []error{tx.InsertAsset(ctx, asset("a"))}
+		for i := range 5 {
+			g := grant(fmt.Sprint("g", i), "a")
+			if i%2 == 1 {
+				g.Plan, g.Principals = other, []string{"agent/node-2"}
+			}
+			errs = append(errs, tx.InsertGrant(ctx, g))
+		}
+		return errors.Join(errs...)
+	})
+	view(t, s, func(ctx context.Context, r broker.Reader) error {
+		all, err := r.Grants(ctx, broker.GrantFilter{Limit: 9})
+		if err != nil || len(all) != 5 {
+			return fmt.Errorf("%d grants, %w", len(all), err)
+		}
+		for name, tc := range map[string]struct {
+			f    broker.GrantFilter
+			want []string
+		}{
+			"first two":                 {broker.GrantFilter{Limit: 2}, []string{"g0", "g1"}},
+			"after the second":          {broker.GrantFilter{After: all[1].Seq, Limit: 2}, []string{"g2", "g3"}},
+			"after the last":            {broker.GrantFilter{After: all[4].Seq, Limit: 2}, nil},
+			"of a plan":                 {broker.GrantFilter{Plan: other, Limit: 9}, []string{"g1", "g3"}},
+			"of a plan, after one":      {broker.GrantFilter{Plan: other, After: all[1].Seq, Limit: 9}, []string{"g3"}},
+			"of a principal":            {broker.GrantFilter{Principal: "engineer/erin", Limit: 9}, []string{"g0", "g2", "g4"}},
+			"of a principal and a plan": {broker.GrantFilter{Plan: other, Principal: "agent/node-2", Limit: 1}, []string{"g1"}},
+			"of nobody":                 {broker.GrantFilter{Principal: "agent", Limit: 9}, nil},
+		} {
+			l, err := r.Grants(ctx, tc.f)
+			var got []string
+			for i, g := range l {
+				got = append(got, g.ID)
+				if i > 0 && g.Seq <= l[i-1].Seq {
+					t.Errorf("%s: out of order", name)
+				}
+			}
+			same(t, name, tc.want)(got, err)
+		}
+		return nil
+	})
+}
+
+func grantKeys(t *testing.T, s broker.Store, _ func() broker.Store) {
+	update(t, s, func(ctx context.Context, tx broker.Tx) error {
+		keyless, twin := grant("h", "a"), grant("i", "a")
+		keyless.Key, twin.Key = "", ""
+		return errors.Join(tx.InsertAsset(ctx, asset("a")), tx.InsertGrant(ctx, grant("g", "a")), tx.InsertGrant(ctx, keyless), tx.InsertGrant(ctx, twin))
+	})
+	view(t, s, func(ctx context.Context, r broker.Reader) error {
+		g, err := r.GrantByKey(ctx, "owner/alice", "key of g")
+		same(t, "by its key", "g")(g.ID, err)
+		for _, none := range [][2]string{{"owner/bob", "key of g"}, {"owner/alice", "key of h"}, {"owner/alice", ""}} {
+			if _, err := r.GrantByKey(ctx, none[0], none[1]); !errors.Is(err, broker.ErrNotFound) {
+				t.Errorf("%q: %v", none, err)
+			}
+		}
+		same(t, "asked for", 3)(r.RequestedGrants(ctx, "owner/alice", ""))
+		return nil
+	})
+	again := grant("j", "a")
+	again.Key = "key of g"
+	if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error { return tx.InsertGrant(ctx, again) }); !errors.Is(err, broker.ErrExists) {
+		t.Errorf("a key twice: %v", err)
+	}
+}
+
+func grantChanges(t *testing.T, s broker.Store, _ func() broker.Store) {
+	update(t, s, seed)
+	want := grant("g", "a", "b")
+	want.Used, want.Consented, want.Denied, want.Reason, want.EndedBy, want.Seq = 1, true, t0.Add(time.Minute), "no", "approver/ann", 1
+	changed := want
+	changed.Plan, changed.MaxReleases, changed.NotAfter, changed.Principals, changed.Requester = plan.Sum(nil), 1000, t0.Add(9*time.Hour), nil, "owner/eve"
+	update(t, s, func(ctx context.Context, tx broker.Tx) error { return tx.SetGrant(ctx, changed) })
+	view(t, s, func(ctx context.Context, r broker.Reader) error {
+		same(t, "grant", want)(r.Grant(ctx, "g"))
+		return nil
+	})
+}
+
+func assetChanges(t *testing.T, s broker.Store, reopen func() broker.Store) {
+	update(t, s, seed)
+	want := asset("a")
+	want.Policy, want.Labels, want.Revision = broker.DefaultPolicy(), broker.Labels{Project: "x"}, 2
+	policy := want
+	policy.Owner, policy.Wrapped = "eve", []byte{6}
+	want.Wrapped, want.KeyStore = []byte{7}, "other"
+	key := want
+	key.Owner, key.Revision = "eve", 9
+	update(t, s, func(ctx context.Context, tx broker.Tx) error {
+		return errors.Join(tx.SetAssetPolicy(ctx, policy), tx.SetAssetKey(ctx, key))
+	})
+	view(t, reopen(), func(ctx context.Context, r broker.Reader) error {
+		same(t, "changed", want)(r.Asset(ctx, "a"))
+		same(t, "the other", asset("b"))(r.Asset(ctx, "b"))
+		return nil
+	})
+}
+
+func approvals(t *testing.T, s broker.Store, reopen func() broker.Store) {
+	approval := func(i int) broker.StoredApproval {
+		doc := fmt.Appendf(nil, "document %d", i)
+		return broker.StoredApproval{Grant: "g", Approver: fmt.Sprint("approver ", 9-i), Document: doc, Signature: []byte{byte(i), 0}, Digest: plan.Sum(doc)}
+	}
+	update(t, s, seed)
+	update(t, s, func(ctx context.Context, tx broker.Tx) error {
+		return errors.Join(tx.InsertApproval(ctx, approval(0)), tx.InsertApproval(ctx, approval(1)), tx.InsertApproval(ctx, approval(2)))
+	})
+	if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error { return tx.InsertApproval(ctx, approval(1)) }); !errors.Is(err, broker.ErrExists) {
+		t.Errorf("an approval twice: %v", err)
+	}
+	stray := approval(3)
+	stray.Grant = "none"
+	if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error { return tx.InsertApproval(ctx, stray) }); err == nil {
+		t.Error("an approval of no grant")
+	}
+	view(t, reopen(), func(ctx context.Context, r broker.Reader) error {
+		same(t, "approvals", []broker.StoredApproval{approval(0), approval(1), approval(2)})(r.Approvals(ctx, "g"))
+		same(t, "approvals of another", []broker.StoredApproval(nil))(r.Approvals(ctx, "h"))
+		return nil
+	})
+}
+
+func leases(t *testing.T, s broker.Store, reopen func() broker.Store) {
+	lease := func(job string) broker.Lease {
+		return broker.Lease{
+			JobID: job, Agent: "agent/n", Submitter: "engineer/erin", Plan: plan.Sum(nil), Session: []byte{1, 0}, Seconds: 60, Grace: 10, StopAt: t0, Image: "sha256:x",
+			Chips: []string{"c"}, Measurements: []string{"m", "n"}, Uses: []broker.LeaseUse{{Grant: "g", Requester: "owner/alice", Asset: "a", Owner: "alice"}}, Opened: t0, Stop: "why", Told: t0,
+		}
+	}
+	bare := broker.Lease{JobID: "b", Agent: "agent/n", Plan: plan.Sum(nil), Session: []byte{1}, Seconds: 5, Opened: t0}
+	over := lease("c")
+	over.Ended = t0.Add(time.Hour)
+	update(t, s, func(ctx context.Context, tx broker.Tx) error {
+		first := lease("c")
+		return errors.Join(tx.PutLease(ctx, lease("d")), tx.PutLease(ctx, first), tx.PutLease(ctx, bare), tx.PutLease(ctx, lease("a")), tx.PutLease(ctx, over))
+	})
+	view(t, reopen(), func(ctx context.Context, r broker.Reader) error {
+		same(t, "lease", lease("a"))(r.Lease(ctx, "a"))
+		same(t, "lease of little", bare)(r.Lease(ctx, "b"))
+		same(t, "lease that is over", over)(r.Lease(ctx, "c"))
+		same(t, "open leases", []broker.Lease{lease("a"), bare, lease("d")})(r.OpenLeases(ctx, "", 9))
+		same(t, "one open lease", []broker.Lease{bare})(r.OpenLeases(ctx, "a", 1))
+		if _, err := r.Lease(ctx, "e"); !errors.Is(err, broker.ErrNotFound) {
+			t.Error(err)
+		}
+		return nil
+	})
+}
+
+func revocations(t *testing.T, s broker.Store, reopen func() broker.Store) {
+	rev := func(kind broker.RevocationKind, value, scope string) broker.Revocation {
+		return broker.Revocation{Target: broker.Target{Kind: kind, Value: value}, Scope: scope, Reason: "why", By: "operator/o", Time: t0}
+	}
+	all := []broker.Revocation{rev(broker.RevokeChip, "c", ""), rev(broker.RevokeNode, "n", ""), rev(broker.RevokeNode, "n", "alice"), rev(broker.RevokeNode, "o", "")}
+	update(t, s, func(ctx context.Context, tx broker.Tx) error {
+		var errs []error
+		for _, r := range all {
+			errs = append(errs, tx.InsertRevocation(ctx, r))
+		}
+		return errors.Join(errs...)
+	})
+	if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error { return tx.InsertRevocation(ctx, all[1]) }); !errors.Is(err, broker.ErrExists) {
+		t.Errorf("revoked twice: %v", err)
+	}
+	s = reopen()
+	view(t, s, func(ctx context.Context, r broker.Reader) error {
+		same(t, "of one target", all[1:3])(r.Revoked(ctx, []broker.Target{all[1].Target}))
+		same(t, "of two", []broker.Revocation{all[0], all[3]})(r.Revoked(ctx, []broker.Target{all[3].Target, all[0].Target, {Kind: broker.RevokeAsset, Value: "n"}}))
+		same(t, "of a target with quotes", []broker.Revocation(nil))(r.Revoked(ctx, []broker.Target{{Kind: broker.RevokeNode, Value: `n" OR '1`}}))
+		same(t, "of none", []broker.Revocation(nil))(r.Revoked(ctx, nil))
+		any, err := r.Revoked(ctx, []broker.Target{{Kind: broker.RevokeNode}, {Kind: broker.RevokeImage}, all[0].Target})
+		if err != nil || len(any) != 2 || !reflect.DeepEqual(any[0], all[0]) || any[1].Target != (broker.Target{Kind: broker.RevokeNode}) {
+			t.Errorf("any of a kind: %+v, %v", any, err)
+		}
+		same(t, "all", all)(r.Revocations(ctx, 9))
+		same(t, "some", all[:1])(r.Revocations(ctx, 1))
+		return nil
+	})
+	update(t, s, func(ctx context.Context, tx broker.Tx) error { return tx.DeleteRevocation(ctx, all[1].Target, "") })
+	if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error { return tx.DeleteRevocation(ctx, all[1].Target, "") }); !errors.Is(err, broker.ErrNotFound) {
+		t.Errorf("deleted twice: %v", err)
+	}
+	view(t, s, func(ctx context.Context, r broker.Reader) error {
+		same(t, "the other scope's stands", all[2:3])(r.Revoked(ctx, []broker.Target{all[1].Target}))
+		return nil
+	})
+}
+
+func heads(t *testing.T, s broker.Store, reopen func() broker.Store) {
+	head := func(job string, seq uint64) broker.Head {
+		return broker.Head{JobID: job, Asset: "a", Plan: plan.Sum(nil), Sequence: seq, Digest: plan.Sum([]byte{1}), Record: plan.Sum([]byte{2}), Time: t0, LogIndex: 0, LogHash: []byte{3}}
+	}
+	update(t, s, seed)
+	update(t, s, func(ctx context.Context, tx broker.Tx) error {
+		return errors.Join(tx.PutCheckpointHead(ctx, head("j", 1)), tx.PutCheckpointHead(ctx, head("k", 1)), tx.PutCheckpointHead(ctx, head("j", 2)))
+	})
+	view(t, reopen(), func(ctx context.Context, r broker.Reader) error {
+		same(t, "head", head("j", 2))(r.CheckpointHead(ctx, "j", "a"))
+		same(t, "head of another job", head("k", 1))(r.CheckpointHead(ctx, "k", "a"))
+		if _, err := r.CheckpointHead(ctx, "j", "b"); !errors.Is(err, broker.ErrNotFound) {
+			t.Error(err)
+		}
+		return nil
+	})
+}
+
+func policySets(t *testing.T, s broker.Store, reopen func() broker.Store) {
+	view(t, s, func(ctx context.Context, r broker.Reader) error {
+		if _, err := r.PolicySet(ctx); !errors.Is(err, broker.ErrNotFound) {
+			t.Error(err)
+		}
+		return nil
+	})
+	update(t, s, func(ctx context.Context, tx broker.Tx) error {
+		return errors.Join(tx.PutPolicySet(ctx, translog.Policy{Serial: 1, Digest: "a"}), tx.PutPolicySet(ctx, translog.Policy{Serial: 2, Digest: "b"}))
+	})
+	view(t, reopen(), func(ctx context.Context, r broker.Reader) error {
+		same(t, "policy set", translog.Policy{Serial: 2, Digest: "b"})(r.PolicySet(ctx))
+		return nil
+	})
 }

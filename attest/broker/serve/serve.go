@@ -10,9 +10,9 @@ package serve
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
-	"slices"
 	"time"
 
 	"connectrpc.com/connect"
@@ -33,46 +33,75 @@ const (
 	// writeTimeout how long it may take until it has the answer.
 	readTimeout  = 20 * time.Second
 	writeTimeout = 60 * time.Second
+	// maxLists bounds the calls in work that read many rows, of all callers together:
+	// fewer than the store has readers, so that renewals and releases find one free.
+	maxLists = 2
 	// callTimeout bounds one call; a transaction waits less than that for others.
 	callTimeout = 20 * time.Second
 )
 
-// Roles that may call, besides being authenticated.
-const (
-	roleOwner    = "owner"
-	roleEngineer = "engineer"
-	roleAgent    = "agent"
-	roleAuditor  = "auditor"
-)
-
-// allowed says which roles may make a call. A call that is not listed is refused.
-func allowed(procedure string) []string {
+// action says which action a call is. A call that is not listed is refused.
+func action(procedure string) broker.Action {
 	switch procedure {
 	case brokerv1connect.BrokerServiceInfoProcedure:
-		return []string{roleOwner, roleEngineer, roleAgent, roleAuditor}
-	case brokerv1connect.BrokerServiceCreateAssetProcedure,
-		brokerv1connect.BrokerServiceCreateGrantProcedure,
-		brokerv1connect.BrokerServiceRevokeGrantProcedure:
-		return []string{roleOwner}
-	case brokerv1connect.BrokerServiceGetAssetProcedure,
-		brokerv1connect.BrokerServiceListAssetsProcedure,
-		brokerv1connect.BrokerServiceListGrantsProcedure:
-		return []string{roleOwner, roleEngineer, roleAgent, roleAuditor}
-	case brokerv1connect.BrokerServiceReleaseProcedure,
-		brokerv1connect.BrokerServiceLogBundleProcedure:
-		return []string{roleAgent}
+		return broker.ActionInfo
+	case brokerv1connect.BrokerServiceCreateAssetProcedure:
+		return broker.ActionCreateAsset
+	case brokerv1connect.BrokerServiceGetAssetProcedure, brokerv1connect.BrokerServiceListAssetsProcedure:
+		return broker.ActionReadAsset
+	case brokerv1connect.BrokerServiceUpdateAssetPolicyProcedure:
+		return broker.ActionUpdateAssetPolicy
+	case brokerv1connect.BrokerServiceCreateGrantProcedure:
+		return broker.ActionCreateGrant
+	case brokerv1connect.BrokerServiceRequestGrantProcedure:
+		return broker.ActionRequestGrant
+	case brokerv1connect.BrokerServiceApproveGrantProcedure:
+		return broker.ActionApproveGrant
+	case brokerv1connect.BrokerServiceDenyGrantProcedure:
+		return broker.ActionDenyGrant
+	case brokerv1connect.BrokerServiceGetGrantProcedure:
+		return broker.ActionReadGrant
+	case brokerv1connect.BrokerServiceListGrantsProcedure:
+		return broker.ActionListGrants
+	case brokerv1connect.BrokerServiceRevokeGrantProcedure, brokerv1connect.BrokerServiceRevokeProcedure:
+		return broker.ActionRevoke
+	case brokerv1connect.BrokerServiceListRevocationsProcedure:
+		return broker.ActionListRevocations
+	case brokerv1connect.BrokerServiceLiftRevocationProcedure:
+		return broker.ActionLiftRevocation
+	case brokerv1connect.BrokerServiceRewrapKeysProcedure:
+		return broker.ActionRewrapKeys
+	case brokerv1connect.BrokerServiceReleaseProcedure:
+		return broker.ActionRelease
+	case brokerv1connect.BrokerServiceRenewProcedure:
+		return broker.ActionRenew
+	case brokerv1connect.BrokerServiceReportStoppedProcedure:
+		return broker.ActionReportStopped
+	case brokerv1connect.BrokerServiceCountersignCheckpointProcedure:
+		return broker.ActionCountersign
+	case brokerv1connect.BrokerServiceLogBundleProcedure:
+		return broker.ActionLogBundle
 	case brokerv1connect.BrokerServiceEntriesProcedure:
-		return []string{roleOwner, roleAgent, roleAuditor}
+		return broker.ActionEntries
 	}
-	return nil
+	return ""
 }
 
-// Options are what Handler needs. All are required.
+// mayCall says whether a role may make a call at all. Approving is for approvers,
+// and for owners, whose consent it is without a signature.
+func mayCall(role, procedure string) bool {
+	a := action(procedure)
+	return a != "" && (broker.MayEver(role, a) || a == broker.ActionApproveGrant && broker.MayEver(role, broker.ActionConsentGrant))
+}
+
+// Options are what Handler needs. All are required but Limit.
 type Options struct {
 	Broker *broker.Broker
 	// Identify returns the authenticated caller of a request.
-	Identify func(*http.Request) (role, name string, err error)
+	Identify func(*http.Request) (broker.Actor, error)
 	Log      *slog.Logger
+	// Limit is what one caller may ask for; DefaultLimit if it is zero.
+	Limit Limit
 }
 
 // Handler returns the broker's HTTP handler.
@@ -83,11 +112,14 @@ func handler(o Options, read, write time.Duration) (http.Handler, error) {
 		return nil, errors.New("broker handler needs a broker, a way to identify callers and a logger")
 	}
 	mux := http.NewServeMux()
-	mux.Handle(brokerv1connect.NewBrokerServiceHandler(&service{b: o.Broker},
+	if o.Limit == (Limit{}) {
+		o.Limit = DefaultLimit()
+	}
+	mux.Handle(brokerv1connect.NewBrokerServiceHandler(&service{b: o.Broker, log: o.Log},
 		connect.WithReadMaxBytes(MaxMessage),
-		connect.WithInterceptors(&gate{log: o.Log}),
+		connect.WithInterceptors(&gate{log: o.Log, lists: make(chan struct{}, maxLists)}),
 	))
-	return bounded(read, write, admit(o, mux)), nil
+	return bounded(read, write, admit(o, newQuota(o.Limit), mux)), nil
 }
 
 // bounded limits every request's size and the time that its caller may take.
@@ -109,23 +141,35 @@ type actorKey struct{}
 // admit puts the caller into the context, or answers 401, and refuses calls that
 // its role may not make. Either way a caller that may not call is answered before
 // its request is read.
-func admit(o Options, next http.Handler) http.Handler {
+func admit(o Options, q *quota, next http.Handler) http.Handler {
 	answer := connect.NewErrorWriter()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		role, name, err := o.Identify(r)
-		if err != nil || role == "" || name == "" {
+		refuse := func(ctx context.Context, a broker.Actor, err error) {
+			o.Log.LogAttrs(ctx, slog.LevelWarn, "not answered", slog.String("call", r.URL.Path), slog.String("caller", a.String()), slog.String("error", err.Error()))
+			unread(w, r)
+			_ = answer.Write(w, r, wireError(err))
+		}
+		a, err := o.Identify(r)
+		var why *check.Refusal
+		if errors.As(err, &why) || errors.Is(err, broker.ErrUnavailable) {
+			refuse(r.Context(), broker.Actor{}, err)
+			return
+		}
+		if err != nil || a.Role == "" || a.Name == "" {
 			unread(w, r)
 			http.Error(w, "who you are could not be established", http.StatusUnauthorized)
 			return
 		}
-		a := broker.Actor{Role: role, Name: name}
-		if !slices.Contains(allowed(r.URL.Path), role) {
-			err := unauthorized("one of the roles that may call this", role, "use an identity of another role")
-			o.Log.LogAttrs(r.Context(), slog.LevelWarn, "not answered", slog.String("call", r.URL.Path), slog.String("caller", a.String()), slog.String("error", err.Error()))
-			unread(w, r)
-			_ = answer.Write(w, r, wireError(err))
+		if !mayCall(a.Role, r.URL.Path) {
+			refuse(r.Context(), a, broker.Unauthorized("one of the roles that may call this", a.Role))
 			return
 		}
+		done, err := q.take(a.String())
+		if err != nil {
+			refuse(r.Context(), a, err)
+			return
+		}
+		defer done()
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), actorKey{}, a)))
 	})
 }
@@ -138,19 +182,16 @@ func unread(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func unauthorized(expected, found, hint string) error {
-	var l check.List
-	l.Fail("role", expected, found, hint)
-	return check.Refuse("authorize", l)
-}
-
 func actor(ctx context.Context) broker.Actor {
 	a, _ := ctx.Value(actorKey{}).(broker.Actor)
 	return a
 }
 
 // gate bounds calls and writes the access log, which holds no message.
-type gate struct{ log *slog.Logger }
+type gate struct {
+	log   *slog.Logger
+	lists chan struct{}
+}
 
 // WrapUnary implements connect.Interceptor.
 func (g *gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
@@ -158,7 +199,7 @@ func (g *gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 		a, procedure, start := actor(ctx), req.Spec().Procedure, time.Now()
 		ctx, cancel := context.WithTimeout(ctx, callTimeout)
 		defer cancel()
-		resp, err := next(ctx, req)
+		resp, err := g.limited(ctx, procedure, req, next)
 		attrs := []slog.Attr{slog.String("call", procedure), slog.String("caller", a.String()), slog.Duration("took", time.Since(start))}
 		if err == nil {
 			g.log.LogAttrs(ctx, slog.LevelInfo, "answered", attrs...)
@@ -166,6 +207,23 @@ func (g *gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 		}
 		g.log.LogAttrs(ctx, slog.LevelWarn, "not answered", append(attrs, slog.String("error", err.Error()))...)
 		return nil, wireError(err)
+	}
+}
+
+// limited makes a call, which waits for its turn first if it reads many rows.
+func (g *gate) limited(ctx context.Context, procedure string, req connect.AnyRequest, next connect.UnaryFunc) (connect.AnyResponse, error) {
+	switch procedure {
+	case brokerv1connect.BrokerServiceListGrantsProcedure, brokerv1connect.BrokerServiceListAssetsProcedure, brokerv1connect.BrokerServiceListRevocationsProcedure,
+		brokerv1connect.BrokerServiceEntriesProcedure:
+	default:
+		return next(ctx, req)
+	}
+	select {
+	case g.lists <- struct{}{}:
+		defer func() { <-g.lists }()
+		return next(ctx, req)
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: wait for other lists: %w", broker.ErrUnavailable, ctx.Err())
 	}
 }
 
@@ -204,7 +262,10 @@ func wireError(err error) *connect.Error {
 	return connect.NewError(connect.CodeInternal, errors.New("internal error of the broker; its log says which"))
 }
 
-type service struct{ b *broker.Broker }
+type service struct {
+	b   *broker.Broker
+	log *slog.Logger
+}
 
 var _ brokerv1connect.BrokerServiceHandler = (*service)(nil)
 
@@ -216,84 +277,6 @@ func (s *service) Info(context.Context, *connect.Request[brokerv1.InfoRequest]) 
 	return connect.NewResponse(&brokerv1.InfoResponse{BrokerId: i.ID, OwnerWrapKey: i.OwnerWrapKey, Jwks: i.JWKS, Simulation: i.Simulation}), nil
 }
 
-func (s *service) CreateAsset(ctx context.Context, req *connect.Request[brokerv1.CreateAssetRequest]) (*connect.Response[brokerv1.CreateAssetResponse], error) {
-	m := req.Msg
-	a, err := s.b.CreateAsset(ctx, actor(ctx), broker.NewAsset{
-		Name: m.GetName(), Kind: kinds()[m.GetKind()], Digest: plan.Digest(m.GetDigest()), Enc: m.GetWrappedEnc(), Ciphertext: m.GetWrappedKey(),
-	})
-	if err != nil {
-		return nil, err
-	}
-	return connect.NewResponse(&brokerv1.CreateAssetResponse{Asset: asset(a)}), nil
-}
-
-func (s *service) GetAsset(ctx context.Context, req *connect.Request[brokerv1.GetAssetRequest]) (*connect.Response[brokerv1.GetAssetResponse], error) {
-	a, err := s.b.Asset(ctx, req.Msg.GetName())
-	if err != nil {
-		return nil, err
-	}
-	return connect.NewResponse(&brokerv1.GetAssetResponse{Asset: asset(a)}), nil
-}
-
-func (s *service) ListAssets(ctx context.Context, _ *connect.Request[brokerv1.ListAssetsRequest]) (*connect.Response[brokerv1.ListAssetsResponse], error) {
-	l, err := s.b.Assets(ctx)
-	if err != nil {
-		return nil, err
-	}
-	out := &brokerv1.ListAssetsResponse{}
-	for _, a := range l {
-		out.Assets = append(out.Assets, asset(a))
-	}
-	return connect.NewResponse(out), nil
-}
-
-func (s *service) CreateGrant(ctx context.Context, req *connect.Request[brokerv1.CreateGrantRequest]) (*connect.Response[brokerv1.CreateGrantResponse], error) {
-	m := req.Msg
-	g, err := s.b.CreateGrant(ctx, actor(ctx), broker.NewGrant{
-		Assets: m.GetAssets(), Plan: plan.Digest(m.GetPlanDigest()), NotBefore: unix(m.GetNotBeforeUnix()), NotAfter: unix(m.GetNotAfterUnix()),
-		MaxReleases: int(m.GetMaxReleases()), AllowSimulated: m.GetAllowSimulated(),
-	})
-	if err != nil {
-		return nil, err
-	}
-	return connect.NewResponse(&brokerv1.CreateGrantResponse{Grant: s.grant(g)}), nil
-}
-
-func (s *service) ListGrants(ctx context.Context, req *connect.Request[brokerv1.ListGrantsRequest]) (*connect.Response[brokerv1.ListGrantsResponse], error) {
-	// A plan's digest is known to those who deal with the plan: whoever else
-	// lists grants sees what other people's jobs use.
-	p := plan.Digest(req.Msg.GetPlanDigest())
-	if a := actor(ctx); p == "" && a.Role != roleOwner {
-		return nil, unauthorized("a plan, or role "+roleOwner, a.Role+" without a plan", "name the digest of the plan")
-	}
-	l, err := s.b.Grants(ctx, p)
-	if err != nil {
-		return nil, err
-	}
-	out := &brokerv1.ListGrantsResponse{}
-	for _, g := range l {
-		out.Grants = append(out.Grants, s.grant(g))
-	}
-	return connect.NewResponse(out), nil
-}
-
-func (s *service) RevokeGrant(ctx context.Context, req *connect.Request[brokerv1.RevokeGrantRequest]) (*connect.Response[brokerv1.RevokeGrantResponse], error) {
-	g, err := s.b.Revoke(ctx, actor(ctx), req.Msg.GetId(), req.Msg.GetReason())
-	if err != nil {
-		return nil, err
-	}
-	return connect.NewResponse(&brokerv1.RevokeGrantResponse{Grant: s.grant(g)}), nil
-}
-
-func (s *service) Release(ctx context.Context, req *connect.Request[brokerv1.ReleaseRequest]) (*connect.Response[brokerv1.ReleaseResponse], error) {
-	m := req.Msg
-	a, err := s.b.Release(ctx, actor(ctx), m.GetResult(), m.GetRequest(), m.GetSignature())
-	if err != nil {
-		return nil, err
-	}
-	return connect.NewResponse(&brokerv1.ReleaseResponse{Enc: a.Enc, Ciphertext: a.Ciphertext, Receipt: a.Receipt}), nil
-}
-
 func (s *service) LogBundle(ctx context.Context, req *connect.Request[brokerv1.LogBundleRequest]) (*connect.Response[brokerv1.LogBundleResponse], error) {
 	token, err := s.b.LogBundle(ctx, actor(ctx), req.Msg.GetJobId(), plan.Digest(req.Msg.GetDigest()))
 	if err != nil {
@@ -303,7 +286,7 @@ func (s *service) LogBundle(ctx context.Context, req *connect.Request[brokerv1.L
 }
 
 func (s *service) Entries(ctx context.Context, req *connect.Request[brokerv1.EntriesRequest]) (*connect.Response[brokerv1.EntriesResponse], error) {
-	l, err := s.b.Entries(ctx, req.Msg.GetJobId())
+	l, err := s.b.Entries(ctx, actor(ctx), req.Msg.GetJobId())
 	if err != nil {
 		return nil, err
 	}
@@ -312,31 +295,6 @@ func (s *service) Entries(ctx context.Context, req *connect.Request[brokerv1.Ent
 		out.Entries = append(out.Entries, &brokerv1.Entry{Index: e.Index, Body: e.Body, ChainHash: e.Hash})
 	}
 	return connect.NewResponse(out), nil
-}
-
-func kinds() map[brokerv1.AssetKind]broker.Kind {
-	return map[brokerv1.AssetKind]broker.Kind{
-		brokerv1.AssetKind_ASSET_KIND_DATASET:     broker.KindDataset,
-		brokerv1.AssetKind_ASSET_KIND_WEIGHTS:     broker.KindWeights,
-		brokerv1.AssetKind_ASSET_KIND_CHECKPOINTS: broker.KindCheckpoints,
-	}
-}
-
-func asset(a broker.Asset) *brokerv1.Asset {
-	out := &brokerv1.Asset{Name: a.Name, Digest: string(a.Digest), Owner: a.Owner, CreatedUnix: a.Created.Unix()}
-	for k, v := range kinds() {
-		if v == a.Kind {
-			out.Kind = k
-		}
-	}
-	return out
-}
-
-func (s *service) grant(g broker.Grant) *brokerv1.Grant {
-	return &brokerv1.Grant{
-		Id: g.ID, Assets: g.Assets, PlanDigest: string(g.Plan), NotBeforeUnix: g.NotBefore.Unix(), NotAfterUnix: g.NotAfter.Unix(),
-		MaxReleases: int32(g.MaxReleases), Used: int32(g.Used), State: g.State(s.b.Now()), Owner: g.Owner, AllowSimulated: g.AllowSimulated,
-	}
 }
 
 func unix(s int64) time.Time {

@@ -18,6 +18,8 @@ import (
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -48,7 +50,9 @@ func (i impersonate) RoundTrip(r *http.Request) (*http.Response, error) {
 type stack struct {
 	url      string
 	verifier *receipt.Signer
+	self     *receipt.Signer
 	keys     receipt.Keys
+	kms      *ownedKeys
 	store    *serve.Store
 	options  serve.Options
 	log      *bytes.Buffer
@@ -79,12 +83,25 @@ func signer(t *testing.T, issuer string) (*receipt.Signer, receipt.Keys) {
 	return s, k
 }
 
+// ownedKeys are keys that their owner can disable.
+type ownedKeys struct {
+	*broker.LocalKeys
+	disabled atomic.Bool
+}
+
+func (k *ownedKeys) Unwrap(ctx context.Context, wrapped, associated []byte) (*broker.DataKey, error) {
+	if k.disabled.Load() {
+		return nil, broker.ErrKeyDisabled
+	}
+	return k.LocalKeys.Unwrap(ctx, wrapped, associated)
+}
+
 func newStack(t *testing.T) *stack {
 	t.Helper()
 	s := &stack{store: open(t, filepath.Join(t.TempDir(), "broker.db")), log: &bytes.Buffer{}}
 	self, keys := signer(t, "broker.test")
 	verifier, verifierKeys := signer(t, "verifier.test")
-	s.verifier, s.keys = verifier, keys
+	s.verifier, s.keys, s.self = verifier, keys, self
 	owner, err := hpke.MLKEM768X25519().GenerateKey()
 	if err != nil {
 		t.Fatal(err)
@@ -93,16 +110,17 @@ func newStack(t *testing.T) *stack {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := broker.New(broker.Config{ID: "broker.test", Signer: self, OwnerKey: owner, Keys: kms, Store: s.store, Verifiers: []receipt.Keys{verifierKeys}, Simulation: true, Now: time.Now})
+	s.kms = &ownedKeys{LocalKeys: kms}
+	b, err := broker.New(broker.Config{ID: "broker.test", Signer: self, OwnerKey: owner, Keys: s.kms, Store: s.store, Verifiers: []receipt.Keys{verifierKeys}, Simulation: true, Now: time.Now, Access: broker.Roles{}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.options = serve.Options{Broker: b, Log: slog.New(slog.NewJSONHandler(s.log, nil)), Identify: func(r *http.Request) (string, string, error) {
+	s.options = serve.Options{Broker: b, Log: slog.New(slog.NewJSONHandler(s.log, nil)), Identify: func(r *http.Request) (broker.Actor, error) {
 		role, name, ok := strings.Cut(r.Header.Get(as), "/")
 		if !ok {
-			return "", "", errors.New("nobody")
+			return broker.Actor{}, errors.New("nobody")
 		}
-		return role, name, nil
+		return broker.Actor{Role: role, Name: name}, nil
 	}}
 	h, err := serve.Handler(s.options)
 	if err != nil {
@@ -155,7 +173,7 @@ func TestWholeWay(t *testing.T) {
 	}
 	planDigest := plan.Sum([]byte("plan"))
 	g := call(t, owner.CreateGrant, &brokerv1.CreateGrantRequest{Assets: []string{"weights"}, PlanDigest: string(planDigest), NotAfterUnix: time.Now().Add(time.Hour).Unix(), MaxReleases: 1, AllowSimulated: true}).GetGrant()
-	if g.GetState() != broker.StateActive {
+	if g.GetState() != string(broker.StateActive) {
 		t.Errorf("grant %v", g)
 	}
 
@@ -195,7 +213,7 @@ func TestWholeWay(t *testing.T) {
 		t.Fatal(err)
 	}
 	rel := call(t, agent.Release, &brokerv1.ReleaseRequest{Result: token, Request: request, Signature: sig})
-	wrapInfo, err := receipt.WrapInfo(g.GetId(), planDigest, "weights", "r1")
+	wrapInfo, err := receipt.WrapInfo(g.GetId(), planDigest, "weights", "r1", s.self.LeaseTerms(60))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -223,7 +241,7 @@ func TestWholeWay(t *testing.T) {
 		t.Error(err)
 	}
 
-	if got := call(t, owner.RevokeGrant, &brokerv1.RevokeGrantRequest{Id: g.GetId(), Reason: "over"}).GetGrant(); got.GetState() != broker.StateRevoked || got.GetUsed() != 1 {
+	if got := call(t, owner.RevokeGrant, &brokerv1.RevokeGrantRequest{Id: g.GetId(), Reason: "over"}).GetGrant(); got.GetState() != string(broker.StateRevoked) || got.GetUsed() != 1 {
 		t.Errorf("grant %v", got)
 	}
 	_, err = agent.Release(t.Context(), connect.NewRequest(&brokerv1.ReleaseRequest{Result: token, Request: request, Signature: sig}))
@@ -252,27 +270,41 @@ func TestRoles(t *testing.T) {
 		}
 		return m
 	}
+	type client = brokerv1connect.BrokerServiceClient
+	everyone := let("owner", "engineer", "agent", "auditor", "approver", "operator", "scheduler")
 	calls := map[string]struct {
-		call func(brokerv1connect.BrokerServiceClient, context.Context) error
+		call func(client, context.Context) error
 		in   in
 	}{
-		"Info":                     {try(brokerv1connect.BrokerServiceClient.Info), let("owner", "engineer", "agent", "auditor")},
-		"CreateAsset":              {try(brokerv1connect.BrokerServiceClient.CreateAsset), let("owner")},
-		"GetAsset":                 {try(brokerv1connect.BrokerServiceClient.GetAsset), let("owner", "engineer", "agent", "auditor")},
-		"ListAssets":               {try(brokerv1connect.BrokerServiceClient.ListAssets), let("owner", "engineer", "agent", "auditor")},
-		"CreateGrant":              {try(brokerv1connect.BrokerServiceClient.CreateGrant), let("owner")},
-		"ListGrants of every plan": {try(brokerv1connect.BrokerServiceClient.ListGrants), let("owner")},
-		"ListGrants of one plan": {func(c brokerv1connect.BrokerServiceClient, ctx context.Context) error {
+		"Info":                     {try(client.Info), everyone},
+		"CreateAsset":              {try(client.CreateAsset), let("owner")},
+		"GetAsset":                 {try(client.GetAsset), everyone},
+		"ListAssets":               {try(client.ListAssets), everyone},
+		"UpdateAssetPolicy":        {try(client.UpdateAssetPolicy), let("owner")},
+		"CreateGrant":              {try(client.CreateGrant), let("owner")},
+		"RequestGrant":             {try(client.RequestGrant), let("owner", "engineer", "scheduler")},
+		"ApproveGrant":             {try(client.ApproveGrant), let("owner", "approver")},
+		"DenyGrant":                {try(client.DenyGrant), let("owner", "approver")},
+		"GetGrant":                 {try(client.GetGrant), everyone},
+		"ListGrants of every plan": {try(client.ListGrants), let("owner", "approver", "auditor", "operator")},
+		"ListGrants of one plan": {func(c client, ctx context.Context) error {
 			_, err := c.ListGrants(ctx, connect.NewRequest(&brokerv1.ListGrantsRequest{PlanDigest: string(plan.Sum([]byte("plan")))}))
 			return err
-		}, let("owner", "engineer", "agent", "auditor")},
-		"RevokeGrant": {try(brokerv1connect.BrokerServiceClient.RevokeGrant), let("owner")},
-		"Release":     {try(brokerv1connect.BrokerServiceClient.Release), let("agent")},
-		"LogBundle":   {try(brokerv1connect.BrokerServiceClient.LogBundle), let("agent")},
-		"Entries":     {try(brokerv1connect.BrokerServiceClient.Entries), let("owner", "agent", "auditor")},
+		}, everyone},
+		"RevokeGrant":           {try(client.RevokeGrant), let("owner", "operator")},
+		"Revoke":                {try(client.Revoke), let("owner", "operator")},
+		"ListRevocations":       {try(client.ListRevocations), let("owner", "operator", "auditor")},
+		"LiftRevocation":        {try(client.LiftRevocation), let("operator")},
+		"RewrapKeys":            {try(client.RewrapKeys), let("operator")},
+		"Release":               {try(client.Release), let("agent")},
+		"Renew":                 {try(client.Renew), let("agent")},
+		"ReportStopped":         {try(client.ReportStopped), let("agent")},
+		"CountersignCheckpoint": {try(client.CountersignCheckpoint), let("agent")},
+		"LogBundle":             {try(client.LogBundle), let("agent")},
+		"Entries":               {try(client.Entries), let("owner", "agent", "auditor", "operator")},
 	}
 	for name, c := range calls {
-		for _, role := range []string{"owner", "engineer", "agent", "auditor", "operator", "verifier", "broker", "root"} {
+		for _, role := range []string{"owner", "engineer", "agent", "auditor", "approver", "operator", "scheduler", "verifier", "broker", "root"} {
 			err := c.call(s.client(role+"/x"), t.Context())
 			r, refused := refusal.Decode(err)
 			if byRole := refused && r.Stage == "authorize"; byRole == c.in[role] {
@@ -395,3 +427,149 @@ func TestHandlerRefusesIncomplete(t *testing.T) {
 		t.Error("made")
 	}
 }
+
+// TestOneCallerFloods: whoever asks too much is told so at once, and others are
+// served meanwhile.
+func TestOneCallerFloods(t *testing.T) {
+	s := newStack(t)
+	o := s.options
+	o.Limit = serve.Limit{PerSecond: 0.001, Burst: 5, Waiting: 4}
+	h, err := serve.Handler(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(h)
+	t.Cleanup(srv.Close)
+	s.url = srv.URL
+	info := func(who string) error {
+		_, err := s.client(who).Info(t.Context(), connect.NewRequest(&brokerv1.InfoRequest{}))
+		return err
+	}
+	for range 5 {
+		if err := info("agent/flood"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 20 {
+		if err := info("agent/flood"); connect.CodeOf(err) != connect.CodeResourceExhausted || !strings.Contains(err.Error(), "rate.calls") {
+			t.Fatal(err)
+		}
+	}
+	for _, who := range []string{"agent/other", "owner/flood"} {
+		if err := info(who); err != nil {
+			t.Errorf("%s: %v", who, err)
+		}
+	}
+}
+
+// TestOneCallerWaits: calls that hang take nothing from other callers.
+func TestOneCallerWaits(t *testing.T) {
+	s := newStack(t)
+	o := s.options
+	o.Limit = serve.Limit{PerSecond: 1000, Burst: 1000, Waiting: 2}
+	h, err := serve.Handler(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(h)
+	t.Cleanup(srv.Close)
+	s.url = srv.URL
+	var last error
+	for range 100 {
+		// One that comes while Info is in work is turned away, and so is not the last.
+		s.begin(t, srv.URL, "agent/slow", brokerv1connect.BrokerServiceReleaseProcedure)
+		if _, last = s.client("agent/slow").Info(t.Context(), connect.NewRequest(&brokerv1.InfoRequest{})); last != nil {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if connect.CodeOf(last) != connect.CodeResourceExhausted || !strings.Contains(last.Error(), "rate.waiting") {
+		t.Errorf("a third call: %v", last)
+	}
+	if _, err := s.client("agent/quick").Info(t.Context(), connect.NewRequest(&brokerv1.InfoRequest{})); err != nil {
+		t.Errorf("another caller: %v", err)
+	}
+}
+
+// slowLists is an Authorizer that lets lists take long.
+type slowLists struct {
+	broker.Roles
+	began chan struct{}
+	end   chan struct{}
+}
+
+func (l slowLists) Authorize(ctx context.Context, a broker.Access) error {
+	if a.Action == broker.ActionListGrants {
+		l.began <- struct{}{}
+		<-l.end
+	}
+	return l.Roles.Authorize(ctx, a)
+}
+
+// TestListsLeaveRoom: however many long lists are asked for, a call that jobs live
+// by is answered.
+func TestListsLeaveRoom(t *testing.T) {
+	s := newStack(t)
+	owner, err := hpke.MLKEM768X25519().GenerateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, keys := signer(t, "verifier.test")
+	slow := slowLists{began: make(chan struct{}, 100), end: make(chan struct{})}
+	o := s.options
+	if o.Broker, err = broker.New(broker.Config{ID: "broker.test", Signer: s.self, OwnerKey: owner, Keys: s.kms, Store: s.store, Verifiers: []receipt.Keys{keys}, Now: time.Now, Access: slow}); err != nil {
+		t.Fatal(err)
+	}
+	h, err := serve.Handler(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(h)
+	t.Cleanup(srv.Close)
+	s.url = srv.URL
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(slow.end)
+	for range 16 {
+		wg.Go(func() {
+			_, _ = s.client("auditor/eve").ListGrants(t.Context(), connect.NewRequest(&brokerv1.ListGrantsRequest{}))
+		})
+	}
+	<-slow.began
+	<-slow.began
+	time.Sleep(50 * time.Millisecond) // for the others to come
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	r, err := s.client("agent/node-1").Renew(ctx, connect.NewRequest(&brokerv1.RenewRequest{Renewals: []*brokerv1.Renewal{{JobId: "job-1", Challenge: make([]byte, receipt.ChallengeSize)}}}))
+	if err != nil || len(r.Msg.GetRenewed()) != 1 {
+		t.Errorf("renewal: %v", err)
+	}
+}
+
+// TestDatabaseGone: nothing is answered from memory, and nothing is released.
+func TestDatabaseGone(t *testing.T) {
+	s := newStack(t)
+	if err := s.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	owner, agent := s.client("owner/alice"), s.client("agent/node-1")
+	for name, err := range map[string]error{
+		"ListAssets": second(owner.ListAssets(ctx, connect.NewRequest(&brokerv1.ListAssetsRequest{}))),
+		"GetGrant":   second(owner.GetGrant(ctx, connect.NewRequest(&brokerv1.GetGrantRequest{Id: "g"}))),
+		"Revoke": second(owner.Revoke(ctx, connect.NewRequest(&brokerv1.RevokeRequest{
+			Kind: brokerv1.RevocationKind_REVOCATION_KIND_MEASUREMENT, Value: strings.Repeat("ab", 48), Reason: "x",
+		}))),
+		"Renew":       second(agent.Renew(ctx, connect.NewRequest(&brokerv1.RenewRequest{Renewals: []*brokerv1.Renewal{{JobId: "job-1", Challenge: make([]byte, receipt.ChallengeSize)}}}))),
+		"CreateAsset": second(owner.CreateAsset(ctx, connect.NewRequest(&brokerv1.CreateAssetRequest{Name: "c", Kind: brokerv1.AssetKind_ASSET_KIND_CHECKPOINTS}))),
+	} {
+		if connect.CodeOf(err) != connect.CodeUnavailable {
+			t.Errorf("%s: %v", name, err)
+		}
+		if strings.Contains(fmt.Sprint(err), "sql") {
+			t.Errorf("%s tells how the broker works: %v", name, err)
+		}
+	}
+}
+
+func second[T any](_ T, err error) error { return err }

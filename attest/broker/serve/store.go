@@ -3,6 +3,7 @@ package serve
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,17 +22,21 @@ import (
 )
 
 const (
-	// schemaVersion is the only schema there is; another one is an error.
-	schemaVersion = 2
+	// schemaVersion is the schema that a store has once it is open. A database of
+	// version 2 is brought to it; every other one is an error.
+	schemaVersion = 3
 	// busyTimeout is how long a statement waits for another process's lock.
 	busyTimeout = 5 * time.Second
+	// walPages is how long the write-ahead log gets before its pages move to the
+	// database, 16 MiB: a page that many commits changed moves once.
+	walPages = 4096
 	// readers is how many connections serve reads beside the one writer.
 	readers = 4
 )
 
 // The triggers make history append-only for every statement of this program;
 // the hash chain shows what someone with the file in hand changed.
-const schema = `
+const schema2 = `
 CREATE TABLE meta (origin TEXT NOT NULL) STRICT;
 CREATE TABLE assets (
 	name TEXT PRIMARY KEY, kind TEXT NOT NULL, digest TEXT NOT NULL, owner TEXT NOT NULL,
@@ -82,17 +87,32 @@ CREATE TRIGGER counted_delete BEFORE DELETE ON counted BEGIN SELECT RAISE(ABORT,
 `
 
 const (
-	assetColumns   = `name, kind, digest, owner, created, wrapped`
-	grantColumns   = `id, plan, not_before, not_after, max_releases, used, owner, allow_simulated, revoked, reason, (SELECT json_group_array(asset) FROM grant_assets WHERE grant_id = id)`
-	releaseColumns = `verifier, result_id, asset, id, grant_id, attempt, job, plan, asset_digest, request, enc, ciphertext, time, not_after, simulated, log_index, log_hash`
+	assetColumns   = `name, kind, digest, owner, created, wrapped, key_store, labels, policy, revision`
+	grantFields    = `id, plan, not_before, not_after, max_releases, used, owner, allow_simulated, revoked, reason, requester, idem_key, requested, principals, purpose, consented, denied, ended_by`
+	grantColumns   = grantFields + `, rowid, (SELECT json_group_array(asset) FROM grant_assets WHERE grant_id = id)`
+	releaseColumns = `verifier, result_id, asset, id, grant_id, attempt, job, plan, asset_digest, request, enc, ciphertext, time, not_after, simulated, lease_seconds, lease_key, approvals, log_index, log_hash`
+	leaseColumns   = `job, agent, submitter, plan, session, seconds, grace, stop_at, image, chips, measurements, uses, opened, stop, told, ended`
+	revokeColumns  = `kind, value, scope, reason, by_whom, time`
+	headColumns    = `job, asset, plan, sequence, digest, record, time, log_index, log_hash`
 
 	qAsset      = `SELECT ` + assetColumns + ` FROM assets WHERE name = ?`
 	qAssets     = `SELECT ` + assetColumns + ` FROM assets ORDER BY name LIMIT ?`
 	qOwnAssets  = `SELECT count(*) FROM assets WHERE owner = ?`
 	qGrant      = `SELECT ` + grantColumns + ` FROM grants WHERE id = ?`
-	qGrants     = `SELECT ` + grantColumns + ` FROM grants ORDER BY rowid LIMIT ?`
-	qPlanGrants = `SELECT ` + grantColumns + ` FROM grants WHERE plan = ? ORDER BY rowid LIMIT ?`
-	qOwnGrants  = `SELECT count(*) FROM grants WHERE plan = ? AND owner = ?`
+	qGrants     = `SELECT ` + grantColumns + ` FROM grants WHERE rowid > ?1 AND (?2 = '' OR EXISTS (SELECT 1 FROM json_each(principals) WHERE value = ?2)) ORDER BY rowid LIMIT ?3`
+	qPlanGrants = `SELECT ` + grantColumns + ` FROM grants WHERE plan = ?4 AND rowid > ?1 AND (?2 = '' OR EXISTS (SELECT 1 FROM json_each(principals) WHERE value = ?2)) ORDER BY rowid LIMIT ?3`
+	qKeyGrant   = `SELECT ` + grantColumns + ` FROM grants WHERE requester = ? AND idem_key = ? AND idem_key <> ''`
+	qOwnGrants  = `SELECT count(*) FROM grants WHERE requester = ?1 AND plan = ?2`
+	qAllGrants  = `SELECT count(*) FROM grants WHERE requester = ?1`
+	qApprovals  = `SELECT grant_id, approver, document, signature, digest FROM approvals WHERE grant_id = ? ORDER BY rowid`
+	qLease      = `SELECT ` + leaseColumns + ` FROM leases WHERE job = ?`
+	qLeases     = `SELECT ` + leaseColumns + ` FROM leases WHERE ended IS NULL AND job > ? ORDER BY job LIMIT ?`
+	qRevoked    = `SELECT ` + revokeColumns + ` FROM revocations WHERE kind || ' ' || value IN (SELECT value FROM json_each(?1))
+		UNION SELECT DISTINCT kind, '', '', '', '', 0 FROM revocations WHERE kind || ' ' IN (SELECT value FROM json_each(?1)) ORDER BY kind, value, scope`
+	qAnyRevoked = `SELECT EXISTS (SELECT 1 FROM revocations)`
+	qRevokeAll  = `SELECT ` + revokeColumns + ` FROM revocations ORDER BY kind, value, scope LIMIT ?`
+	qCkptHead   = `SELECT ` + headColumns + ` FROM heads WHERE job = ? AND asset = ?`
+	qPolicySet  = `SELECT serial, digest FROM policy_set`
 	qRelease    = `SELECT ` + releaseColumns + ` FROM releases WHERE verifier = ? AND result_id = ? AND asset = ?`
 	qUses       = `SELECT verifier, nonce, result_id, recipient FROM uses WHERE verifier = ?1 AND nonce = ?2 UNION SELECT verifier, nonce, result_id, recipient FROM uses WHERE verifier = ?1 AND result_id = ?3`
 	qCounted    = `SELECT count(*) FROM counted WHERE grant_id = ? AND job = ? AND recipient = ?`
@@ -102,37 +122,93 @@ const (
 	qEntries    = `SELECT idx, body, hash FROM log WHERE idx >= ? ORDER BY idx LIMIT ?`
 	qJobLog     = `SELECT idx, body, hash FROM log WHERE job = ? AND idx >= ? ORDER BY idx LIMIT ?`
 
-	iAsset      = `INSERT INTO assets (` + assetColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
-	iGrant      = `INSERT INTO grants (id, plan, not_before, not_after, max_releases, used, owner, allow_simulated, revoked, reason) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	iAsset      = `INSERT INTO assets (` + assetColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	uAsset      = `UPDATE assets SET labels = ?, policy = ?, revision = ? WHERE name = ?`
+	uAssetKey   = `UPDATE assets SET wrapped = ?, key_store = ? WHERE name = ?`
+	iGrant      = `INSERT INTO grants (` + grantFields + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iGrantAsset = `INSERT INTO grant_assets (grant_id, asset) VALUES (?, ?)`
-	uGrant      = `UPDATE grants SET used = ?, revoked = ?, reason = ? WHERE id = ?`
-	iRelease    = `INSERT INTO releases (` + releaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	uGrant      = `UPDATE grants SET used = ?, consented = ?, revoked = ?, denied = ?, reason = ?, ended_by = ? WHERE id = ?`
+	iApproval   = `INSERT INTO approvals (grant_id, approver, document, signature, digest) VALUES (?, ?, ?, ?, ?)`
+	iLease      = `INSERT OR REPLACE INTO leases (` + leaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	iRevoke     = `INSERT INTO revocations (` + revokeColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
+	dRevoke     = `DELETE FROM revocations WHERE kind = ? AND value = ? AND scope = ?`
+	iCkptHead   = `INSERT OR REPLACE INTO heads (` + headColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	iPolicySet  = `INSERT OR REPLACE INTO policy_set (one, serial, digest) VALUES (1, ?, ?)`
+	iRelease    = `INSERT INTO releases (` + releaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iUse        = `INSERT INTO uses (verifier, nonce, result_id, recipient) VALUES (?, ?, ?, ?)`
 	iCounted    = `INSERT INTO counted (grant_id, job, recipient) VALUES (?, ?, ?)`
 	iEntry      = `INSERT INTO log (idx, job, bundle, body, hash) VALUES (?, ?, ?, ?, ?)`
 )
 
+// schema3 adds what version 3 has. The defaults are what version 2 meant: assets
+// without a policy, and grants that their owners made.
+const schema3 = `
+ALTER TABLE assets ADD COLUMN key_store TEXT NOT NULL DEFAULT '';
+ALTER TABLE assets ADD COLUMN labels TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE assets ADD COLUMN policy TEXT NOT NULL DEFAULT '{"leaseSeconds":60,"graceSeconds":10}';
+ALTER TABLE assets ADD COLUMN revision INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE grants ADD COLUMN requester TEXT NOT NULL DEFAULT '';
+ALTER TABLE grants ADD COLUMN idem_key TEXT NOT NULL DEFAULT '';
+ALTER TABLE grants ADD COLUMN requested INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE grants ADD COLUMN principals TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE grants ADD COLUMN purpose TEXT NOT NULL DEFAULT '';
+ALTER TABLE grants ADD COLUMN consented INTEGER NOT NULL DEFAULT 1 CHECK (consented IN (0, 1));
+ALTER TABLE grants ADD COLUMN denied INTEGER;
+ALTER TABLE grants ADD COLUMN ended_by TEXT NOT NULL DEFAULT '';
+UPDATE grants SET requester = 'owner/' || owner, requested = not_before, ended_by = CASE WHEN revoked IS NULL THEN '' ELSE 'owner/' || owner END;
+CREATE INDEX grants_requester ON grants (requester, plan);
+CREATE UNIQUE INDEX grants_key ON grants (requester, idem_key) WHERE idem_key <> '';
+ALTER TABLE releases ADD COLUMN lease_seconds INTEGER NOT NULL DEFAULT 60;
+ALTER TABLE releases ADD COLUMN lease_key TEXT NOT NULL DEFAULT '';
+ALTER TABLE releases ADD COLUMN approvals TEXT NOT NULL DEFAULT 'null';
+CREATE TABLE approvals (
+	grant_id TEXT NOT NULL REFERENCES grants (id), approver TEXT NOT NULL, document BLOB NOT NULL, signature BLOB NOT NULL, digest TEXT NOT NULL,
+	UNIQUE (grant_id, digest)
+) STRICT;
+CREATE TABLE leases (
+	job TEXT PRIMARY KEY, agent TEXT NOT NULL, submitter TEXT NOT NULL, plan TEXT NOT NULL, session BLOB NOT NULL,
+	seconds INTEGER NOT NULL, grace INTEGER NOT NULL, stop_at INTEGER, image TEXT NOT NULL, chips TEXT NOT NULL, measurements TEXT NOT NULL,
+	uses TEXT NOT NULL, opened INTEGER NOT NULL, stop TEXT NOT NULL, told INTEGER, ended INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE INDEX leases_open ON leases (job) WHERE ended IS NULL;
+CREATE TABLE revocations (
+	kind TEXT NOT NULL, value TEXT NOT NULL, scope TEXT NOT NULL, reason TEXT NOT NULL, by_whom TEXT NOT NULL, time INTEGER NOT NULL,
+	PRIMARY KEY (kind, value, scope)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX revocations_target ON revocations (kind || ' ' || value);
+CREATE TABLE heads (
+	job TEXT NOT NULL, asset TEXT NOT NULL REFERENCES assets (name), plan TEXT NOT NULL, sequence INTEGER NOT NULL, digest TEXT NOT NULL, record TEXT NOT NULL,
+	time INTEGER NOT NULL, log_index INTEGER NOT NULL REFERENCES log (idx), log_hash BLOB NOT NULL,
+	PRIMARY KEY (job, asset)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE policy_set (one INTEGER PRIMARY KEY CHECK (one = 1), serial INTEGER NOT NULL, digest TEXT NOT NULL) STRICT;
+CREATE TRIGGER approvals_update BEFORE UPDATE ON approvals BEGIN SELECT RAISE(ABORT, 'approvals are append-only'); END;
+CREATE TRIGGER approvals_delete BEFORE DELETE ON approvals BEGIN SELECT RAISE(ABORT, 'approvals are append-only'); END;
+CREATE TRIGGER grants_terms BEFORE UPDATE OF id, plan, not_before, not_after, max_releases, owner, allow_simulated, requester, idem_key, requested, principals, purpose ON grants
+	BEGIN SELECT RAISE(ABORT, 'the terms of a grant never change'); END;
+`
+
 func readQueries() []string {
-	return []string{qAsset, qAssets, qOwnAssets, qGrant, qGrants, qPlanGrants, qOwnGrants, qRelease, qUses, qCounted, qHead, qJobHead, qBundle, qEntries, qJobLog}
+	return []string{
+		qRead, qRollback,
+		qAsset, qAssets, qOwnAssets, qGrant, qGrants, qPlanGrants, qKeyGrant, qOwnGrants, qAllGrants, qApprovals, qLease, qLeases, qAnyRevoked, qRevoked, qRevokeAll,
+		qCkptHead, qPolicySet, qRelease, qUses, qCounted, qHead, qJobHead, qBundle, qEntries, qJobLog,
+	}
 }
 
 func writeQueries() []string {
-	return append(readQueries(), iAsset, iGrant, iGrantAsset, uGrant, iRelease, iUse, iCounted, iEntry)
+	return append(readQueries(), qWrite, qCommit, qSavepoint, qKeep, qUndo, iAsset, uAsset, uAssetKey, iGrant, iGrantAsset, uGrant, iApproval, iLease, iRevoke, dRevoke, iCkptHead, iPolicySet, iRelease, iUse, iCounted, iEntry)
 }
 
 // Store is a broker.Store in one SQLite file: write-ahead log, every commit
 // synced (synchronous=FULL), one connection that writes and others that read.
+// Updates that wait for each other share a commit.
 type Store struct {
-	writer, reader *pool
+	writer writer
+	reader *pool
 }
 
 var _ broker.Store = (*Store)(nil)
-
-// pool is connections with the statements prepared for them.
-type pool struct {
-	db    *sql.DB
-	stmts map[string]*sql.Stmt
-}
 
 // OpenStore opens the database of the broker named origin, and makes it if the
 // file does not exist. A database of another broker or another schema version is
@@ -164,26 +240,24 @@ func OpenStore(ctx context.Context, path, origin string) (*Store, error) {
 }
 
 func (s *Store) open(ctx context.Context, abs, origin string) error {
-	w, err := openPool(abs, 1, "immediate", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)")
+	w, err := openPool(abs, 1, writeQueries(), "immediate", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)", fmt.Sprintf("wal_autocheckpoint(%d)", walPages))
 	if err != nil {
 		return err
 	}
-	s.writer = w
-	if err := w.migrate(ctx, origin); err != nil {
+	s.writer.pool = w
+	if err := migrate(ctx, w.db, origin); err != nil {
 		return err
 	}
-	if err := w.prepare(ctx, writeQueries()); err != nil {
+	if err := w.check(ctx, qWrite); err != nil {
 		return err
 	}
-	r, err := openPool(abs, readers, "deferred", "query_only(1)")
-	if err != nil {
+	if s.reader, err = openPool(abs, readers, readQueries(), "deferred", "query_only(1)"); err != nil {
 		return err
 	}
-	s.reader = r
-	return r.prepare(ctx, readQueries())
+	return s.reader.check(ctx, qRead)
 }
 
-func openPool(abs string, conns int, lock string, pragmas ...string) (*pool, error) {
+func openPool(abs string, conns int, queries []string, lock string, pragmas ...string) (*pool, error) {
 	q := url.Values{"_txlock": {lock}, "_pragma": append([]string{fmt.Sprintf("busy_timeout(%d)", busyTimeout.Milliseconds())}, pragmas...)}
 	db, err := sql.Open("sqlite", (&url.URL{Scheme: "file", Path: abs, RawQuery: q.Encode()}).String())
 	if err != nil {
@@ -191,22 +265,15 @@ func openPool(abs string, conns int, lock string, pragmas ...string) (*pool, err
 	}
 	db.SetMaxOpenConns(conns)
 	db.SetMaxIdleConns(conns)
-	return &pool{db: db, stmts: map[string]*sql.Stmt{}}, nil
-}
-
-func (p *pool) prepare(ctx context.Context, queries []string) error {
-	for _, q := range queries {
-		st, err := p.db.PrepareContext(ctx, q)
-		if err != nil {
-			return fmt.Errorf("prepare %q: %w", q, err)
-		}
-		p.stmts[q] = st
+	p := &pool{db: db, queries: queries, free: make(chan *session, conns)}
+	for range conns {
+		p.free <- &session{}
 	}
-	return nil
+	return p, nil
 }
 
-func (p *pool) migrate(ctx context.Context, origin string) (err error) {
-	tx, err := p.db.BeginTx(ctx, nil)
+func migrate(ctx context.Context, db *sql.DB, origin string) (err error) {
+	tx, err := db.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
@@ -224,35 +291,41 @@ func (p *pool) migrate(ctx context.Context, origin string) (err error) {
 	}
 	switch {
 	case version == 0 && tables == 0:
-		if _, err := tx.ExecContext(ctx, schema); err != nil {
+		if _, err := tx.ExecContext(ctx, schema2); err != nil {
 			return fmt.Errorf("make schema: %w", err)
 		}
 		if _, err := tx.ExecContext(ctx, `INSERT INTO meta (origin) VALUES (?)`, origin); err != nil {
 			return err
 		}
+		version = 2
+	case version != 2 && version != schemaVersion:
+		return fmt.Errorf("schema version is %d and this broker reads versions 2 and %d only: keep the file for its log, and start with a database that does not exist yet", version, schemaVersion)
+	}
+	// Whose it is comes first: nothing is changed in another broker's database.
+	var found string
+	if err := tx.QueryRowContext(ctx, `SELECT origin FROM meta`).Scan(&found); err != nil {
+		return err
+	}
+	if found != origin {
+		return fmt.Errorf("database belongs to broker %q, not %q", found, origin)
+	}
+	if version == 2 {
+		if _, err := tx.ExecContext(ctx, schema3); err != nil {
+			return fmt.Errorf("bring schema 2 to %d: %w", schemaVersion, err)
+		}
 		if _, err := tx.ExecContext(ctx, fmt.Sprintf(`PRAGMA user_version = %d`, schemaVersion)); err != nil {
 			return err
-		}
-	case version != schemaVersion:
-		return fmt.Errorf("schema version is %d and this broker reads version %d only: keep the file for its log, and start with a database that does not exist yet", version, schemaVersion)
-	default:
-		var found string
-		if err := tx.QueryRowContext(ctx, `SELECT origin FROM meta`).Scan(&found); err != nil {
-			return err
-		}
-		if found != origin {
-			return fmt.Errorf("database belongs to broker %q, not %q", found, origin)
 		}
 	}
 	return tx.Commit()
 }
 
-// Close closes the database.
+// Close closes the database, once nobody uses it.
 func (s *Store) Close() error {
 	var errs []error
-	for _, p := range []*pool{s.reader, s.writer} {
+	for _, p := range []*pool{s.reader, s.writer.pool} {
 		if p != nil {
-			errs = append(errs, p.db.Close())
+			errs = append(errs, p.close())
 		}
 	}
 	return errors.Join(errs...)
@@ -260,46 +333,31 @@ func (s *Store) Close() error {
 
 // View implements broker.Store.
 func (s *Store) View(ctx context.Context, f func(context.Context, broker.Reader) error) error {
-	return s.reader.run(ctx, true, func(ctx context.Context, t *tx) error { return f(ctx, t) })
+	return s.reader.view(ctx, func(ctx context.Context, t *tx) error { return f(ctx, t) })
 }
 
 // Update implements broker.Store.
 func (s *Store) Update(ctx context.Context, f func(context.Context, broker.Tx) error) error {
-	return s.writer.run(ctx, false, func(ctx context.Context, t *tx) error { return f(ctx, t) })
+	return s.writer.update(ctx, func(ctx context.Context, t *tx) error { return f(ctx, t) })
 }
 
-func (p *pool) run(ctx context.Context, readOnly bool, f func(context.Context, *tx) error) (err error) {
-	t, err := p.db.BeginTx(ctx, &sql.TxOptions{ReadOnly: readOnly})
-	if err != nil {
-		return fmt.Errorf("begin: %w", err)
-	}
-	// Also when f panics: the one connection that writes must come free. A
-	// transaction that ctx ended or that was committed is done already.
-	defer func() {
-		if rb := t.Rollback(); rb != nil && !errors.Is(rb, sql.ErrTxDone) {
-			err = errors.Join(err, fmt.Errorf("roll back: %w", rb))
-		}
-	}()
-	if err := f(ctx, &tx{t: t, stmts: p.stmts}); err != nil || readOnly {
-		return err
-	}
-	if err := t.Commit(); err != nil {
-		return fmt.Errorf("commit: %w", err)
-	}
-	return nil
-}
-
+// tx is the statements of a session in a transaction. Each runs to its end, a
+// matter of microseconds: SQLite answers an interrupted one by undoing the whole
+// transaction (sqlite.org/c3ref/interrupt.html), which others may share. Whether
+// the caller is still there is asked between them.
 type tx struct {
-	t     *sql.Tx
 	stmts map[string]*sql.Stmt
 }
 
 func (t *tx) row(ctx context.Context, q string, args ...any) *sql.Row {
-	return t.t.StmtContext(ctx, t.stmts[q]).QueryRowContext(ctx, args...)
+	return t.stmts[q].QueryRowContext(context.WithoutCancel(ctx), args...)
 }
 
 func (t *tx) exec(ctx context.Context, q string, args ...any) error {
-	res, err := t.t.StmtContext(ctx, t.stmts[q]).ExecContext(ctx, args...)
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	res, err := t.stmts[q].ExecContext(context.WithoutCancel(ctx), args...)
 	if err != nil {
 		return mapped(err)
 	}
@@ -330,7 +388,10 @@ func mapped(err error) error {
 type scanner interface{ Scan(dest ...any) error }
 
 func list[T any](ctx context.Context, t *tx, scan func(scanner) (T, error), q string, args ...any) (out []T, err error) {
-	rows, err := t.t.StmtContext(ctx, t.stmts[q]).QueryContext(ctx, args...)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	rows, err := t.stmts[q].QueryContext(context.WithoutCancel(ctx), args...)
 	if err != nil {
 		return nil, err
 	}
@@ -347,34 +408,90 @@ func list[T any](ctx context.Context, t *tx, scan func(scanner) (T, error), q st
 
 func scanAsset(r scanner) (a broker.Asset, err error) {
 	var created int64
-	err = mapped(r.Scan(&a.Name, &a.Kind, &a.Digest, &a.Owner, &created, &a.Wrapped))
+	if err := r.Scan(&a.Name, &a.Kind, &a.Digest, &a.Owner, &created, &a.Wrapped, &a.KeyStore, jsonText{&a.Labels}, jsonText{&a.Policy}, &a.Revision); err != nil {
+		return broker.Asset{}, mapped(err)
+	}
 	a.Created = time.Unix(created, 0).UTC()
-	return a, err
+	return a, nil
+}
+
+// jsonText keeps a list or a small document in a column of its own.
+type jsonText struct{ v any }
+
+// Scan implements sql.Scanner.
+func (j jsonText) Scan(src any) error {
+	switch s := src.(type) {
+	case string:
+		return json.Unmarshal([]byte(s), j.v)
+	case []byte:
+		return json.Unmarshal(s, j.v)
+	}
+	return fmt.Errorf("column holds %T, want JSON", src)
+}
+
+// Value implements driver.Valuer.
+func (j jsonText) Value() (driver.Value, error) {
+	b, err := json.Marshal(j.v)
+	return string(b), err
+}
+
+// instant is a time in seconds since 1970, the zero time as NULL.
+type instant struct{ t *time.Time }
+
+// Scan implements sql.Scanner.
+func (i instant) Scan(src any) error {
+	switch s := src.(type) {
+	case nil:
+		*i.t = time.Time{}
+	case int64:
+		*i.t = time.Unix(s, 0).UTC()
+	default:
+		return fmt.Errorf("column holds %T, want a time", src)
+	}
+	return nil
+}
+
+// Value implements driver.Valuer.
+func (i instant) Value() (driver.Value, error) {
+	if i.t.IsZero() {
+		return nil, nil
+	}
+	return i.t.Unix(), nil
 }
 
 func scanGrant(r scanner) (g broker.Grant, err error) {
-	var before, after int64
-	var revoked sql.NullInt64
-	var assets []byte
-	if err := r.Scan(&g.ID, &g.Plan, &before, &after, &g.MaxReleases, &g.Used, &g.Owner, &g.AllowSimulated, &revoked, &g.Reason, &assets); err != nil {
+	if err := r.Scan(&g.ID, &g.Plan, instant{&g.NotBefore}, instant{&g.NotAfter}, &g.MaxReleases, &g.Used, &g.Owner, &g.AllowSimulated, instant{&g.Revoked}, &g.Reason,
+		&g.Requester, &g.Key, instant{&g.Requested}, jsonText{&g.Principals}, &g.Purpose, &g.Consented, instant{&g.Denied}, &g.EndedBy, &g.Seq, jsonText{&g.Assets}); err != nil {
 		return broker.Grant{}, mapped(err)
-	}
-	g.NotBefore, g.NotAfter = time.Unix(before, 0).UTC(), time.Unix(after, 0).UTC()
-	if revoked.Valid {
-		g.Revoked = time.Unix(revoked.Int64, 0).UTC()
-	}
-	if err := json.Unmarshal(assets, &g.Assets); err != nil {
-		return broker.Grant{}, fmt.Errorf("assets of grant %s: %w", g.ID, err)
 	}
 	return g, nil
 }
 
 func scanRelease(r scanner) (l broker.Release, err error) {
-	var at, after int64
 	err = mapped(r.Scan(&l.Verifier, &l.ResultID, &l.Asset, &l.ID, &l.Grant, &l.Attempt, &l.JobID, &l.Plan, &l.AssetDigest, &l.Request,
-		&l.Enc, &l.Ciphertext, &at, &after, &l.Simulated, &l.LogIndex, &l.LogHash))
-	l.Time, l.NotAfter = time.Unix(at, 0).UTC(), time.Unix(after, 0).UTC()
+		&l.Enc, &l.Ciphertext, instant{&l.Time}, instant{&l.NotAfter}, &l.Simulated, &l.LeaseSeconds, &l.LeaseKey, jsonText{&l.Approvals}, &l.LogIndex, &l.LogHash))
 	return l, err
+}
+
+func scanApproval(r scanner) (a broker.StoredApproval, err error) {
+	err = r.Scan(&a.Grant, &a.Approver, &a.Document, &a.Signature, &a.Digest)
+	return a, err
+}
+
+func scanLease(r scanner) (l broker.Lease, err error) {
+	err = mapped(r.Scan(&l.JobID, &l.Agent, &l.Submitter, &l.Plan, &l.Session, &l.Seconds, &l.Grace, instant{&l.StopAt}, &l.Image, jsonText{&l.Chips},
+		jsonText{&l.Measurements}, jsonText{&l.Uses}, instant{&l.Opened}, &l.Stop, instant{&l.Told}, instant{&l.Ended}))
+	return l, err
+}
+
+func scanRevocation(r scanner) (v broker.Revocation, err error) {
+	err = r.Scan(&v.Kind, &v.Value, &v.Scope, &v.Reason, &v.By, instant{&v.Time})
+	return v, err
+}
+
+func scanHead(r scanner) (h broker.Head, err error) {
+	err = mapped(r.Scan(&h.JobID, &h.Asset, &h.Plan, &h.Sequence, &h.Digest, &h.Record, instant{&h.Time}, &h.LogIndex, &h.LogHash))
+	return h, err
 }
 
 func scanUse(r scanner) (u broker.Use, err error) {
@@ -404,16 +521,62 @@ func (t *tx) Grant(ctx context.Context, id string) (broker.Grant, error) {
 	return scanGrant(t.row(ctx, qGrant, id))
 }
 
-func (t *tx) Grants(ctx context.Context, p plan.Digest, limit int) ([]broker.Grant, error) {
-	if p == "" {
-		return list(ctx, t, scanGrant, qGrants, limit)
+func (t *tx) Grants(ctx context.Context, f broker.GrantFilter) ([]broker.Grant, error) {
+	if f.Plan == "" {
+		return list(ctx, t, scanGrant, qGrants, f.After, f.Principal, f.Limit)
 	}
-	return list(ctx, t, scanGrant, qPlanGrants, string(p), limit)
+	return list(ctx, t, scanGrant, qPlanGrants, f.After, f.Principal, f.Limit, string(f.Plan))
 }
 
-func (t *tx) OwnedGrants(ctx context.Context, owner string, p plan.Digest) (n int, err error) {
-	err = t.row(ctx, qOwnGrants, string(p), owner).Scan(&n)
+func (t *tx) GrantByKey(ctx context.Context, requester, key string) (broker.Grant, error) {
+	return scanGrant(t.row(ctx, qKeyGrant, requester, key))
+}
+
+func (t *tx) RequestedGrants(ctx context.Context, requester string, p plan.Digest) (n int, err error) {
+	if p == "" {
+		err = t.row(ctx, qAllGrants, requester).Scan(&n)
+		return n, err
+	}
+	err = t.row(ctx, qOwnGrants, requester, string(p)).Scan(&n)
 	return n, err
+}
+
+func (t *tx) Approvals(ctx context.Context, grant string) ([]broker.StoredApproval, error) {
+	return list(ctx, t, scanApproval, qApprovals, grant)
+}
+
+func (t *tx) Lease(ctx context.Context, job string) (broker.Lease, error) {
+	return scanLease(t.row(ctx, qLease, job))
+}
+
+func (t *tx) OpenLeases(ctx context.Context, after string, limit int) ([]broker.Lease, error) {
+	return list(ctx, t, scanLease, qLeases, after, limit)
+}
+
+func (t *tx) Revoked(ctx context.Context, of []broker.Target) ([]broker.Revocation, error) {
+	// Most brokers have none most of the time.
+	some := false
+	if err := t.row(ctx, qAnyRevoked).Scan(&some); err != nil || !some {
+		return nil, err
+	}
+	names := make([]string, len(of))
+	for i, o := range of {
+		names[i] = o.String()
+	}
+	return list(ctx, t, scanRevocation, qRevoked, jsonText{names})
+}
+
+func (t *tx) Revocations(ctx context.Context, limit int) ([]broker.Revocation, error) {
+	return list(ctx, t, scanRevocation, qRevokeAll, limit)
+}
+
+func (t *tx) CheckpointHead(ctx context.Context, job, asset string) (broker.Head, error) {
+	return scanHead(t.row(ctx, qCkptHead, job, asset))
+}
+
+func (t *tx) PolicySet(ctx context.Context) (p translog.Policy, err error) {
+	err = mapped(t.row(ctx, qPolicySet).Scan(&p.Serial, &p.Digest))
+	return p, err
 }
 
 func (t *tx) Release(ctx context.Context, k broker.ReleaseKey) (broker.Release, error) {
@@ -466,11 +629,20 @@ func (t *tx) Entries(ctx context.Context, job string, from uint64, limit int) ([
 }
 
 func (t *tx) InsertAsset(ctx context.Context, a broker.Asset) error {
-	return t.exec(ctx, iAsset, a.Name, string(a.Kind), string(a.Digest), a.Owner, a.Created.Unix(), a.Wrapped)
+	return t.exec(ctx, iAsset, a.Name, string(a.Kind), string(a.Digest), a.Owner, a.Created.Unix(), a.Wrapped, a.KeyStore, jsonText{a.Labels}, jsonText{a.Policy}, a.Revision)
+}
+
+func (t *tx) SetAssetPolicy(ctx context.Context, a broker.Asset) error {
+	return t.exec(ctx, uAsset, jsonText{a.Labels}, jsonText{a.Policy}, a.Revision, a.Name)
+}
+
+func (t *tx) SetAssetKey(ctx context.Context, a broker.Asset) error {
+	return t.exec(ctx, uAssetKey, a.Wrapped, a.KeyStore, a.Name)
 }
 
 func (t *tx) InsertGrant(ctx context.Context, g broker.Grant) error {
-	if err := t.exec(ctx, iGrant, g.ID, string(g.Plan), g.NotBefore.Unix(), g.NotAfter.Unix(), g.MaxReleases, g.Used, g.Owner, g.AllowSimulated, revokedAt(g), g.Reason); err != nil {
+	if err := t.exec(ctx, iGrant, g.ID, string(g.Plan), g.NotBefore.Unix(), g.NotAfter.Unix(), g.MaxReleases, g.Used, g.Owner, g.AllowSimulated, instant{&g.Revoked}, g.Reason,
+		g.Requester, g.Key, g.Requested.Unix(), jsonText{g.Principals}, g.Purpose, g.Consented, instant{&g.Denied}, g.EndedBy); err != nil {
 		return err
 	}
 	for _, a := range g.Assets {
@@ -482,16 +654,37 @@ func (t *tx) InsertGrant(ctx context.Context, g broker.Grant) error {
 }
 
 func (t *tx) SetGrant(ctx context.Context, g broker.Grant) error {
-	return t.exec(ctx, uGrant, g.Used, revokedAt(g), g.Reason, g.ID)
+	return t.exec(ctx, uGrant, g.Used, g.Consented, instant{&g.Revoked}, instant{&g.Denied}, g.Reason, g.EndedBy, g.ID)
 }
 
-func revokedAt(g broker.Grant) sql.NullInt64 {
-	return sql.NullInt64{Int64: g.Revoked.Unix(), Valid: !g.Revoked.IsZero()}
+func (t *tx) InsertApproval(ctx context.Context, a broker.StoredApproval) error {
+	return t.exec(ctx, iApproval, a.Grant, a.Approver, a.Document, a.Signature, string(a.Digest))
+}
+
+func (t *tx) PutLease(ctx context.Context, l broker.Lease) error {
+	return t.exec(ctx, iLease, l.JobID, l.Agent, l.Submitter, string(l.Plan), l.Session, l.Seconds, l.Grace, instant{&l.StopAt}, l.Image, jsonText{l.Chips},
+		jsonText{l.Measurements}, jsonText{l.Uses}, l.Opened.Unix(), l.Stop, instant{&l.Told}, instant{&l.Ended})
+}
+
+func (t *tx) InsertRevocation(ctx context.Context, r broker.Revocation) error {
+	return t.exec(ctx, iRevoke, string(r.Kind), r.Value, r.Scope, r.Reason, r.By, r.Time.Unix())
+}
+
+func (t *tx) DeleteRevocation(ctx context.Context, of broker.Target, scope string) error {
+	return t.exec(ctx, dRevoke, string(of.Kind), of.Value, scope)
+}
+
+func (t *tx) PutCheckpointHead(ctx context.Context, h broker.Head) error {
+	return t.exec(ctx, iCkptHead, h.JobID, h.Asset, string(h.Plan), int64(h.Sequence), string(h.Digest), string(h.Record), h.Time.Unix(), int64(h.LogIndex), h.LogHash)
+}
+
+func (t *tx) PutPolicySet(ctx context.Context, p translog.Policy) error {
+	return t.exec(ctx, iPolicySet, int64(p.Serial), string(p.Digest))
 }
 
 func (t *tx) InsertRelease(ctx context.Context, r broker.Release) error {
 	return t.exec(ctx, iRelease, r.Verifier, r.ResultID, r.Asset, r.ID, r.Grant, r.Attempt, r.JobID, string(r.Plan), string(r.AssetDigest), string(r.Request),
-		r.Enc, r.Ciphertext, r.Time.Unix(), r.NotAfter.Unix(), r.Simulated, int64(r.LogIndex), r.LogHash)
+		r.Enc, r.Ciphertext, r.Time.Unix(), r.NotAfter.Unix(), r.Simulated, r.LeaseSeconds, r.LeaseKey, jsonText{r.Approvals}, int64(r.LogIndex), r.LogHash)
 }
 
 func (t *tx) InsertUse(ctx context.Context, u broker.Use) error {

@@ -5,6 +5,7 @@ package bundletest
 import (
 	"context"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/hpke"
 	"crypto/rand"
@@ -17,12 +18,16 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/crypto/ssh"
+
 	"github.com/coffer-run/coffer/attest/anchor"
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/receipt/sshsig"
 	"github.com/coffer-run/coffer/attest/simulate"
 	"github.com/coffer-run/coffer/attest/translog"
 	"github.com/coffer-run/coffer/attest/verifier"
@@ -36,8 +41,15 @@ const (
 	BrokerID   = "broker.test"
 )
 
-// OwnPolicy names a policy that the verifier has and no other program.
-const OwnPolicy = "own"
+// Group are those of whom two approve before the weights are released.
+const Group = "weights-approvers"
+
+// OwnPolicy names a policy that the verifier has and no other program, and
+// SourcedPolicy one that has its reference values from a source besides.
+const (
+	OwnPolicy     = "own"
+	SourcedPolicy = "sourced"
+)
 
 // Lab is a machine, a verifier and a broker.
 type Lab struct {
@@ -48,8 +60,16 @@ type Lab struct {
 	Verifier *receipt.Signer
 	Broker   *receipt.Signer
 	Now      time.Time
+	// Source signs reference values for SourcedPolicy.
+	Source *receipt.Signer
+	// Approvers sign approvals of grants, by name: alice, bob and carol are in
+	// Group, and mallory signs too.
+	Approvers map[string]ssh.Signer
+	// Entries is the broker's log so far.
+	Entries []translog.Entry
 
 	service  *verifier.Verifier
+	endorsed *endorse.Cache
 	policies map[string]policy.Policy
 	head     translog.Head
 }
@@ -77,6 +97,16 @@ func On(chip *simulate.Chip, gpus []*simulate.GPU, anchors anchor.Set, now time.
 	if l.Broker, err = signer(BrokerID); err != nil {
 		return nil, err
 	}
+	l.Approvers = map[string]ssh.Signer{}
+	for _, name := range []string{"alice", "bob", "carol", "mallory"} {
+		_, key, err := ed25519.GenerateKey(rand.Reader)
+		if err != nil {
+			return nil, err
+		}
+		if l.Approvers[name], err = ssh.NewSignerFromSigner(key); err != nil {
+			return nil, err
+		}
+	}
 	l.policies = map[string]policy.Policy{}
 	for _, name := range policy.Names() {
 		if l.policies[name], err = policy.Named(name); err != nil {
@@ -86,11 +116,41 @@ func On(chip *simulate.Chip, gpus []*simulate.GPU, anchors anchor.Set, now time.
 	own := l.policies["simulation"]
 	own.Name = OwnPolicy
 	l.policies[OwnPolicy] = own
+	if l.Source, err = signer("values.test"); err != nil {
+		return nil, err
+	}
+	keys, err := l.Source.JWKS()
+	if err != nil {
+		return nil, err
+	}
+	own.Name, own.Sources = SourcedPolicy, []policy.Source{{Issuer: l.Source.Issuer(), Keys: keys}}
+	l.policies[SourcedPolicy] = own
+	return l, l.Endorse(nil)
+}
+
+// Policy returns one of the verifier's policies.
+func (l *Lab) Policy(name string) policy.Policy { return l.policies[name] }
+
+// References are reference values that the lab's GPUs meet, if they have the
+// given mode, "SPT".
+func (l *Lab) References(mode string) (string, error) {
+	return policy.SignValues(l.Source, policy.Values{
+		IssuedAt: l.Now.Add(-time.Hour).Unix(), Expires: l.Now.Add(time.Hour).Unix(), GPU: &policy.GPUValues{FeatureFlags: []string{mode}},
+	})
+}
+
+// Endorse gives the verifier what vendors published.
+func (l *Lab) Endorse(c *endorse.Cache) error {
+	values, err := l.References("SPT")
+	if err != nil {
+		return err
+	}
+	l.endorsed = c
 	l.service, err = verifier.New(verifier.Options{
-		ID: VerifierID, Anchors: anchors, Policies: slices.Collect(maps.Values(l.policies)), Signer: l.Verifier,
+		ID: VerifierID, References: []string{values}, Anchors: l.Anchors, Endorsements: c, Policies: slices.Collect(maps.Values(l.policies)), Signer: l.Verifier,
 		NonceKeys: [][]byte{make([]byte, verifier.NonceKeySize)}, Clock: func() time.Time { return l.Now }, Build: "test",
 	})
-	return l, err
+	return err
 }
 
 func signer(id string) (*receipt.Signer, error) {
@@ -297,12 +357,40 @@ func (j *Job) attest(o Options) error {
 	if _, j.result, err = l.service.Appraise(context.Background(), j.Parts[bundle.Evidence], BrokerID); err != nil {
 		return err
 	}
+	if err := j.Carry(); err != nil {
+		return err
+	}
 	if o.OmitSNP {
 		j.result.Checks = nil
 		j.result.Submods = map[string]receipt.Appraisal{"tpm0": {Status: receipt.Affirming}, "gpu0": {Status: receipt.Affirming}}
 	}
 	j.recipient = e.RecipientKey
 	return j.SignResult(func(*receipt.Result) {})
+}
+
+// Carry puts the endorsements that the result lists into the bundle, changed.
+func (j *Job) Carry(change ...func([]endorse.Item) []endorse.Item) error {
+	used, err := endorse.UsedIn(j.result)
+	if err != nil {
+		return err
+	}
+	var items []endorse.Item
+	for _, u := range used {
+		i, ok := j.lab.endorsed.ByDigest(u.Digest)
+		if !ok {
+			return fmt.Errorf("%s is not held", u.Key)
+		}
+		items = append(items, i)
+	}
+	for _, c := range change {
+		items = c(items)
+	}
+	if len(items) == 0 {
+		delete(j.Parts, bundle.Endorsements)
+		return nil
+	}
+	j.Parts[bundle.Endorsements], err = endorse.Encode(items)
+	return err
 }
 
 // SignResult signs the result again, changed.
@@ -323,12 +411,86 @@ func akName(public []byte) string {
 func (l *Lab) Append(b translog.Body) (translog.Entry, error) {
 	b.TimeMillis, b.Actor = l.Now.UnixMilli(), "agent/node-1"
 	e, head, err := translog.Append(l.head, b)
-	l.head = head
+	if err == nil {
+		l.head, l.Entries = head, append(l.Entries, e)
+	}
 	return e, err
 }
 
+// Listed is what a reader who knows the approvers hands to coffer-verify. Mallory
+// is not among them.
+func (l *Lab) Listed() []byte {
+	var out []byte
+	for _, name := range []string{"alice", "bob", "carol"} {
+		out = fmt.Appendf(out, "%s %s %s", name, Group, ssh.MarshalAuthorizedKey(l.Approvers[name].PublicKey()))
+	}
+	return out
+}
+
+// Terms are the job's grant's.
+func (j *Job) Terms() receipt.GrantTerms {
+	return receipt.GrantTerms{
+		Version: receipt.TermsVersion, Broker: BrokerID, Grant: "grant-1", Owner: "owner", Requester: "engineer/engineer", Assets: []string{"checkpoints", "dataset", "weights"},
+		Plan: j.Plan, NotBefore: j.lab.Now.Add(-time.Hour).Unix(), NotAfter: j.lab.Now.Add(time.Hour).Unix(), MaxReleases: 1, AllowSimulated: true,
+	}
+}
+
+// Approve makes name's approval of terms, changed before it is signed with key's key.
+func (j *Job) Approve(terms receipt.GrantTerms, name, key string, change func(*receipt.Approval)) (bundle.SignedApproval, error) {
+	t, err := terms.Canonical()
+	if err != nil {
+		return bundle.SignedApproval{}, err
+	}
+	a := receipt.Approval{
+		Version: receipt.ApprovalVersion, Broker: terms.Broker, Grant: terms.Grant, Plan: terms.Plan, Assets: terms.Assets, Terms: plan.Sum(t), Approver: name,
+		Decision: receipt.DecisionApprove, Reason: "reviewed", Time: j.lab.Now.Add(-time.Minute).Unix(), Expires: j.lab.Now.Add(time.Hour).Unix(),
+	}
+	if change != nil {
+		change(&a)
+	}
+	s := bundle.SignedApproval{}
+	if s.Document, err = a.Canonical(); err != nil {
+		return s, err
+	}
+	s.Signature, err = sshsig.Sign(j.lab.Approvers[key], receipt.ApprovalNamespace, s.Document)
+	return s, err
+}
+
+// Approved is the job's grant with alice's and bob's approvals.
+func (j *Job) Approved() (bundle.Approved, error) {
+	terms := j.Terms()
+	t, err := terms.Canonical()
+	if err != nil {
+		return bundle.Approved{}, err
+	}
+	out := bundle.Approved{Terms: t, Rules: []bundle.ApprovalRule{{Asset: "weights", Group: Group, Count: 2}}}
+	for _, name := range []string{"alice", "bob"} {
+		s, err := j.Approve(terms, name, name, nil)
+		if err != nil {
+			return bundle.Approved{}, err
+		}
+		out.Approvals = append(out.Approvals, s)
+	}
+	return out, nil
+}
+
 func (j *Job) release() error {
+	approved, err := j.Approved()
+	if err != nil {
+		return err
+	}
+	return j.ReleaseUnder(approved)
+}
+
+// ReleaseUnder releases the job's keys under the grant with these approvals.
+func (j *Job) ReleaseUnder(a bundle.Approved) error {
 	var tokens []string
+	var digests []plan.Digest
+	for _, s := range a.Approvals {
+		digests = append(digests, plan.Sum(s.Document))
+	}
+	slices.Sort(digests)
+	j.Log = nil
 	for i, in := range []struct {
 		asset  string
 		digest plan.Digest
@@ -336,7 +498,7 @@ func (j *Job) release() error {
 		r := receipt.Release{
 			Issuer: BrokerID, ID: fmt.Sprintf("release %d of %s", i, j.ID), IssuedAt: j.lab.Now.Unix() + 1, Grant: "grant-1", Attempt: 1, JobID: j.ID,
 			Plan: j.Plan, Asset: in.asset, AssetDigest: in.digest, ResultID: j.result.ID, WrappedDigest: plan.Sum([]byte(in.asset)),
-			NotAfter: j.lab.Now.Add(time.Hour).Unix(), Simulated: true,
+			NotAfter: j.lab.Now.Add(time.Hour).Unix(), Simulated: true, Approvals: digests,
 		}
 		token, err := j.Release(r)
 		if err != nil {
@@ -346,6 +508,9 @@ func (j *Job) release() error {
 	}
 	var err error
 	if j.Parts[bundle.BrokerKeys], err = j.lab.Broker.JWKS(); err != nil {
+		return err
+	}
+	if err := j.json(bundle.Approvals, []bundle.Approved{a}); err != nil {
 		return err
 	}
 	return j.json(bundle.Releases, tokens)
@@ -361,7 +526,7 @@ func (j *Job) Release(r receipt.Release) (string, error) {
 		Release: &translog.Release{
 			Grant: r.Grant, Attempt: r.Attempt, Plan: r.Plan, Asset: r.Asset, Verifier: VerifierID, ResultID: r.ResultID,
 			Recipient: plan.Sum(j.recipient), Request: plan.Sum([]byte("request")), Wrapped: r.WrappedDigest,
-			Evidence: plan.Sum(j.Parts[bundle.Evidence]), Simulated: r.Simulated, Used: 1,
+			Evidence: plan.Sum(j.Parts[bundle.Evidence]), Simulated: r.Simulated, Used: 1, Approvals: r.Approvals,
 		},
 	})
 	if err != nil {
@@ -444,6 +609,9 @@ func (j *Job) end(stage bundle.Stage, o bundle.Outcome) {
 	// The result is issued in the middle of it all.
 	at := j.lab.Now.Add(-5 * stepTime).UnixNano()
 	for _, s := range bundle.Stages() {
+		if s == bundle.StageApproval && stage != s {
+			continue
+		}
 		step := bundle.Step{Stage: s, StartUnixNano: at, Nanos: int64(stepTime), Outcome: bundle.StepDone}
 		at += int64(stepTime)
 		if s == stage && o.State != bundle.Succeeded {

@@ -11,7 +11,6 @@ import (
 	"github.com/coffer-run/coffer/attest/composite"
 	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/policy"
-	"github.com/coffer-run/coffer/attest/policy/rego"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/vtpm"
 )
@@ -32,7 +31,7 @@ func (v *verification) evidenceGroup() {
 	}
 	found := v.appraise()
 	if v.refusal() {
-		found = v.asRefused("evidence.refusal", found)
+		found = v.asRefused("evidence.refusal", found, "endorsements.form", "endorsements.listed", "endorsements.count")
 	}
 	*g = append(*g, found...)
 	v.simulated(g)
@@ -103,8 +102,8 @@ func (v *verification) appraise() check.List {
 		keys = receipt.Keys{}
 	}
 	trust := composite.Trust{Anchors: v.trust.Anchors, CredentialKeys: keys}
-	if v.trust.Endorsements != nil {
-		if trust.Endorsements, err = endorse.Offline(v.trust.Endorsements, v.trust.Anchors, v.rep.At); err != nil {
+	if library := v.endorsements(&l); library != nil {
+		if trust.Endorsements, err = endorse.Offline(library, v.trust.Anchors, v.rep.At); err != nil {
 			l.Fail("evidence.endorsements", "endorsements to check the devices by", err.Error(), "")
 		}
 	}
@@ -151,22 +150,15 @@ func byCredential(claims map[string]any) bool {
 }
 
 // acceptable holds the evidence against the plan's policy, if it is one that
-// this program has. Another was the verifier's to judge.
+// this program has or its user named. Another was the verifier's to judge.
 func (v *verification) acceptable(l *check.List, found *composite.Appraisal) {
 	if v.pl == nil {
 		return
 	}
-	p, err := policy.Named(v.pl.Policy.Name)
-	if err != nil {
-		l.Skip("policy.known", fmt.Sprintf("policy %.80q is not one of this program's: what is acceptable was the verifier's judgement", v.pl.Policy.Name))
+	p, ok := v.policy(l)
+	if !ok {
 		return
 	}
-	d, err := p.Digest()
-	if err != nil || d != v.pl.Policy.Digest {
-		l.Skip("policy.known", fmt.Sprintf("this program has another version of policy %s: what is acceptable was the verifier's judgement", p.Name))
-		return
-	}
-	l.Pass("policy.known", p.Name)
 	rules, whole := v.decide(p, found.Evidence(v.pl.Resources.GPUs))
 	v.applied = whole && len(rules.Failed()) == 0
 	*l = append(*l, rules...)
@@ -196,7 +188,7 @@ func (v *verification) decide(p policy.Policy, seen policy.Evidence) (_ check.Li
 		seen.GPUs[i].Checks = v.believe(fmt.Sprintf("gpu%d", i), seen.GPUs[i].Checks, word)
 	}
 	var out check.List
-	rules, err := rego.Compile(p)
+	rules, err := v.compile(p)
 	if err != nil {
 		out.Fail("policy.rules", "rules that this program can apply", err.Error(), "")
 		return out, false

@@ -245,7 +245,7 @@ func (v *verification) outcomeGroup() {
 	defer v.done("outcome", g)
 	v.timeline(g)
 	o, steps := v.st.Outcome, v.st.Timeline
-	order := bundle.Stages()
+	order := v.order()
 	last := steps[0]
 	for _, s := range steps {
 		if !beside(s.Stage) {
@@ -272,6 +272,7 @@ func (v *verification) outcomeGroup() {
 		g.Pass("outcome.state", fmt.Sprintf("%s at %s: %s", o.State, o.Stage, o.Reason))
 	}
 	v.outcomeRefusal(g)
+	v.outcomeStop(g)
 	if v.result != nil {
 		v.resultTime(g)
 	}
@@ -285,10 +286,17 @@ const clockJitter = time.Second
 // runs, and evidence is gathered for every job, wherever it ended.
 func beside(s bundle.Stage) bool { return s == bundle.StageCheckpoint || s == bundle.StageEvidence }
 
+// order are the stages of this job. It went through approval only if it says so:
+// what people approved is held against the releases, not against a wait.
+func (v *verification) order() []bundle.Stage {
+	waited := v.st.Outcome.Stage == bundle.StageApproval || slices.ContainsFunc(v.st.Timeline, func(s bundle.Step) bool { return s.Stage == bundle.StageApproval })
+	return slices.DeleteFunc(bundle.Stages(), func(s bundle.Stage) bool { return s == bundle.StageApproval && !waited })
+}
+
 // timeline checks that the stages stand one after the other without a gap: parts
 // and checks are asked for by stage, and a stage that is left out hides them.
 func (v *verification) timeline(g *check.List) {
-	steps, order := v.st.Timeline, bundle.Stages()
+	steps, order := v.st.Timeline, v.order()
 	end, over, early := int64(0), false, false
 	seen := map[bundle.Stage]bool{}
 	for i, s := range steps {
@@ -321,7 +329,7 @@ func (v *verification) success(g *check.List, last bundle.Step) {
 		g.Fail("outcome.state", "every stage done, exit code 0, no reason", fmt.Sprintf("%s %s, exit code %d, reason %.80q", last.Stage, last.Outcome, o.ExitCode, o.Reason), "")
 		return
 	}
-	for _, s := range bundle.Stages() {
+	for _, s := range v.order() {
 		if !beside(s) && !v.reached(s) {
 			g.Fail("outcome.state", "a job that succeeded went through "+string(s), "it did not", "")
 			return
@@ -424,7 +432,60 @@ func (v *verification) logGroup() {
 		g.Pass("log.included", fmt.Sprintf("entry %d", r.Index))
 	}
 	v.logReleases(g, bodies)
-	g.Skip("log.witness", "nobody but the broker has signed the log's head")
+	v.logStop(g, bodies)
+	v.logTree(g, issuer)
+}
+
+// logTree checks that the log's Merkle tree has the entries, and who beside the
+// broker has seen the tree. What the bundle does not have yet is not checked, and
+// no pass: who names keys gets the verdict that it could not be told.
+func (v *verification) logTree(g *check.List, broker string) {
+	const inclusion, witness = "log.inclusion", "log.witness"
+	l := v.b.Log
+	quorum, named := v.trust.Log.Quorum()
+	switch {
+	case v.trust.Log.Origin() == "":
+		g.Skip(inclusion, "no key of the log is named to check a checkpoint by")
+		g.Skip(witness, "no witness is named: nobody but the broker is known to have seen this log")
+		return
+	case len(l.Checkpoint) == 0:
+		v.unproven = "the bundle has no proof yet that the log has the record"
+		g.Skip(inclusion, "not yet: no checkpoint was published when the bundle was made; coffer log prove adds it")
+		if named > 0 {
+			g.Skip(witness, "not witnessed: there is no checkpoint yet")
+		} else {
+			g.Skip(witness, "no witness is named")
+		}
+		return
+	}
+	c, err := v.trust.Log.Open(l.Checkpoint)
+	if err != nil {
+		g.Fail(inclusion, "a checkpoint that "+v.trust.Log.Origin()+" signed", err.Error(), "")
+		return
+	}
+	switch {
+	case c.Origin != translog.KeyName(broker):
+		g.Fail(inclusion, "a checkpoint of the log of "+broker, "one of "+c.Origin, "")
+	case len(l.Proofs) != len(l.Entries):
+		g.Fail(inclusion, fmt.Sprintf("a proof for each of %d entries", len(l.Entries)), fmt.Sprint(len(l.Proofs)), "proofs were left out")
+	default:
+		for i, e := range l.Entries {
+			if err := c.Includes(e, l.Proofs[i]); err != nil {
+				g.Fail(inclusion, "every entry of the job in the tree that the log signed", err.Error(), "the log signed another history, or the proofs were changed")
+				return
+			}
+		}
+		g.Pass(inclusion, fmt.Sprintf("%d entries in a tree of %d", len(l.Entries), c.Size))
+	}
+	switch {
+	case c.Witnessed:
+		g.Pass(witness, fmt.Sprintf("%d of the %d named, %d wanted", len(c.Cosigned), named, quorum))
+	case named > 0:
+		v.unproven = fmt.Sprintf("of the %d witnesses named, %d have cosigned the log: %d are wanted", named, len(c.Cosigned), quorum)
+		g.Skip(witness, fmt.Sprintf("not witnessed: %d of the %d named have cosigned, %d are wanted", len(c.Cosigned), named, quorum))
+	default:
+		g.Skip(witness, "no witness is named: nobody but the broker is known to have seen this log")
+	}
 }
 
 // logReleases holds the receipts against the log: each is logged, and no key of
@@ -447,7 +508,7 @@ func (v *verification) logReleases(g *check.List, bodies []translog.Body) {
 		}
 		r, e := v.releases[i], b.Release
 		same := bytes.Equal(r.LogHash, entries[b.Index]) && r.Grant == e.Grant && r.Attempt == e.Attempt && r.Asset == e.Asset &&
-			r.Plan == e.Plan && r.ResultID == e.ResultID && r.WrappedDigest == e.Wrapped && r.Simulated == e.Simulated
+			r.Plan == e.Plan && r.ResultID == e.ResultID && r.WrappedDigest == e.Wrapped && r.Simulated == e.Simulated && slices.Equal(r.Approvals, e.Approvals)
 		if v.result != nil && v.env != nil {
 			same = same && e.Verifier == v.result.Issuer && e.Evidence == v.result.EvidenceDigest && e.Recipient == plan.Sum(v.env.RecipientKey)
 		}

@@ -29,7 +29,9 @@ import (
 	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/translog"
 )
 
 // Trust is what the caller believes before looking at the bundle.
@@ -42,12 +44,25 @@ type Trust struct {
 	// used, and what rests on them counts as not checked.
 	VerifierKeys []byte
 	BrokerKeys   []byte
+	// Log is whose signatures count on a checkpoint of the evidence log. The zero
+	// value trusts nobody's, and inclusion and witnesses are not checked then.
+	Log translog.Trust
+	// Approvers are whose approvals of grants count. Nil knows nobody, and who
+	// approved is not checked then.
+	Approvers Approvers
 	// At is the clock for certificates; zero means the time at which the
 	// result was issued.
 	At time.Time
-	// Endorsements are what vendors published about the devices. Nil has none:
-	// what the verifier checked with its own is its word then.
+	// Endorsements are what vendors published about the devices, besides those
+	// that the bundle carries. Nil has none. What the verifier checked with what
+	// neither has is its word.
 	Endorsements *endorse.Library
+	// Policies are those that the caller knows besides the ones that ship. A
+	// bundle's own word on what its policy says is none.
+	Policies []policy.Policy
+	// References are signed reference values for the plan's policy, if that is
+	// one of Policies: those that were valid at the time.
+	References []string
 }
 
 // Verdict is what a report comes to. The zero value is not a pass.
@@ -62,8 +77,10 @@ const (
 	// Unknown means that nothing failed, but that there is nothing the caller
 	// trusts to hold the record against: the job ended before there was
 	// evidence; its evidence is not genuine; nobody whose keys are pinned judged
-	// it, and no policy of this program could be applied in full; or the record
-	// is in no log, so that what it leaves out cannot be seen.
+	// it, and no policy of this program could be applied in full; the record
+	// is in no log, so that what it leaves out cannot be seen; the caller names
+	// the log's key or witnesses, and no proof under them is there yet; or it names
+	// approvers, and no approval counted, or the record does not carry those that did.
 	Unknown Verdict = "could not tell"
 )
 
@@ -156,6 +173,8 @@ type verification struct {
 	brokerKeys receipt.Keys
 	releases   []receipt.Release
 	status     *bundle.Status
+	// unproven is what the caller asks of the log and the bundle does not have yet.
+	unproven string
 }
 
 func (v *verification) run(file []byte) {
@@ -189,6 +208,7 @@ func (v *verification) run(file []byte) {
 	}
 	v.evidenceGroup()
 	v.releaseGroup()
+	v.approvalGroup()
 	v.runGroup()
 	v.checkpointGroup()
 	v.outcomeGroup()
@@ -393,6 +413,9 @@ func (v *verification) conclude(l *check.List) {
 	case v.b.Log == nil:
 		v.rep.Verdict = Unknown
 		v.rep.Summary = fmt.Sprintf("job %s ended %s at %s, and no evidence log has the record: what it leaves out cannot be seen", v.rep.JobID, o.State, o.Stage)
+	case v.unproven != "":
+		v.rep.Verdict = Unknown
+		v.rep.Summary = fmt.Sprintf("job %s ended %s at %s, and %s", v.rep.JobID, o.State, o.Stage, v.unproven)
 	case o.State == bundle.Succeeded:
 		v.rep.Verdict = Verified
 		v.rep.Summary = fmt.Sprintf("job %s succeeded; every check that was made holds", v.rep.JobID)
@@ -433,6 +456,8 @@ func notProven() []string {
 		"A refusal at any other stage than verify: only the verifier's is signed by whoever refused.",
 		"That no other record of the job was logged after this one.",
 		"That nothing leaked through side channels of the CPU, the GPU or the network.",
-		"That the broker shows everyone the same log: no witness cosigns its head.",
+		"That nobody took a data key from the broker's own machine: it has each in its memory while it releases it, and no key store asks for the broker's own attestation yet. What it releases by its rules is logged.",
+		"That the rules for approvals in the bundle are those that the owner set: they are the broker's word, and the entries of the evidence log for the asset say more.",
+		"That the broker shows everyone the same log, unless witnesses that you named cosigned its checkpoint (log.witness).",
 	}
 }

@@ -43,6 +43,13 @@ const (
 	// and is not yet verified when the certificate of its chip is looked for.
 	burst     = 64
 	perMinute = 120
+	// callerBurst and callerPerMinute bound the answers that are fetched on one
+	// caller's account: a machine that was never seen needs about ten, and one
+	// whose evidence names chips without end must leave requests for the others.
+	callerBurst     = 24
+	callerPerMinute = 30
+	// maxCallers bounds the callers that are told apart.
+	maxCallers = 4096
 	// answerOverhead is what the JSON around a manifest may add.
 	answerOverhead = 64 << 10
 )
@@ -61,8 +68,9 @@ type Client struct {
 	kds, rim, ocsp *url.URL
 	http           *http.Client
 
-	mu    sync.Mutex
-	hosts map[string]*host // guarded by mu, and so is what it points to
+	mu      sync.Mutex
+	hosts   map[string]*host   // guarded by mu, and so is what it points to
+	callers map[string]*bucket // guarded by mu, and so is what it points to
 }
 
 // host is the circuit to one host: closed while failures are few, open until a
@@ -74,13 +82,32 @@ type host struct {
 	until    time.Time
 	trying   bool
 
+	bucket
+}
+
+// bucket holds the requests that may be made at once. It fills with time.
+type bucket struct {
 	tokens float64
 	filled time.Time
 }
 
+func (b *bucket) fill(now time.Time, size, perMinute float64) {
+	b.tokens = min(size, b.tokens+now.Sub(b.filled).Minutes()*perMinute)
+	b.filled = now
+}
+
+// take takes one request out, if one is there.
+func (b *bucket) take() bool {
+	if b.tokens < 1 {
+		return false
+	}
+	b.tokens--
+	return true
+}
+
 // NewClient returns a client. Services are asked over HTTPS only.
 func NewClient(o ClientOptions) (*Client, error) {
-	c := &Client{hosts: map[string]*host{}}
+	c := &Client{hosts: map[string]*host{}, callers: map[string]*bucket{}}
 	for _, s := range []struct {
 		name, given, vendors string
 		to                   **url.URL
@@ -131,6 +158,9 @@ func (c *Client) Fetch(ctx context.Context, r endorse.Request) ([]byte, error) {
 	u, err := c.address(r)
 	if err != nil {
 		return nil, err
+	}
+	if err := c.charge(endorse.CallerOf(ctx)); err != nil {
+		return nil, fmt.Errorf("%w: %w", endorse.ErrOutage, err)
 	}
 	pause := firstPause
 	var last *failure
@@ -259,6 +289,38 @@ func retryAfter(v string) time.Duration {
 	return 0
 }
 
+// charge puts one fetch on a caller's account, or says why not. Fetches of
+// nobody's are bounded by host alone.
+func (c *Client) charge(caller string) error {
+	if caller == "" {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	b := c.callers[caller]
+	if b == nil {
+		if len(c.callers) >= maxCallers {
+			// An account that is full again says nothing.
+			for name, b := range c.callers {
+				if b.fill(now, callerBurst, callerPerMinute); b.tokens == callerBurst {
+					delete(c.callers, name)
+				}
+			}
+		}
+		if len(c.callers) >= maxCallers {
+			return fmt.Errorf("more than %d callers ask for endorsements at once", maxCallers)
+		}
+		b = &bucket{tokens: callerBurst, filled: now}
+		c.callers[caller] = b
+	}
+	b.fill(now, callerBurst, callerPerMinute)
+	if !b.take() {
+		return fmt.Errorf("the evidence of %.120q asks for too much that is not held: at most %d endorsements a minute are fetched for one caller", caller, callerPerMinute)
+	}
+	return nil
+}
+
 // enter lets a request through to a host, or says why not.
 func (c *Client) enter(name string) error {
 	c.mu.Lock()
@@ -266,18 +328,16 @@ func (c *Client) enter(name string) error {
 	now := time.Now()
 	h := c.hosts[name]
 	if h == nil {
-		h = &host{tokens: burst, filled: now}
+		h = &host{bucket: bucket{tokens: burst, filled: now}}
 		c.hosts[name] = h
 	}
 	if !h.until.IsZero() && (now.Before(h.until) || h.trying) {
 		return fmt.Errorf("%s is left alone until %s: %w", name, h.until.UTC().Format(time.RFC3339), h.last)
 	}
-	h.tokens = min(burst, h.tokens+now.Sub(h.filled).Minutes()*perMinute)
-	h.filled = now
-	if h.tokens < 1 {
+	h.fill(now, burst, perMinute)
+	if !h.take() {
 		return fmt.Errorf("%s is asked too much: at most %d requests a minute are made", name, perMinute)
 	}
-	h.tokens--
 	h.trying = !h.until.IsZero()
 	return nil
 }

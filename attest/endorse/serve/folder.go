@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coffer-run/coffer/attest/endorse"
+	"github.com/coffer-run/coffer/attest/plan"
 )
 
 // A folder is taken to be as it was read for so long: an import beside a running
@@ -95,6 +96,9 @@ func (f *Folder) rescan(after time.Duration) {
 
 // Newest implements endorse.Store.
 func (f *Folder) Newest(k endorse.Key) (endorse.Held, bool) { return f.lib.Newest(k) }
+
+// ByDigest implements endorse.Store.
+func (f *Folder) ByDigest(d plan.Digest) (endorse.Held, bool) { return f.lib.ByDigest(d) }
 
 // Put implements endorse.Store. The file is on disk when it returns.
 func (f *Folder) Put(i endorse.Item, checked time.Time) error {

@@ -14,6 +14,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
@@ -47,8 +48,9 @@ type Config struct {
 // services.
 type Endorsements struct {
 	*endorse.Cache
-	folder *Folder
-	client *Client
+	folder   *Folder
+	client   *Client
+	failures map[endorse.Kind]*atomic.Uint64
 }
 
 // Open opens what the configuration says.
@@ -59,8 +61,14 @@ func Open(c Config, anchors anchor.Set, log *slog.Logger) (*Endorsements, error)
 	if err != nil {
 		return nil, err
 	}
-	e := &Endorsements{folder: folder}
+	e := &Endorsements{folder: folder, failures: map[endorse.Kind]*atomic.Uint64{}}
+	for _, k := range endorse.Kinds() {
+		e.failures[k] = &atomic.Uint64{}
+	}
 	o := endorse.Options{Store: folder, Anchors: anchors, Clock: time.Now, OnOutage: c.OnOutage, Offer: c.Kinds, Report: func(k endorse.Key, err error) {
+		if n := e.failures[k.Kind]; n != nil {
+			n.Add(1)
+		}
 		log.Warn("endorsement not fetched", slog.String("kind", string(k.Kind)), slog.String("id", k.ID), slog.String("error", err.Error()))
 	}}
 	if c.Fetch {
@@ -83,6 +91,15 @@ func Open(c Config, anchors anchor.Set, log *slog.Logger) (*Endorsements, error)
 
 // Folder returns the folder.
 func (e *Endorsements) Folder() *Folder { return e.folder }
+
+// Failures returns how many endorsements of a kind could not be fetched, or were
+// not used or kept when they came.
+func (e *Endorsements) Failures(k endorse.Kind) uint64 {
+	if n := e.failures[k]; n != nil {
+		return n.Load()
+	}
+	return 0
+}
 
 // Close ends the fetches under way.
 func (e *Endorsements) Close() {

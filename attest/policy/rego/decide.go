@@ -67,6 +67,9 @@ func (p *Policy) submodules(ev policy.Evidence, d *policy.Decision) []submodule 
 	return subs
 }
 
+// tierID is the check that rules affirm where they fail nothing.
+func (s *submodule) tierID() string { return "policy." + s.kind + ".tier" }
+
 // present requires a device that the policy asks for. What failed to collect is
 // missing, even if something else of its kind is there.
 func (p *Policy) present(l *check.List, source string, required, there bool, failures map[string]string) {
@@ -166,7 +169,7 @@ func (p *Policy) apply(ev policy.Evidence, subs []submodule, d *policy.Decision)
 		}
 		d.Tiers[s.name] = said.tier
 		if said.tier != receipt.Affirming && len(said.checks.Failed()) == 0 {
-			s.out.Fail("policy."+s.kind+".tier", string(receipt.Affirming), string(said.tier), "the policy's rules say no more than that")
+			s.out.Fail(s.tierID(), string(receipt.Affirming), string(said.tier), "the policy's rules say no more than that")
 		}
 	}
 	return nil
@@ -203,7 +206,7 @@ func settle(subs []submodule, d *policy.Decision) {
 	for _, s := range subs {
 		tier, ok := d.Tiers[s.name]
 		switch {
-		case len(s.device.Checks.Failed()) > 0, len(s.out.Failed()) > 0 && tier != receipt.Contraindicated:
+		case len(s.device.Checks.Failed()) > 0, slices.ContainsFunc(s.out.Failed(), func(c check.Check) bool { return c.ID != s.tierID() }):
 			d.Tiers[s.name] = receipt.Contraindicated
 		case !ok, platform && tier == receipt.Affirming:
 			d.Tiers[s.name] = receipt.None

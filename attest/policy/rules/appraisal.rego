@@ -27,7 +27,7 @@ judge("snp", claims, checks) := array.flatten([
 	off("policy.snp.migration", claims, "snp.policy.migration-agent", data.policy.snp.allowMigration, "start the guest without a migration agent"),
 	vmpl(claims),
 	minimum_tcb(claims),
-	listed("policy.snp.measurement", object.get(claims, "snp.measurement", "none"), input.accepted.snp.measurements),
+	measurement(object.get(claims, "snp.measurement", "none"), object.get(data.policy.snp, "requireMeasurement", false)),
 	[listed("policy.snp.id-key", object.get(claims, "snp.id-key-digest", "none"), list) | list := input.accepted.snp.idKeyDigests; list != null],
 	[listed("policy.snp.chip-id", object.get(claims, "snp.chip-id", "none"), list) | list := input.accepted.snp.chipIds; list != null],
 ])
@@ -37,6 +37,7 @@ judge("tpm", claims, checks) := array.flatten([
 	one_of("policy.tpm.trust-class", claims, "tpm.trust-class", data.policy.tpm.classes),
 	self_measured(claims),
 	[listed(concat("", ["policy.tpm.pcr", index]), pcr(claims, index), list) | some index, list in input.accepted.tpm.pcrs],
+	[unlisted(concat("", ["policy.tpm.pcr", index])) | some index in object.get(data.policy.tpm, "requirePCRs", []); not input.accepted.tpm.pcrs[index]],
 ])
 
 judge("gpu", claims, checks) := array.flatten([
@@ -50,6 +51,12 @@ judge("gpu", claims, checks) := array.flatten([
 judge("tpm", _, _) := [] if not data.policy.tpm
 
 judge("gpu", _, _) := [] if not data.policy.gpu
+
+# measurement is listed like other values, unless somebody must list some.
+measurement(found, required) := unlisted("policy.snp.measurement") if {
+	required == true
+	input.accepted.snp.measurements == null
+} else := listed("policy.snp.measurement", found, input.accepted.snp.measurements)
 
 vmpl(claims) := {"id": "policy.snp.vmpl", "outcome": "pass", "found": $"{level}"} if {
 	level := claims["snp.vmpl"]
@@ -128,6 +135,9 @@ listed(id, found, accepted) := skipped(id, concat(": ", [found, "the policy list
 } else := {"id": id, "outcome": "pass", "found": found} if {
 	lower(found) in accepted
 } else := failed(id, $"one of {count(accepted)} reference values", found, "run a version that the policy lists, or have it listed")
+
+# unlisted is a value that somebody must list, and nobody does.
+unlisted(id) := failed(id, "reference values that list it", "none", "give the verifier signed reference values, or name a policy that lists it")
 
 # off requires a boolean claim to be there and, unless allowed, false.
 off(id, claims, claim, allowed, hint) := {"id": id, "outcome": "pass", "found": "off"} if {

@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -30,13 +31,17 @@ import (
 	"github.com/coffer-run/coffer/attest/simulate"
 	"github.com/coffer-run/coffer/attest/verifier"
 	"github.com/coffer-run/coffer/attest/verifier/serve"
+	"github.com/coffer-run/coffer/attest/verifier/verifiertest"
 	"github.com/coffer-run/coffer/attest/vtpm/vtpmtest"
 )
 
 type fixture struct {
-	url string
-	tpm *vtpmtest.TPM
-	log *lockedBuffer
+	url      string
+	tpm      *vtpmtest.TPM
+	log      *lockedBuffer
+	machine  *verifiertest.Machine
+	options  verifier.Options
+	verifier *verifier.Verifier
 }
 
 type lockedBuffer struct {
@@ -56,7 +61,9 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-var vendor = sync.OnceValues(func() (*simulate.Vendor, error) { return simulate.New(simulate.Options{GPUs: -1, Fast: true}) })
+var vendor = sync.OnceValues(func() (*simulate.Vendor, error) {
+	return simulate.New(simulate.Options{GPUs: 1, Plain: true, Fast: true})
+})
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
@@ -72,50 +79,148 @@ func newFixture(t *testing.T) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signer, err := receipt.NewSigner("verifier", key)
-	if err != nil {
-		t.Fatal(err)
+	f.options = verifier.Options{
+		ID: "verifier", Anchors: anchors, Signer: newSigner(t), NonceKeys: [][]byte{bytes.Repeat([]byte{1}, verifier.NonceKeySize)}, Clock: time.Now, Build: "test",
 	}
 	p, err := policy.Named("simulation")
 	if err != nil {
 		t.Fatal(err)
 	}
-	ver, err := verifier.New(verifier.Options{
-		ID: "verifier", Anchors: anchors, Policies: []policy.Policy{p}, Signer: signer,
-		NonceKeys: [][]byte{make([]byte, verifier.NonceKeySize)}, Clock: time.Now, Build: "test",
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h, err := serve.Handler(serve.Options{
-		Verifier: ver, Log: slog.New(slog.NewJSONHandler(f.log, nil)),
-		Identify: func(r *http.Request) (role, name string, err error) {
-			role = r.Header.Get("Test-Role")
-			if role == "" {
-				return "", "", errors.New("no certificate")
-			}
-			return role, "node-1", nil
-		},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := httptest.NewServer(h)
+	f.options.Policies = []policy.Policy{p}
+	f.machine = &verifiertest.Machine{Chip: v.Chip(), GPU: v.GPUs()[0], TPM: f.tpm, Policy: p}
+	f.verifier = f.replica(t)
+	f.machine.Credential = f.enrol(t)
+	s := httptest.NewServer(f.handler(t, f.verifier))
 	t.Cleanup(s.Close)
 	f.url = s.URL
 	return f
 }
 
+func newSigner(t *testing.T) *receipt.Signer {
+	t.Helper()
+	return signerOf(t, newKey(t))
+}
+
+func newKey(t *testing.T) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func signerOf(t *testing.T, key *ecdsa.PrivateKey) *receipt.Signer {
+	t.Helper()
+	s, err := receipt.NewSigner("verifier", key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// replica is another verifier with the same keys.
+func (f *fixture) replica(t *testing.T) *verifier.Verifier {
+	t.Helper()
+	v, err := verifier.New(f.options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func (f *fixture) serving(v *verifier.Verifier) serve.Options {
+	return serve.Options{
+		Verifier: v, Log: slog.New(slog.NewJSONHandler(f.log, nil)),
+		Identify: func(r *http.Request) (role, name string, err error) {
+			role, name = r.Header.Get("Test-Role"), r.Header.Get("Test-Name")
+			if role == "" {
+				return "", "", errors.New("no certificate")
+			}
+			if name == "" {
+				name = "node-1"
+			}
+			return role, name, nil
+		},
+	}
+}
+
+func (f *fixture) handler(t *testing.T, v *verifier.Verifier) http.Handler {
+	t.Helper()
+	h, err := serve.Handler(f.serving(v))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+func (f *fixture) enrol(t *testing.T) string {
+	t.Helper()
+	blob, enc, token, err := f.verifier.BeginEnrolment(f.tpm.EKChain, f.tpm.AKPublic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := f.tpm.Activate(blob, enc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	credential, err := f.verifier.FinishEnrolment(token, secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return credential
+}
+
+// attest is evidence that answers a nonce.
+func (f *fixture) attest(t *testing.T, nonce string) []byte {
+	t.Helper()
+	e, err := f.machine.Attest("verifier", nonce, "job-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := e.JSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func challenge(t *testing.T, c verifierv1connect.VerifierServiceClient) string {
+	t.Helper()
+	n, err := c.Challenge(t.Context(), connect.NewRequest(&verifierv1.ChallengeRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n.Msg.GetNonce()
+}
+
+// keys are those that a relying party fetches.
+func (f *fixture) keys(t *testing.T) receipt.Keys {
+	t.Helper()
+	k, err := receipt.ParseKeys("verifier", f.verifier.JWKS())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// relyOn verifies a result as a broker does.
+func relyOn(keys receipt.Keys, token string) error {
+	_, err := receipt.VerifyResult(keys, token, receipt.Expect{Audience: "broker", AnyJob: true, AllowSimulated: true}, time.Now())
+	return err
+}
+
 // as is a client whose certificate names a role.
 func (f *fixture) as(role string) verifierv1connect.VerifierServiceClient {
-	return verifierv1connect.NewVerifierServiceClient(http.DefaultClient, f.url, connect.WithInterceptors(connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {
+	return client(http.DefaultClient, f.url, role, "node-1")
+}
+
+func client(hc *http.Client, url, role, name string) verifierv1connect.VerifierServiceClient {
+	return verifierv1connect.NewVerifierServiceClient(hc, url, connect.WithInterceptors(connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {
 		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 			if role != "" {
 				req.Header().Set("Test-Role", role)
+				req.Header().Set("Test-Name", name)
 			}
 			return next(ctx, req)
 		}
@@ -156,38 +261,44 @@ func TestEnrolmentOverTheWire(t *testing.T) {
 	}
 }
 
+// TestRoles calls everything as everyone.
 func TestRoles(t *testing.T) {
 	f := newFixture(t)
-	calls := map[string]func(verifierv1connect.VerifierServiceClient) error{
-		"challenge": func(c verifierv1connect.VerifierServiceClient) error {
+	type call = func(verifierv1connect.VerifierServiceClient) error
+	const agent, relyingParty = "agent", "relying-party"
+	for name, row := range map[string]struct {
+		call call
+		let  []string
+	}{
+		"challenge": {func(c verifierv1connect.VerifierServiceClient) error {
 			_, err := c.Challenge(t.Context(), connect.NewRequest(&verifierv1.ChallengeRequest{}))
 			return err
-		},
-		"begin": func(c verifierv1connect.VerifierServiceClient) error {
+		}, []string{agent, relyingParty}},
+		"begin": {func(c verifierv1connect.VerifierServiceClient) error {
 			_, err := c.BeginEnrolment(t.Context(), connect.NewRequest(&verifierv1.BeginEnrolmentRequest{}))
 			return err
-		},
-		"finish": func(c verifierv1connect.VerifierServiceClient) error {
+		}, []string{agent, relyingParty}},
+		"finish": {func(c verifierv1connect.VerifierServiceClient) error {
 			_, err := c.FinishEnrolment(t.Context(), connect.NewRequest(&verifierv1.FinishEnrolmentRequest{}))
 			return err
-		},
-		"appraise": func(c verifierv1connect.VerifierServiceClient) error {
+		}, []string{agent, relyingParty}},
+		"appraise": {func(c verifierv1connect.VerifierServiceClient) error {
 			_, err := c.Appraise(t.Context(), connect.NewRequest(&verifierv1.AppraiseRequest{}))
 			return err
-		},
-	}
-	for name, call := range calls {
-		for _, role := range []string{"owner", "engineer", "operator", "auditor", "broker", "verifier", "root"} {
-			r, ok := refusal.Decode(call(f.as(role)))
-			if !ok || r.Checks[0].ID != "role" {
-				t.Errorf("%s as %s is not refused by role", name, role)
+		}, []string{agent}},
+		"check": {func(c verifierv1connect.VerifierServiceClient) error {
+			_, err := c.Check(t.Context(), connect.NewRequest(&verifierv1.CheckRequest{}))
+			return err
+		}, []string{relyingParty}},
+	} {
+		for _, role := range []string{agent, relyingParty, "owner", "engineer", "operator", "auditor", "broker", "verifier", "root"} {
+			r, ok := refusal.Decode(row.call(f.as(role)))
+			if refused := ok && r.Checks[0].ID == "role"; refused == slices.Contains(row.let, role) {
+				t.Errorf("%s as %s: refused by role: %v", name, role, refused)
 			}
 		}
-		if err := call(f.as("")); connect.CodeOf(err) != connect.CodeUnauthenticated {
+		if err := row.call(f.as("")); connect.CodeOf(err) != connect.CodeUnauthenticated {
 			t.Errorf("%s without an identity: %v", name, err)
-		}
-		if r, ok := refusal.Decode(call(f.as("agent"))); ok && r.Checks[0].ID == "role" {
-			t.Errorf("%s as agent is refused by role", name)
 		}
 	}
 	for _, role := range []string{"agent", "broker", "auditor"} {
@@ -262,13 +373,13 @@ func TestRequestsAreBounded(t *testing.T) {
 func TestSlowCallersHoldNoTurn(t *testing.T) {
 	f := newFixture(t)
 	addr := strings.TrimPrefix(f.url, "http://")
-	for range 64 {
+	for i := range 64 {
 		c, err := net.Dial("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = c.Close() })
-		_, _ = fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: x\r\nTest-Role: agent\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n{", verifierv1connect.VerifierServiceAppraiseProcedure)
+		_, _ = fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: x\r\nTest-Role: agent\r\nTest-Name: slow-%d\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n{", verifierv1connect.VerifierServiceAppraiseProcedure, i)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
@@ -291,8 +402,13 @@ func TestPublicPages(t *testing.T) {
 		}
 		return resp.StatusCode, string(b)
 	}
-	if code, body := get(serve.HealthPath); code != http.StatusOK {
-		t.Errorf("health: %d %s", code, body)
+	for _, path := range []string{serve.LivePath, serve.ReadyPath} {
+		if code, body := get(path); code != http.StatusOK {
+			t.Errorf("%s: %d %s", path, code, body)
+		}
+	}
+	if code, _ := get(serve.MetricsPath); code != http.StatusUnauthorized {
+		t.Errorf("metrics for nobody: %d", code)
 	}
 	code, body := get(serve.JWKSPath)
 	if code != http.StatusOK {

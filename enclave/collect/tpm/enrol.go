@@ -106,7 +106,7 @@ func (t *TPM) activate(tr transport.TPM, blob tpm2.TPM2BIDObject, secret tpm2.TP
 		return nil, fmt.Errorf("endorsement policy: %w", err)
 	}
 	rsp, err := tpm2.ActivateCredential{
-		ActivateHandle: tpm2.AuthHandle{Handle: akHandle, Name: t.akName, Auth: tpm2.PasswordAuth(nil)},
+		ActivateHandle: tpm2.AuthHandle{Handle: t.akHandle, Name: t.akName, Auth: tpm2.PasswordAuth(nil)},
 		KeyHandle:      tpm2.AuthHandle{Handle: ek.ObjectHandle, Name: ek.Name, Auth: session},
 		CredentialBlob: blob,
 		Secret:         secret,

@@ -52,18 +52,21 @@ func digest(path string) (vtpm.Digest, error) {
 // Measure extends PCR 14 with events that this boot has not seen and returns the
 // encoded event log, which is also kept at logPath.
 //
-// The log is durable before the first extension, so at any later moment, and
-// after kill -9 at any moment, PCR 14 is the replay of a beginning of the log;
-// the rest is extended then. A PCR of zero is a new boot: the old log is
-// dropped. Any other value is an error. A file that changed since it was
-// measured in this boot is measured again: the log lists everything that ran.
+// Where firmware and boot loader left PCR 14 is what their log says, and zero
+// without one: shim measures into it the lists of keys that the machine's owner
+// enrolled. The event log is durable before the first extension, so at any later
+// moment, and after kill -9 at any moment, PCR 14 is the replay of a beginning of
+// the log; the rest is extended then. A PCR as the boot left it is a new boot:
+// the old log is dropped. Any other value is an error. A file that changed since
+// it was measured in this boot is measured again: the log lists everything that
+// ran.
 func (t *TPM) Measure(ctx context.Context, logPath string, events []vtpm.Event) ([]byte, error) {
 	if len(events) == 0 {
 		return nil, errors.New("measure: nothing to measure")
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	log, err := do(ctx, t, func(tr transport.TPM) ([]byte, error) { return measure(tr, logPath, events) })
+	log, err := do(ctx, t, func(tr transport.TPM) ([]byte, error) { return measure(tr, logPath, t.start, events) })
 	if err != nil {
 		return nil, fmt.Errorf("measure: %w", err)
 	}
@@ -71,7 +74,7 @@ func (t *TPM) Measure(ctx context.Context, logPath string, events []vtpm.Event) 
 	return log, nil
 }
 
-func measure(tr transport.TPM, logPath string, events []vtpm.Event) ([]byte, error) {
+func measure(tr transport.TPM, logPath string, start [32]byte, events []vtpm.Event) ([]byte, error) {
 	pcrs, err := readPCRs(tr, vtpm.AgentPCR)
 	if err != nil {
 		return nil, err
@@ -80,16 +83,17 @@ func measure(tr transport.TPM, logPath string, events []vtpm.Event) ([]byte, err
 
 	var stored []vtpm.Event
 	done := 0
-	if pcr != [32]byte{} {
+	if pcr != start {
 		stored, err = loadLog(logPath)
 		if err != nil {
-			return nil, fmt.Errorf("PCR %d is %x and its event log cannot be read; restart the machine: %w", vtpm.AgentPCR, pcr, err)
+			return nil, fmt.Errorf("PCR %d is %x, the boot's log leaves it at %x, and the agent's event log cannot be read; if shim measured into it, name the firmware's log, or restart the machine: %w",
+				vtpm.AgentPCR, pcr, start, err)
 		}
-		for done = 1; done <= len(stored) && vtpm.Replay(stored[:done])[vtpm.AgentPCR] != pcr; done++ {
+		for done = 1; done <= len(stored) && vtpm.Replay(start, stored[:done]) != pcr; done++ {
 		}
 		if done > len(stored) {
-			return nil, fmt.Errorf("PCR %d is %x: neither zero nor what the %d events of %s lead to; something else extended it in this boot; restart the machine",
-				vtpm.AgentPCR, pcr, len(stored), logPath)
+			return nil, fmt.Errorf("PCR %d is %x: neither %x, where the boot's log leaves it, nor what the %d events of %s lead to from there; something else extended it in this boot; restart the machine",
+				vtpm.AgentPCR, pcr, start, len(stored), logPath)
 		}
 	}
 
@@ -127,10 +131,30 @@ func measure(tr transport.TPM, logPath string, events []vtpm.Event) ([]byte, err
 	if err != nil {
 		return nil, err
 	}
-	if got, want := pcrs[vtpm.AgentPCR], vtpm.Replay(all)[vtpm.AgentPCR]; got != want {
+	if got, want := pcrs[vtpm.AgentPCR], vtpm.Replay(start, all); got != want {
 		return nil, fmt.Errorf("PCR %d is %x after measuring, its event log replays to %x; restart the machine", vtpm.AgentPCR, got, want)
 	}
 	return log, nil
+}
+
+// firmwareLog reads what the kernel keeps of the log of firmware and boot loader,
+// and where that left PCR 14. Whether it explains the other PCRs is for the
+// verifier.
+func firmwareLog(path string) (log []byte, left [32]byte, err error) {
+	f, err := os.Open(path) // #nosec G304 -- the configuration names it
+	if err != nil {
+		return nil, left, err
+	}
+	defer f.Close() //nolint:errcheck // read only
+	// The kernel's files of this kind say that they have no size.
+	if log, err = io.ReadAll(io.LimitReader(f, vtpm.MaxTCGLog+1)); err != nil {
+		return nil, left, err
+	}
+	l, err := vtpm.ParseTCGLog(log)
+	if err != nil {
+		return nil, left, fmt.Errorf("%s: %w", path, err)
+	}
+	return log, l.Replay()[vtpm.AgentPCR], nil
 }
 
 func loadLog(path string) ([]vtpm.Event, error) {

@@ -1,9 +1,10 @@
 // Package tpm drives a TPM 2.0: it makes the attestation key, proves that the
 // key sits beside the endorsement key, measures the agent's files and quotes.
 //
-// Trusted: the TPM, and the kernel's resource manager in front of it. Checked:
-// that PCR 14 holds what the event log says before it is quoted. Not checked:
-// the endorsement certificate and the quote, which are for the verifier.
+// Trusted: the TPM, the kernel's resource manager in front of it, and the
+// firmware's event log as the kernel keeps it. Checked: that PCR 14 holds what
+// the event logs say before it is quoted. Not checked: the endorsement
+// certificate, the quote and the other PCRs, which are for the verifier.
 //
 // One command sequence runs at a time; every session and transient handle it
 // opens is flushed before the next begins, on errors too.
@@ -40,6 +41,17 @@ const quoteTries = 3
 // what the agent measures. Without a measured boot all but the last are zero.
 func quotedPCRs() []uint { return []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, vtpm.AgentPCR} }
 
+// Options say how a machine's TPM is. The zero value is one whose attestation
+// key is coffer's own, on a machine without a firmware log.
+type Options struct {
+	// FirmwareLog is where the kernel keeps the log of firmware and boot loader,
+	// /sys/kernel/security/tpm0/binary_bios_measurements. It is read once.
+	FirmwareLog string
+	// Paravisor is true on Azure, where what runs below the guest keeps the TPM:
+	// its attestation key and its report are used, which only it can make.
+	Paravisor bool
+}
+
 // TPM is an open TPM with its attestation key.
 type TPM struct {
 	// slot holds the transport while no sequence runs. Taking it is the lock,
@@ -49,8 +61,14 @@ type TPM struct {
 	close func() error
 
 	ak       tpm2.TPM2BPublic
+	akHandle tpm2.TPMHandle
 	akPublic []byte
 	akName   tpm2.TPM2BName
+
+	// firmware is the firmware's event log, nil without one; start is where it
+	// leaves PCR 14.
+	firmware []byte
+	start    [32]byte
 
 	// mu guards log.
 	mu sync.Mutex
@@ -60,7 +78,7 @@ type TPM struct {
 
 // Open opens the TPM at path, a device (/dev/tpmrm0) or the unix socket of a
 // software TPM, and creates or loads its attestation key.
-func Open(ctx context.Context, path string) (*TPM, error) {
+func Open(ctx context.Context, path string, o Options) (*TPM, error) {
 	tr, shared, err := dial(path)
 	if err != nil {
 		return nil, err
@@ -73,7 +91,7 @@ func Open(ctx context.Context, path string) (*TPM, error) {
 			return nil, fmt.Errorf("open TPM: %w", errors.Join(err, tr.Close()))
 		}
 	}
-	t, err := New(ctx, tr)
+	t, err := New(ctx, tr, o)
 	if err != nil {
 		return nil, errors.Join(err, tr.Close())
 	}
@@ -81,16 +99,27 @@ func Open(ctx context.Context, path string) (*TPM, error) {
 	return t, nil
 }
 
-// New takes over an open transport and creates or loads the attestation key.
-func New(ctx context.Context, tr transport.TPM) (*TPM, error) {
-	t := &TPM{slot: make(chan transport.TPM, 1)}
+// New takes over an open transport and creates or loads the attestation key. A
+// firmware log that is named and cannot be read is an error.
+func New(ctx context.Context, tr transport.TPM, o Options) (*TPM, error) {
+	t := &TPM{slot: make(chan transport.TPM, 1), akHandle: akHandle}
 	t.slot <- tr
+	if o.FirmwareLog != "" {
+		var err error
+		if t.firmware, t.start, err = firmwareLog(o.FirmwareLog); err != nil {
+			return nil, fmt.Errorf("firmware log: %w", err)
+		}
+	}
+	find := attestationKey
+	if o.Paravisor {
+		t.akHandle, find = paravisorAK, paravisorKey
+	}
 	type key struct {
 		public tpm2.TPM2BPublic
 		name   tpm2.TPM2BName
 	}
 	k, err := do(ctx, t, func(tr transport.TPM) (key, error) {
-		public, name, err := attestationKey(tr)
+		public, name, err := find(tr)
 		return key{public, name}, err
 	})
 	if err != nil {
@@ -222,7 +251,7 @@ func (t *TPM) Quote(ctx context.Context, extraData [32]byte) (*collect.Quote, er
 	if err != nil {
 		return nil, fmt.Errorf("quote: %w", err)
 	}
-	replayed := vtpm.Replay(events)[vtpm.AgentPCR]
+	replayed := vtpm.Replay(t.start, events)
 	q, err := do(ctx, t, func(tr transport.TPM) (*collect.Quote, error) {
 		for range quoteTries {
 			q, err := t.quoteOnce(tr, extraData)
@@ -239,9 +268,9 @@ func (t *TPM) Quote(ctx context.Context, extraData [32]byte) (*collect.Quote, er
 		return nil, fmt.Errorf("quote: %w", err)
 	}
 	if got := q.PCRs[vtpm.AgentPCR]; !bytes.Equal(got, replayed[:]) {
-		return nil, fmt.Errorf("quote: PCR %d is %x, the agent's event log replays to %x: %s", vtpm.AgentPCR, got, replayed, pcrState(got))
+		return nil, fmt.Errorf("quote: PCR %d is %x, the agent's event log replays to %x: %s", vtpm.AgentPCR, got, replayed, t.pcrState(got))
 	}
-	q.EventLog = log
+	q.EventLog, q.FirmwareLog = log, t.firmware
 	return q, nil
 }
 
@@ -253,7 +282,7 @@ func (t *TPM) quoteOnce(tr transport.TPM, extraData [32]byte) (*collect.Quote, e
 		return nil, err
 	}
 	rsp, err := tpm2.Quote{
-		SignHandle:     tpm2.AuthHandle{Handle: akHandle, Name: t.akName, Auth: tpm2.PasswordAuth(nil)},
+		SignHandle:     tpm2.AuthHandle{Handle: t.akHandle, Name: t.akName, Auth: tpm2.PasswordAuth(nil)},
 		QualifyingData: tpm2.TPM2BData{Buffer: extraData[:]},
 		InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
 		PCRSelect:      selection(quotedPCRs()...),
@@ -282,8 +311,8 @@ func (t *TPM) quoteOnce(tr transport.TPM, extraData [32]byte) (*collect.Quote, e
 	return q, nil
 }
 
-func pcrState(v []byte) string {
-	if len(bytes.Trim(v, "\x00")) == 0 {
+func (t *TPM) pcrState(v []byte) string {
+	if bytes.Equal(v, t.start[:]) || len(bytes.Trim(v, "\x00")) == 0 {
 		return "the TPM was reset since the agent measured itself; restart the agent"
 	}
 	return "something else extended it in this boot; restart the machine"

@@ -34,7 +34,7 @@ func newMachine(t *testing.T) *machine {
 
 func (m *machine) open(t *testing.T) *tpm.TPM {
 	t.Helper()
-	d, err := tpm.Open(t.Context(), m.Socket)
+	d, err := tpm.Open(t.Context(), m.Socket, tpm.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +92,7 @@ func TestQuote(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	replayed := vtpm.Replay(events("agent", "holder"))[vtpm.AgentPCR]
+	replayed := vtpm.Replay([32]byte{}, events("agent", "holder"))
 	if got := q.PCRs[vtpm.AgentPCR]; !bytes.Equal(got, replayed[:]) {
 		t.Errorf("PCR 14 is %x, want %x", got, replayed)
 	}
@@ -316,7 +316,7 @@ func TestForeignKeyAtTheHandle(t *testing.T) {
 	if _, err := (tpm2.EvictControl{Auth: tpm2.TPMRHOwner, ObjectHandle: &tpm2.NamedHandle{Handle: p.ObjectHandle, Name: p.Name}, PersistentHandle: 0x8100C0FE}).Execute(tr); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tpm.Open(t.Context(), m.Socket); err == nil || !strings.Contains(err.Error(), "holds another key") {
+	if _, err := tpm.Open(t.Context(), m.Socket, tpm.Options{}); err == nil || !strings.Contains(err.Error(), "holds another key") {
 		t.Fatalf("got %v", err)
 	}
 }
@@ -327,7 +327,7 @@ func TestHungTPM(t *testing.T) {
 	defer close(hung)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := tpm.New(ctx, sendFunc(func([]byte) ([]byte, error) { <-hung; return nil, os.ErrClosed })); err == nil || ctx.Err() == nil {
+	if _, err := tpm.New(ctx, sendFunc(func([]byte) ([]byte, error) { <-hung; return nil, os.ErrClosed }), tpm.Options{}); err == nil || ctx.Err() == nil {
 		t.Fatalf("got %v", err)
 	}
 }
@@ -338,7 +338,7 @@ func TestOpenWhatIsNoTPM(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{p, p + "-missing"} {
-		if _, err := tpm.Open(t.Context(), path); err == nil {
+		if _, err := tpm.Open(t.Context(), path, tpm.Options{}); err == nil {
 			t.Errorf("opened %s", path)
 		}
 	}
@@ -377,7 +377,7 @@ func TestAnswersThatAreNone(t *testing.T) {
 					_ = conn.Close()
 				}
 			}()
-			if _, err := tpm.Open(t.Context(), filepath.Join(dir, "s")); err == nil {
+			if _, err := tpm.Open(t.Context(), filepath.Join(dir, "s"), tpm.Options{}); err == nil {
 				t.Error("opened")
 			}
 		})

@@ -124,6 +124,18 @@ func (c *Client) Deliver(ctx context.Context, d Deliver) error {
 	return err
 }
 
+// Lease begins a renewal and returns its challenge.
+func (c *Client) Lease(ctx context.Context) (Lease, error) {
+	r, err := c.do(ctx, Request{Op: OpLease}, nil)
+	return part(r.Lease, err)
+}
+
+// RenewLease hands over the broker's answer to the renewal under way.
+func (c *Client) RenewLease(ctx context.Context, token string) (Lease, error) {
+	r, err := c.do(ctx, Request{Op: OpRenew, Renew: &Renew{Lease: token}}, nil)
+	return part(r.Lease, err)
+}
+
 // Input hands over the sealed folder at path.
 func (c *Client) Input(ctx context.Context, in Input, path string) error {
 	return c.withDir(path, unix.O_PATH, func(f *os.File) error {
@@ -306,7 +318,7 @@ func Cleanup(runDir string) error {
 			break
 		}
 	}
-	for _, n := range []string{SocketName, TraceName, StdoutName, StderrName, InputsName, CheckpointsName} {
+	for _, n := range []string{SocketName, TraceName, StdoutName, StderrName, InputsName, CheckpointsName, filepath.Join(RegionsDir, RegionsSocket), RegionsDir} {
 		if err := os.Remove(filepath.Join(runDir, n)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = errors.Join(errs, fmt.Errorf("clean up after holder: %w", err))
 		}

@@ -36,6 +36,11 @@ const (
 	OpSign = "sign"
 	// OpDeliver hands over a wrapped data key. Deliver.
 	OpDeliver = "deliver"
+	// OpLease begins a renewal of the job's lease: the answer has the challenge for
+	// the broker. Lease.
+	OpLease = "lease"
+	// OpRenew hands over the broker's signed answer to the renewal. Renew, Lease.
+	OpRenew = "renew"
 	// OpInput hands over one sealed input: descriptor 0 is the sealed folder
 	// (O_PATH|O_DIRECTORY). Input.
 	OpInput = "input"
@@ -63,6 +68,7 @@ type Request struct {
 	SignRelease *SignRelease `json:"signRelease,omitempty"`
 	Sign        *Sign        `json:"sign,omitempty"`
 	Deliver     *Deliver     `json:"deliver,omitempty"`
+	Renew       *Renew       `json:"renew,omitempty"`
 	Input       *Input       `json:"input,omitempty"`
 	Sink        *Sink        `json:"sink,omitempty"`
 	Logs        *Logs        `json:"logs,omitempty"`
@@ -77,6 +83,7 @@ type Response struct {
 	Hello       *Hello        `json:"hello,omitempty"`
 	SignRelease *Signed       `json:"signRelease,omitempty"`
 	Sign        *Signed       `json:"sign,omitempty"`
+	Lease       *Lease        `json:"lease,omitempty"`
 	Decrypt     *Decrypted    `json:"decrypt,omitempty"`
 	Status      *Status       `json:"status,omitempty"`
 	Logs        *LogChunk     `json:"logs,omitempty"`
@@ -111,12 +118,55 @@ type Signed struct {
 	Signature []byte `json:"signature"`
 }
 
-// Deliver is a data key wrapped to the recipient key.
+// Deliver is a data key wrapped to the recipient key. LeaseKeys are the broker's
+// public keys (JWKS); the one by which leases are signed is named in Info, which
+// the key is wrapped under.
 type Deliver struct {
 	Asset      string `json:"asset"`
 	Info       []byte `json:"info"`
 	Enc        []byte `json:"enc"`
 	Ciphertext []byte `json:"ciphertext"`
+	LeaseKeys  []byte `json:"leaseKeys"`
+}
+
+// Renew carries a broker's signed lease (attest/receipt).
+type Renew struct {
+	Lease string `json:"lease"`
+}
+
+// States of a Lease.
+const (
+	// LeaseNone: no key was delivered yet.
+	LeaseNone = "none"
+	// LeaseRunning: keys may be used.
+	LeaseRunning = "running"
+	// LeaseStopping: the broker said that the job must stop; keys may be used for
+	// as long as the grace lasts.
+	LeaseStopping = "stopping"
+	// LeaseOver: no key is used any more. The holder kills the job, scrubs its
+	// memory and destroys the keys, without being told to.
+	LeaseOver = "over"
+)
+
+// Reason codes of a Lease that is stopping or over.
+const (
+	// LeaseRevoked: something that the job runs under was taken back.
+	LeaseRevoked = "revoked"
+	// LeaseLapsed: no renewal came in time.
+	LeaseLapsed = "lease-lapsed"
+)
+
+// Lease is what stands between the job and its keys, counted on CLOCK_BOOTTIME.
+type Lease struct {
+	State  string `json:"state"`
+	Code   string `json:"code,omitempty"`
+	Reason string `json:"reason,omitempty"`
+	// Seconds is how long a renewed lease lasts at most.
+	Seconds         int64 `json:"seconds,omitempty"`
+	RemainingMillis int64 `json:"remainingMillis,omitempty"`
+	// Challenge is that of the renewal under way; only OpLease has it. Absent
+	// unless the state is LeaseRunning.
+	Challenge []byte `json:"challenge,omitempty"`
 }
 
 // Input is one sealed input. Digest is the SHA-384 of its manifest; a folder
@@ -160,6 +210,7 @@ type Status struct {
 	LogBytes    int64 `json:"logBytes"`
 	// LogCut counts log bytes beyond the budget, which were dropped.
 	LogCut int64 `json:"logCut"`
+	Lease  Lease `json:"lease"`
 	// Checkpoints are the last 100 commits; Client.Checkpoints returns all.
 	Checkpoints []Checkpoint `json:"checkpoints,omitempty"`
 }
@@ -209,7 +260,9 @@ type Event struct {
 	Sequence uint64 `json:"sequence"`
 	UnixNano int64  `json:"unixNano"`
 	// Kind is "container-start", "exec", "operator-exec", "connect", "ptrace",
-	// "trace-lost", "checkpoint", "checkpoint-error", "input-error".
+	// "trace-lost", "checkpoint", "checkpoint-error", "input-error", "lease-stop"
+	// (the broker said that the job must stop), "lease-over" (no key is used any
+	// more), "job-killed" (the holder ended the job's processes), "scrubbed".
 	Kind       string      `json:"kind"`
 	Detail     string      `json:"detail,omitempty"`
 	Process    string      `json:"process,omitempty"`

@@ -18,6 +18,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
+
+	"golang.org/x/mod/sumdb/note"
 )
 
 // maxSize bounds a key file, in bytes.
@@ -106,6 +109,28 @@ func ReadHPKE(path string) (hpke.PrivateKey, error) {
 		return nil, fmt.Errorf("key file %s is not an ML-KEM-768+X25519 private key", path)
 	}
 	return k, nil
+}
+
+// CreateNote makes an Ed25519 key that signs notes (C2SP signed-note) under name.
+func CreateNote(path, name string) error {
+	return create(path, func() ([]byte, error) {
+		private, _, err := note.GenerateKey(rand.Reader, name)
+		return []byte(private), err
+	})
+}
+
+// ReadNote reads what CreateNote made.
+func ReadNote(path string) (string, error) {
+	b, err := Read(path)
+	if err != nil {
+		return "", err
+	}
+	defer clear(b)
+	key := strings.TrimSpace(string(b))
+	if _, err := note.NewSigner(key); err != nil {
+		return "", fmt.Errorf("key file %s is not an Ed25519 private key in the form of C2SP signed-note", path)
+	}
+	return key, nil
 }
 
 func create(path string, generate func() ([]byte, error)) error {

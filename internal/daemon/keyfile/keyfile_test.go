@@ -17,6 +17,7 @@ func TestRoundTrips(t *testing.T) {
 	}{
 		"p384":   {keyfile.CreateP384, func(p string) error { _, err := keyfile.ReadP384(p); return err }},
 		"hpke":   {keyfile.CreateHPKE, func(p string) error { _, err := keyfile.ReadHPKE(p); return err }},
+		"note":   {func(p string) error { return keyfile.CreateNote(p, "broker.test/log") }, func(p string) error { _, err := keyfile.ReadNote(p); return err }},
 		"secret": {func(p string) error { return keyfile.CreateSecret(p, 32) }, func(p string) error { _, err := keyfile.ReadSecret(p, 32); return err }},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -75,6 +75,75 @@ func (AssetKind) EnumDescriptor() ([]byte, []int) {
 	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{0}
 }
 
+type RevocationKind int32
+
+const (
+	RevocationKind_REVOCATION_KIND_UNSPECIFIED RevocationKind = 0
+	RevocationKind_REVOCATION_KIND_GRANT       RevocationKind = 1
+	RevocationKind_REVOCATION_KIND_ASSET       RevocationKind = 2
+	// "ROLE/NAME": an agent, the submitter of a job or the requester of a grant.
+	RevocationKind_REVOCATION_KIND_PRINCIPAL RevocationKind = 3
+	// The name of an agent.
+	RevocationKind_REVOCATION_KIND_NODE RevocationKind = 4
+	// The chip id of an SEV-SNP report, hex.
+	RevocationKind_REVOCATION_KIND_CHIP_ID RevocationKind = 5
+	// The image manifest's digest in a plan, "sha256:<hex>".
+	RevocationKind_REVOCATION_KIND_IMAGE RevocationKind = 6
+	// The launch measurement of an SEV-SNP report, hex.
+	RevocationKind_REVOCATION_KIND_MEASUREMENT RevocationKind = 7
+)
+
+// Enum value maps for RevocationKind.
+var (
+	RevocationKind_name = map[int32]string{
+		0: "REVOCATION_KIND_UNSPECIFIED",
+		1: "REVOCATION_KIND_GRANT",
+		2: "REVOCATION_KIND_ASSET",
+		3: "REVOCATION_KIND_PRINCIPAL",
+		4: "REVOCATION_KIND_NODE",
+		5: "REVOCATION_KIND_CHIP_ID",
+		6: "REVOCATION_KIND_IMAGE",
+		7: "REVOCATION_KIND_MEASUREMENT",
+	}
+	RevocationKind_value = map[string]int32{
+		"REVOCATION_KIND_UNSPECIFIED": 0,
+		"REVOCATION_KIND_GRANT":       1,
+		"REVOCATION_KIND_ASSET":       2,
+		"REVOCATION_KIND_PRINCIPAL":   3,
+		"REVOCATION_KIND_NODE":        4,
+		"REVOCATION_KIND_CHIP_ID":     5,
+		"REVOCATION_KIND_IMAGE":       6,
+		"REVOCATION_KIND_MEASUREMENT": 7,
+	}
+)
+
+func (x RevocationKind) Enum() *RevocationKind {
+	p := new(RevocationKind)
+	*p = x
+	return p
+}
+
+func (x RevocationKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RevocationKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_attest_api_broker_v1_broker_proto_enumTypes[1].Descriptor()
+}
+
+func (RevocationKind) Type() protoreflect.EnumType {
+	return &file_attest_api_broker_v1_broker_proto_enumTypes[1]
+}
+
+func (x RevocationKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RevocationKind.Descriptor instead.
+func (RevocationKind) EnumDescriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{1}
+}
+
 type InfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -189,9 +258,15 @@ type Asset struct {
 	Kind AssetKind `protobuf:"varint,2,opt,name=kind,proto3,enum=coffer.broker.v1.AssetKind" json:"kind,omitempty"`
 	// SHA-384 of the sealed manifest, "sha384:<hex>". Empty for checkpoints,
 	// whose objects come later.
-	Digest        string `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
-	Owner         string `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
-	CreatedUnix   int64  `protobuf:"varint,5,opt,name=created_unix,json=createdUnix,proto3" json:"created_unix,omitempty"`
+	Digest      string       `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	Owner       string       `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
+	CreatedUnix int64        `protobuf:"varint,5,opt,name=created_unix,json=createdUnix,proto3" json:"created_unix,omitempty"`
+	Labels      *Labels      `protobuf:"bytes,6,opt,name=labels,proto3" json:"labels,omitempty"`
+	Policy      *AssetPolicy `protobuf:"bytes,7,opt,name=policy,proto3" json:"policy,omitempty"`
+	// Counts the changes of policy and labels, from 1.
+	Revision int64 `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
+	// The key store that wrapped the data key; empty for the broker's default.
+	KeyStore      string `protobuf:"bytes,9,opt,name=key_store,json=keyStore,proto3" json:"key_store,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -261,6 +336,400 @@ func (x *Asset) GetCreatedUnix() int64 {
 	return 0
 }
 
+func (x *Asset) GetLabels() *Labels {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *Asset) GetPolicy() *AssetPolicy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *Asset) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *Asset) GetKeyStore() string {
+	if x != nil {
+		return x.KeyStore
+	}
+	return ""
+}
+
+// Labels are what access policies look at. Each is empty or lower-case letters,
+// digits, '-' and '.', at most 63.
+type Labels struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sensitivity   string                 `protobuf:"bytes,1,opt,name=sensitivity,proto3" json:"sensitivity,omitempty"`
+	Region        string                 `protobuf:"bytes,2,opt,name=region,proto3" json:"region,omitempty"`
+	Project       string                 `protobuf:"bytes,3,opt,name=project,proto3" json:"project,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Labels) Reset() {
+	*x = Labels{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Labels) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Labels) ProtoMessage() {}
+
+func (x *Labels) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Labels.ProtoReflect.Descriptor instead.
+func (*Labels) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Labels) GetSensitivity() string {
+	if x != nil {
+		return x.Sensitivity
+	}
+	return ""
+}
+
+func (x *Labels) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *Labels) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+// AssetPolicy says under what an asset's key is released. What is not set has
+// the default that is named here.
+type AssetPolicy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Every rule must hold. None: grants need no approval, only the owner's consent.
+	Approvals []*ApprovalRule `protobuf:"bytes,1,rep,name=approvals,proto3" json:"approvals,omitempty"`
+	// Names of the verifiers whose results count, and how many of them must have
+	// one for the same keys, job and plan. Default: every one that the broker
+	// knows, and 1.
+	Verifiers         []string `protobuf:"bytes,2,rep,name=verifiers,proto3" json:"verifiers,omitempty"`
+	VerifierThreshold int32    `protobuf:"varint,3,opt,name=verifier_threshold,json=verifierThreshold,proto3" json:"verifier_threshold,omitempty"`
+	// Kinds of recipient keys: "mlkem768-x25519" (the default) and "x25519".
+	Kems []string `protobuf:"bytes,4,rep,name=kems,proto3" json:"kems,omitempty"`
+	// Protocols that serve the asset: "coffer" (the default) and "kbs".
+	Protocols []string `protobuf:"bytes,5,rep,name=protocols,proto3" json:"protocols,omitempty"`
+	// How long a job runs on without a renewal, 5 to 3600; default 60.
+	LeaseSeconds int64 `protobuf:"varint,6,opt,name=lease_seconds,json=leaseSeconds,proto3" json:"lease_seconds,omitempty"`
+	// How long a job that is told to stop has before it is killed, at most 300;
+	// 0 is none. Default 10 where the policy is not set at all.
+	GraceSeconds int64 `protobuf:"varint,7,opt,name=grace_seconds,json=graceSeconds,proto3" json:"grace_seconds,omitempty"`
+	// Bounds of grants; 0 is the broker's own bound.
+	MaxReleases        int32 `protobuf:"varint,8,opt,name=max_releases,json=maxReleases,proto3" json:"max_releases,omitempty"`
+	MaxDurationSeconds int64 `protobuf:"varint,9,opt,name=max_duration_seconds,json=maxDurationSeconds,proto3" json:"max_duration_seconds,omitempty"`
+	// Claims of the AR4SI trust vector that at least one device must affirm,
+	// besides that no device may be less than affirming: "hardware", ...
+	Affirming []string `protobuf:"bytes,10,rep,name=affirming,proto3" json:"affirming,omitempty"`
+	// Whether the end of a grant stops jobs that run under it.
+	StopAtExpiry  bool `protobuf:"varint,11,opt,name=stop_at_expiry,json=stopAtExpiry,proto3" json:"stop_at_expiry,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AssetPolicy) Reset() {
+	*x = AssetPolicy{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AssetPolicy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AssetPolicy) ProtoMessage() {}
+
+func (x *AssetPolicy) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AssetPolicy.ProtoReflect.Descriptor instead.
+func (*AssetPolicy) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AssetPolicy) GetApprovals() []*ApprovalRule {
+	if x != nil {
+		return x.Approvals
+	}
+	return nil
+}
+
+func (x *AssetPolicy) GetVerifiers() []string {
+	if x != nil {
+		return x.Verifiers
+	}
+	return nil
+}
+
+func (x *AssetPolicy) GetVerifierThreshold() int32 {
+	if x != nil {
+		return x.VerifierThreshold
+	}
+	return 0
+}
+
+func (x *AssetPolicy) GetKems() []string {
+	if x != nil {
+		return x.Kems
+	}
+	return nil
+}
+
+func (x *AssetPolicy) GetProtocols() []string {
+	if x != nil {
+		return x.Protocols
+	}
+	return nil
+}
+
+func (x *AssetPolicy) GetLeaseSeconds() int64 {
+	if x != nil {
+		return x.LeaseSeconds
+	}
+	return 0
+}
+
+func (x *AssetPolicy) GetGraceSeconds() int64 {
+	if x != nil {
+		return x.GraceSeconds
+	}
+	return 0
+}
+
+func (x *AssetPolicy) GetMaxReleases() int32 {
+	if x != nil {
+		return x.MaxReleases
+	}
+	return 0
+}
+
+func (x *AssetPolicy) GetMaxDurationSeconds() int64 {
+	if x != nil {
+		return x.MaxDurationSeconds
+	}
+	return 0
+}
+
+func (x *AssetPolicy) GetAffirming() []string {
+	if x != nil {
+		return x.Affirming
+	}
+	return nil
+}
+
+func (x *AssetPolicy) GetStopAtExpiry() bool {
+	if x != nil {
+		return x.StopAtExpiry
+	}
+	return false
+}
+
+// ApprovalRule asks for the approvals of count members of a group.
+type ApprovalRule struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Group         string                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	Count         int32                  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApprovalRule) Reset() {
+	*x = ApprovalRule{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApprovalRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApprovalRule) ProtoMessage() {}
+
+func (x *ApprovalRule) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApprovalRule.ProtoReflect.Descriptor instead.
+func (*ApprovalRule) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ApprovalRule) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *ApprovalRule) GetCount() int32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+type UpdateAssetPolicyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Policy        *AssetPolicy           `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`
+	Labels        *Labels                `protobuf:"bytes,3,opt,name=labels,proto3" json:"labels,omitempty"`
+	Revision      int64                  `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateAssetPolicyRequest) Reset() {
+	*x = UpdateAssetPolicyRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateAssetPolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateAssetPolicyRequest) ProtoMessage() {}
+
+func (x *UpdateAssetPolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateAssetPolicyRequest.ProtoReflect.Descriptor instead.
+func (*UpdateAssetPolicyRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *UpdateAssetPolicyRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UpdateAssetPolicyRequest) GetPolicy() *AssetPolicy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *UpdateAssetPolicyRequest) GetLabels() *Labels {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *UpdateAssetPolicyRequest) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type UpdateAssetPolicyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Asset         *Asset                 `protobuf:"bytes,1,opt,name=asset,proto3" json:"asset,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateAssetPolicyResponse) Reset() {
+	*x = UpdateAssetPolicyResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateAssetPolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateAssetPolicyResponse) ProtoMessage() {}
+
+func (x *UpdateAssetPolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateAssetPolicyResponse.ProtoReflect.Descriptor instead.
+func (*UpdateAssetPolicyResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *UpdateAssetPolicyResponse) GetAsset() *Asset {
+	if x != nil {
+		return x.Asset
+	}
+	return nil
+}
+
 type CreateAssetRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Name   string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -269,15 +738,19 @@ type CreateAssetRequest struct {
 	// HPKE encapsulated key and ciphertext of the 32-byte data key, sealed to
 	// owner_wrap_key with info "coffer/v1 owner-wrap" and the asset name as
 	// associated data. Empty for checkpoints: the broker makes that key.
-	WrappedEnc    []byte `protobuf:"bytes,4,opt,name=wrapped_enc,json=wrappedEnc,proto3" json:"wrapped_enc,omitempty"`
-	WrappedKey    []byte `protobuf:"bytes,5,opt,name=wrapped_key,json=wrappedKey,proto3" json:"wrapped_key,omitempty"`
+	WrappedEnc []byte       `protobuf:"bytes,4,opt,name=wrapped_enc,json=wrappedEnc,proto3" json:"wrapped_enc,omitempty"`
+	WrappedKey []byte       `protobuf:"bytes,5,opt,name=wrapped_key,json=wrappedKey,proto3" json:"wrapped_key,omitempty"`
+	Labels     *Labels      `protobuf:"bytes,6,opt,name=labels,proto3" json:"labels,omitempty"`
+	Policy     *AssetPolicy `protobuf:"bytes,7,opt,name=policy,proto3" json:"policy,omitempty"`
+	// Empty for the broker's default key store.
+	KeyStore      string `protobuf:"bytes,8,opt,name=key_store,json=keyStore,proto3" json:"key_store,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateAssetRequest) Reset() {
 	*x = CreateAssetRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[3]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -289,7 +762,7 @@ func (x *CreateAssetRequest) String() string {
 func (*CreateAssetRequest) ProtoMessage() {}
 
 func (x *CreateAssetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[3]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -302,7 +775,7 @@ func (x *CreateAssetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateAssetRequest.ProtoReflect.Descriptor instead.
 func (*CreateAssetRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{3}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateAssetRequest) GetName() string {
@@ -340,6 +813,27 @@ func (x *CreateAssetRequest) GetWrappedKey() []byte {
 	return nil
 }
 
+func (x *CreateAssetRequest) GetLabels() *Labels {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *CreateAssetRequest) GetPolicy() *AssetPolicy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *CreateAssetRequest) GetKeyStore() string {
+	if x != nil {
+		return x.KeyStore
+	}
+	return ""
+}
+
 type CreateAssetResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Asset         *Asset                 `protobuf:"bytes,1,opt,name=asset,proto3" json:"asset,omitempty"`
@@ -349,7 +843,7 @@ type CreateAssetResponse struct {
 
 func (x *CreateAssetResponse) Reset() {
 	*x = CreateAssetResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[4]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -361,7 +855,7 @@ func (x *CreateAssetResponse) String() string {
 func (*CreateAssetResponse) ProtoMessage() {}
 
 func (x *CreateAssetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[4]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -374,7 +868,7 @@ func (x *CreateAssetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateAssetResponse.ProtoReflect.Descriptor instead.
 func (*CreateAssetResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{4}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateAssetResponse) GetAsset() *Asset {
@@ -393,7 +887,7 @@ type GetAssetRequest struct {
 
 func (x *GetAssetRequest) Reset() {
 	*x = GetAssetRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[5]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -405,7 +899,7 @@ func (x *GetAssetRequest) String() string {
 func (*GetAssetRequest) ProtoMessage() {}
 
 func (x *GetAssetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[5]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -418,7 +912,7 @@ func (x *GetAssetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAssetRequest.ProtoReflect.Descriptor instead.
 func (*GetAssetRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{5}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetAssetRequest) GetName() string {
@@ -437,7 +931,7 @@ type GetAssetResponse struct {
 
 func (x *GetAssetResponse) Reset() {
 	*x = GetAssetResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[6]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -449,7 +943,7 @@ func (x *GetAssetResponse) String() string {
 func (*GetAssetResponse) ProtoMessage() {}
 
 func (x *GetAssetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[6]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -462,7 +956,7 @@ func (x *GetAssetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAssetResponse.ProtoReflect.Descriptor instead.
 func (*GetAssetResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{6}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetAssetResponse) GetAsset() *Asset {
@@ -480,7 +974,7 @@ type ListAssetsRequest struct {
 
 func (x *ListAssetsRequest) Reset() {
 	*x = ListAssetsRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[7]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -492,7 +986,7 @@ func (x *ListAssetsRequest) String() string {
 func (*ListAssetsRequest) ProtoMessage() {}
 
 func (x *ListAssetsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[7]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -505,7 +999,7 @@ func (x *ListAssetsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAssetsRequest.ProtoReflect.Descriptor instead.
 func (*ListAssetsRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{7}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{12}
 }
 
 type ListAssetsResponse struct {
@@ -517,7 +1011,7 @@ type ListAssetsResponse struct {
 
 func (x *ListAssetsResponse) Reset() {
 	*x = ListAssetsResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[8]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -529,7 +1023,7 @@ func (x *ListAssetsResponse) String() string {
 func (*ListAssetsResponse) ProtoMessage() {}
 
 func (x *ListAssetsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[8]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -542,7 +1036,7 @@ func (x *ListAssetsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAssetsResponse.ProtoReflect.Descriptor instead.
 func (*ListAssetsResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{8}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListAssetsResponse) GetAssets() []*Asset {
@@ -562,19 +1056,37 @@ type Grant struct {
 	NotAfterUnix  int64  `protobuf:"varint,5,opt,name=not_after_unix,json=notAfterUnix,proto3" json:"not_after_unix,omitempty"`
 	// How many attempts of the plan may use the grant. An attempt is one
 	// recipient key; it may ask for each asset once.
-	MaxReleases int32  `protobuf:"varint,6,opt,name=max_releases,json=maxReleases,proto3" json:"max_releases,omitempty"`
-	Used        int32  `protobuf:"varint,7,opt,name=used,proto3" json:"used,omitempty"`
-	State       string `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"`
-	Owner       string `protobuf:"bytes,9,opt,name=owner,proto3" json:"owner,omitempty"`
+	MaxReleases int32 `protobuf:"varint,6,opt,name=max_releases,json=maxReleases,proto3" json:"max_releases,omitempty"`
+	Used        int32 `protobuf:"varint,7,opt,name=used,proto3" json:"used,omitempty"`
+	// requested, approved, active, expired, revoked, exhausted or denied.
+	State string `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"`
+	Owner string `protobuf:"bytes,9,opt,name=owner,proto3" json:"owner,omitempty"`
 	// Whether results rooted in simulation anchors are acceptable.
 	AllowSimulated bool `protobuf:"varint,10,opt,name=allow_simulated,json=allowSimulated,proto3" json:"allow_simulated,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Who asked, "ROLE/NAME".
+	Requester string `protobuf:"bytes,11,opt,name=requester,proto3" json:"requester,omitempty"`
+	// Who may use it: "agent/NAME" for agents, "ROLE/NAME" for submitters of jobs.
+	// Where both kinds are named, both must match. None: every agent and submitter.
+	Principals []string `protobuf:"bytes,12,rep,name=principals,proto3" json:"principals,omitempty"`
+	// What the requester says it is for.
+	Purpose       string `protobuf:"bytes,13,opt,name=purpose,proto3" json:"purpose,omitempty"`
+	RequestedUnix int64  `protobuf:"varint,14,opt,name=requested_unix,json=requestedUnix,proto3" json:"requested_unix,omitempty"`
+	// Why and when it was revoked or denied, and by whom.
+	EndedReason string `protobuf:"bytes,15,opt,name=ended_reason,json=endedReason,proto3" json:"ended_reason,omitempty"`
+	EndedUnix   int64  `protobuf:"varint,16,opt,name=ended_unix,json=endedUnix,proto3" json:"ended_unix,omitempty"`
+	EndedBy     string `protobuf:"bytes,17,opt,name=ended_by,json=endedBy,proto3" json:"ended_by,omitempty"`
+	// The approvals that it lacks, one line each.
+	Missing []string `protobuf:"bytes,18,rep,name=missing,proto3" json:"missing,omitempty"`
+	// The terms that approvals name by their SHA-384: canonical JSON of what is
+	// in this message and never changes.
+	Terms         []byte `protobuf:"bytes,19,opt,name=terms,proto3" json:"terms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[9]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -586,7 +1098,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[9]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -599,7 +1111,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{9}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Grant) GetId() string {
@@ -672,6 +1184,124 @@ func (x *Grant) GetAllowSimulated() bool {
 	return false
 }
 
+func (x *Grant) GetRequester() string {
+	if x != nil {
+		return x.Requester
+	}
+	return ""
+}
+
+func (x *Grant) GetPrincipals() []string {
+	if x != nil {
+		return x.Principals
+	}
+	return nil
+}
+
+func (x *Grant) GetPurpose() string {
+	if x != nil {
+		return x.Purpose
+	}
+	return ""
+}
+
+func (x *Grant) GetRequestedUnix() int64 {
+	if x != nil {
+		return x.RequestedUnix
+	}
+	return 0
+}
+
+func (x *Grant) GetEndedReason() string {
+	if x != nil {
+		return x.EndedReason
+	}
+	return ""
+}
+
+func (x *Grant) GetEndedUnix() int64 {
+	if x != nil {
+		return x.EndedUnix
+	}
+	return 0
+}
+
+func (x *Grant) GetEndedBy() string {
+	if x != nil {
+		return x.EndedBy
+	}
+	return ""
+}
+
+func (x *Grant) GetMissing() []string {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
+}
+
+func (x *Grant) GetTerms() []byte {
+	if x != nil {
+		return x.Terms
+	}
+	return nil
+}
+
+// Approval is a decision signed by an approver's own key.
+type Approval struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Canonical JSON of attest/receipt's Approval.
+	Document []byte `protobuf:"bytes,1,opt,name=document,proto3" json:"document,omitempty"`
+	// OpenSSH signature over it (armored), namespace "coffer-approval@coffer.run".
+	Signature     []byte `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Approval) Reset() {
+	*x = Approval{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Approval) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Approval) ProtoMessage() {}
+
+func (x *Approval) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Approval.ProtoReflect.Descriptor instead.
+func (*Approval) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Approval) GetDocument() []byte {
+	if x != nil {
+		return x.Document
+	}
+	return nil
+}
+
+func (x *Approval) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
 type CreateGrantRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Assets         []string               `protobuf:"bytes,1,rep,name=assets,proto3" json:"assets,omitempty"`
@@ -680,13 +1310,15 @@ type CreateGrantRequest struct {
 	NotAfterUnix   int64                  `protobuf:"varint,4,opt,name=not_after_unix,json=notAfterUnix,proto3" json:"not_after_unix,omitempty"`
 	MaxReleases    int32                  `protobuf:"varint,5,opt,name=max_releases,json=maxReleases,proto3" json:"max_releases,omitempty"`
 	AllowSimulated bool                   `protobuf:"varint,6,opt,name=allow_simulated,json=allowSimulated,proto3" json:"allow_simulated,omitempty"`
+	Principals     []string               `protobuf:"bytes,7,rep,name=principals,proto3" json:"principals,omitempty"`
+	Purpose        string                 `protobuf:"bytes,8,opt,name=purpose,proto3" json:"purpose,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *CreateGrantRequest) Reset() {
 	*x = CreateGrantRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[10]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -698,7 +1330,7 @@ func (x *CreateGrantRequest) String() string {
 func (*CreateGrantRequest) ProtoMessage() {}
 
 func (x *CreateGrantRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[10]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -711,7 +1343,7 @@ func (x *CreateGrantRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateGrantRequest.ProtoReflect.Descriptor instead.
 func (*CreateGrantRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{10}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateGrantRequest) GetAssets() []string {
@@ -756,6 +1388,464 @@ func (x *CreateGrantRequest) GetAllowSimulated() bool {
 	return false
 }
 
+func (x *CreateGrantRequest) GetPrincipals() []string {
+	if x != nil {
+		return x.Principals
+	}
+	return nil
+}
+
+func (x *CreateGrantRequest) GetPurpose() string {
+	if x != nil {
+		return x.Purpose
+	}
+	return ""
+}
+
+type RequestGrantRequest struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Assets     []string               `protobuf:"bytes,1,rep,name=assets,proto3" json:"assets,omitempty"`
+	PlanDigest string                 `protobuf:"bytes,2,opt,name=plan_digest,json=planDigest,proto3" json:"plan_digest,omitempty"`
+	// 0 is now.
+	NotBeforeUnix int64 `protobuf:"varint,3,opt,name=not_before_unix,json=notBeforeUnix,proto3" json:"not_before_unix,omitempty"`
+	NotAfterUnix  int64 `protobuf:"varint,4,opt,name=not_after_unix,json=notAfterUnix,proto3" json:"not_after_unix,omitempty"`
+	// 0 is 1.
+	MaxReleases    int32    `protobuf:"varint,5,opt,name=max_releases,json=maxReleases,proto3" json:"max_releases,omitempty"`
+	AllowSimulated bool     `protobuf:"varint,6,opt,name=allow_simulated,json=allowSimulated,proto3" json:"allow_simulated,omitempty"`
+	Principals     []string `protobuf:"bytes,7,rep,name=principals,proto3" json:"principals,omitempty"`
+	Purpose        string   `protobuf:"bytes,8,opt,name=purpose,proto3" json:"purpose,omitempty"`
+	// The same key by the same requester gets the same grant; at most 128 bytes.
+	IdempotencyKey string `protobuf:"bytes,9,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *RequestGrantRequest) Reset() {
+	*x = RequestGrantRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RequestGrantRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RequestGrantRequest) ProtoMessage() {}
+
+func (x *RequestGrantRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RequestGrantRequest.ProtoReflect.Descriptor instead.
+func (*RequestGrantRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RequestGrantRequest) GetAssets() []string {
+	if x != nil {
+		return x.Assets
+	}
+	return nil
+}
+
+func (x *RequestGrantRequest) GetPlanDigest() string {
+	if x != nil {
+		return x.PlanDigest
+	}
+	return ""
+}
+
+func (x *RequestGrantRequest) GetNotBeforeUnix() int64 {
+	if x != nil {
+		return x.NotBeforeUnix
+	}
+	return 0
+}
+
+func (x *RequestGrantRequest) GetNotAfterUnix() int64 {
+	if x != nil {
+		return x.NotAfterUnix
+	}
+	return 0
+}
+
+func (x *RequestGrantRequest) GetMaxReleases() int32 {
+	if x != nil {
+		return x.MaxReleases
+	}
+	return 0
+}
+
+func (x *RequestGrantRequest) GetAllowSimulated() bool {
+	if x != nil {
+		return x.AllowSimulated
+	}
+	return false
+}
+
+func (x *RequestGrantRequest) GetPrincipals() []string {
+	if x != nil {
+		return x.Principals
+	}
+	return nil
+}
+
+func (x *RequestGrantRequest) GetPurpose() string {
+	if x != nil {
+		return x.Purpose
+	}
+	return ""
+}
+
+func (x *RequestGrantRequest) GetIdempotencyKey() string {
+	if x != nil {
+		return x.IdempotencyKey
+	}
+	return ""
+}
+
+type RequestGrantResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RequestGrantResponse) Reset() {
+	*x = RequestGrantResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RequestGrantResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RequestGrantResponse) ProtoMessage() {}
+
+func (x *RequestGrantResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RequestGrantResponse.ProtoReflect.Descriptor instead.
+func (*RequestGrantResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RequestGrantResponse) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+type ApproveGrantRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Empty when the owner of the assets consents.
+	Approval      *Approval `protobuf:"bytes,2,opt,name=approval,proto3" json:"approval,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveGrantRequest) Reset() {
+	*x = ApproveGrantRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveGrantRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveGrantRequest) ProtoMessage() {}
+
+func (x *ApproveGrantRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveGrantRequest.ProtoReflect.Descriptor instead.
+func (*ApproveGrantRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ApproveGrantRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ApproveGrantRequest) GetApproval() *Approval {
+	if x != nil {
+		return x.Approval
+	}
+	return nil
+}
+
+type ApproveGrantResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveGrantResponse) Reset() {
+	*x = ApproveGrantResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveGrantResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveGrantResponse) ProtoMessage() {}
+
+func (x *ApproveGrantResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveGrantResponse.ProtoReflect.Descriptor instead.
+func (*ApproveGrantResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ApproveGrantResponse) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+type DenyGrantRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DenyGrantRequest) Reset() {
+	*x = DenyGrantRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DenyGrantRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DenyGrantRequest) ProtoMessage() {}
+
+func (x *DenyGrantRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DenyGrantRequest.ProtoReflect.Descriptor instead.
+func (*DenyGrantRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *DenyGrantRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DenyGrantRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type DenyGrantResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DenyGrantResponse) Reset() {
+	*x = DenyGrantResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DenyGrantResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DenyGrantResponse) ProtoMessage() {}
+
+func (x *DenyGrantResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DenyGrantResponse.ProtoReflect.Descriptor instead.
+func (*DenyGrantResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *DenyGrantResponse) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+type GetGrantRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetGrantRequest) Reset() {
+	*x = GetGrantRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetGrantRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetGrantRequest) ProtoMessage() {}
+
+func (x *GetGrantRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetGrantRequest.ProtoReflect.Descriptor instead.
+func (*GetGrantRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *GetGrantRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type GetGrantResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
+	Approvals     []*Approval            `protobuf:"bytes,2,rep,name=approvals,proto3" json:"approvals,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetGrantResponse) Reset() {
+	*x = GetGrantResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetGrantResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetGrantResponse) ProtoMessage() {}
+
+func (x *GetGrantResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetGrantResponse.ProtoReflect.Descriptor instead.
+func (*GetGrantResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *GetGrantResponse) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+func (x *GetGrantResponse) GetApprovals() []*Approval {
+	if x != nil {
+		return x.Approvals
+	}
+	return nil
+}
+
 type CreateGrantResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Grant         *Grant                 `protobuf:"bytes,1,opt,name=grant,proto3" json:"grant,omitempty"`
@@ -765,7 +1855,7 @@ type CreateGrantResponse struct {
 
 func (x *CreateGrantResponse) Reset() {
 	*x = CreateGrantResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[11]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -777,7 +1867,7 @@ func (x *CreateGrantResponse) String() string {
 func (*CreateGrantResponse) ProtoMessage() {}
 
 func (x *CreateGrantResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[11]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -790,7 +1880,7 @@ func (x *CreateGrantResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateGrantResponse.ProtoReflect.Descriptor instead.
 func (*CreateGrantResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{11}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CreateGrantResponse) GetGrant() *Grant {
@@ -800,16 +1890,25 @@ func (x *CreateGrantResponse) GetGrant() *Grant {
 	return nil
 }
 
+// ListGrantsRequest lists what matches every field that is set. Without a plan,
+// only owners, approvers, auditors and operators may list.
 type ListGrantsRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	PlanDigest    string                 `protobuf:"bytes,1,opt,name=plan_digest,json=planDigest,proto3" json:"plan_digest,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	PlanDigest string                 `protobuf:"bytes,1,opt,name=plan_digest,json=planDigest,proto3" json:"plan_digest,omitempty"`
+	State      string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	// A name in principals.
+	Principal string `protobuf:"bytes,3,opt,name=principal,proto3" json:"principal,omitempty"`
+	// At most 1000; 0 returns all, or an error if there are too many.
+	PageSize int32 `protobuf:"varint,4,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// next_page_token of the page before.
+	PageToken     string `protobuf:"bytes,5,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListGrantsRequest) Reset() {
 	*x = ListGrantsRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[12]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -821,7 +1920,7 @@ func (x *ListGrantsRequest) String() string {
 func (*ListGrantsRequest) ProtoMessage() {}
 
 func (x *ListGrantsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[12]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -834,7 +1933,7 @@ func (x *ListGrantsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListGrantsRequest.ProtoReflect.Descriptor instead.
 func (*ListGrantsRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{12}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListGrantsRequest) GetPlanDigest() string {
@@ -844,16 +1943,46 @@ func (x *ListGrantsRequest) GetPlanDigest() string {
 	return ""
 }
 
+func (x *ListGrantsRequest) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *ListGrantsRequest) GetPrincipal() string {
+	if x != nil {
+		return x.Principal
+	}
+	return ""
+}
+
+func (x *ListGrantsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListGrantsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
 type ListGrantsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Grants        []*Grant               `protobuf:"bytes,1,rep,name=grants,proto3" json:"grants,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Grants []*Grant               `protobuf:"bytes,1,rep,name=grants,proto3" json:"grants,omitempty"`
+	// Empty at the end. A page may be short, even empty, and not the last.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListGrantsResponse) Reset() {
 	*x = ListGrantsResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[13]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -865,7 +1994,7 @@ func (x *ListGrantsResponse) String() string {
 func (*ListGrantsResponse) ProtoMessage() {}
 
 func (x *ListGrantsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[13]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -878,7 +2007,7 @@ func (x *ListGrantsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListGrantsResponse.ProtoReflect.Descriptor instead.
 func (*ListGrantsResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{13}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListGrantsResponse) GetGrants() []*Grant {
@@ -886,6 +2015,13 @@ func (x *ListGrantsResponse) GetGrants() []*Grant {
 		return x.Grants
 	}
 	return nil
+}
+
+func (x *ListGrantsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
 }
 
 type RevokeGrantRequest struct {
@@ -898,7 +2034,7 @@ type RevokeGrantRequest struct {
 
 func (x *RevokeGrantRequest) Reset() {
 	*x = RevokeGrantRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[14]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -910,7 +2046,7 @@ func (x *RevokeGrantRequest) String() string {
 func (*RevokeGrantRequest) ProtoMessage() {}
 
 func (x *RevokeGrantRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[14]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -923,7 +2059,7 @@ func (x *RevokeGrantRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeGrantRequest.ProtoReflect.Descriptor instead.
 func (*RevokeGrantRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{14}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RevokeGrantRequest) GetId() string {
@@ -949,7 +2085,7 @@ type RevokeGrantResponse struct {
 
 func (x *RevokeGrantResponse) Reset() {
 	*x = RevokeGrantResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[15]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -961,7 +2097,7 @@ func (x *RevokeGrantResponse) String() string {
 func (*RevokeGrantResponse) ProtoMessage() {}
 
 func (x *RevokeGrantResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[15]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -974,7 +2110,7 @@ func (x *RevokeGrantResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeGrantResponse.ProtoReflect.Descriptor instead.
 func (*RevokeGrantResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{15}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RevokeGrantResponse) GetGrant() *Grant {
@@ -984,21 +2120,526 @@ func (x *RevokeGrantResponse) GetGrant() *Grant {
 	return nil
 }
 
+type Revocation struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Kind   RevocationKind         `protobuf:"varint,1,opt,name=kind,proto3,enum=coffer.broker.v1.RevocationKind" json:"kind,omitempty"`
+	Value  string                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	Reason string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Who revoked, "ROLE/NAME".
+	By       string `protobuf:"bytes,4,opt,name=by,proto3" json:"by,omitempty"`
+	TimeUnix int64  `protobuf:"varint,5,opt,name=time_unix,json=timeUnix,proto3" json:"time_unix,omitempty"`
+	// The owner whose assets alone it concerns; empty for all.
+	Scope         string `protobuf:"bytes,6,opt,name=scope,proto3" json:"scope,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revocation) Reset() {
+	*x = Revocation{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revocation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revocation) ProtoMessage() {}
+
+func (x *Revocation) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
+func (*Revocation) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *Revocation) GetKind() RevocationKind {
+	if x != nil {
+		return x.Kind
+	}
+	return RevocationKind_REVOCATION_KIND_UNSPECIFIED
+}
+
+func (x *Revocation) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+func (x *Revocation) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Revocation) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *Revocation) GetTimeUnix() int64 {
+	if x != nil {
+		return x.TimeUnix
+	}
+	return 0
+}
+
+func (x *Revocation) GetScope() string {
+	if x != nil {
+		return x.Scope
+	}
+	return ""
+}
+
+type RevokeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          RevocationKind         `protobuf:"varint,1,opt,name=kind,proto3,enum=coffer.broker.v1.RevocationKind" json:"kind,omitempty"`
+	Value         string                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeRequest) Reset() {
+	*x = RevokeRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeRequest) ProtoMessage() {}
+
+func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
+func (*RevokeRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *RevokeRequest) GetKind() RevocationKind {
+	if x != nil {
+		return x.Kind
+	}
+	return RevocationKind_REVOCATION_KIND_UNSPECIFIED
+}
+
+func (x *RevokeRequest) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+func (x *RevokeRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type RevokeResponse struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Revocation *Revocation            `protobuf:"bytes,1,opt,name=revocation,proto3" json:"revocation,omitempty"`
+	// The jobs that the next renewal tells to stop.
+	Jobs          []string `protobuf:"bytes,2,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeResponse) Reset() {
+	*x = RevokeResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeResponse) ProtoMessage() {}
+
+func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
+func (*RevokeResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *RevokeResponse) GetRevocation() *Revocation {
+	if x != nil {
+		return x.Revocation
+	}
+	return nil
+}
+
+func (x *RevokeResponse) GetJobs() []string {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+type ListRevocationsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRevocationsRequest) Reset() {
+	*x = ListRevocationsRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRevocationsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRevocationsRequest) ProtoMessage() {}
+
+func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
+func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{33}
+}
+
+type ListRevocationsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revocations   []*Revocation          `protobuf:"bytes,1,rep,name=revocations,proto3" json:"revocations,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRevocationsResponse) Reset() {
+	*x = ListRevocationsResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRevocationsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRevocationsResponse) ProtoMessage() {}
+
+func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
+func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+type LiftRevocationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          RevocationKind         `protobuf:"varint,1,opt,name=kind,proto3,enum=coffer.broker.v1.RevocationKind" json:"kind,omitempty"`
+	Value         string                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftRevocationRequest) Reset() {
+	*x = LiftRevocationRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftRevocationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftRevocationRequest) ProtoMessage() {}
+
+func (x *LiftRevocationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftRevocationRequest.ProtoReflect.Descriptor instead.
+func (*LiftRevocationRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *LiftRevocationRequest) GetKind() RevocationKind {
+	if x != nil {
+		return x.Kind
+	}
+	return RevocationKind_REVOCATION_KIND_UNSPECIFIED
+}
+
+func (x *LiftRevocationRequest) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+func (x *LiftRevocationRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type LiftRevocationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftRevocationResponse) Reset() {
+	*x = LiftRevocationResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftRevocationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftRevocationResponse) ProtoMessage() {}
+
+func (x *LiftRevocationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftRevocationResponse.ProtoReflect.Descriptor instead.
+func (*LiftRevocationResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{36}
+}
+
+type RewrapKeysRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The asset after which to go on, by name; empty begins.
+	After         string `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RewrapKeysRequest) Reset() {
+	*x = RewrapKeysRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RewrapKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RewrapKeysRequest) ProtoMessage() {}
+
+func (x *RewrapKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RewrapKeysRequest.ProtoReflect.Descriptor instead.
+func (*RewrapKeysRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *RewrapKeysRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+type RewrapKeysResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many assets were looked at, and how many have another wrapped key.
+	Looked  int64 `protobuf:"varint,1,opt,name=looked,proto3" json:"looked,omitempty"`
+	Changed int64 `protobuf:"varint,2,opt,name=changed,proto3" json:"changed,omitempty"`
+	// The assets whose keys stay as they were because their store failed.
+	Failed []string `protobuf:"bytes,3,rep,name=failed,proto3" json:"failed,omitempty"`
+	// The last asset that was looked at, and whether it was the last of all.
+	Last          string `protobuf:"bytes,4,opt,name=last,proto3" json:"last,omitempty"`
+	Done          bool   `protobuf:"varint,5,opt,name=done,proto3" json:"done,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RewrapKeysResponse) Reset() {
+	*x = RewrapKeysResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RewrapKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RewrapKeysResponse) ProtoMessage() {}
+
+func (x *RewrapKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RewrapKeysResponse.ProtoReflect.Descriptor instead.
+func (*RewrapKeysResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *RewrapKeysResponse) GetLooked() int64 {
+	if x != nil {
+		return x.Looked
+	}
+	return 0
+}
+
+func (x *RewrapKeysResponse) GetChanged() int64 {
+	if x != nil {
+		return x.Changed
+	}
+	return 0
+}
+
+func (x *RewrapKeysResponse) GetFailed() []string {
+	if x != nil {
+		return x.Failed
+	}
+	return nil
+}
+
+func (x *RewrapKeysResponse) GetLast() string {
+	if x != nil {
+		return x.Last
+	}
+	return ""
+}
+
+func (x *RewrapKeysResponse) GetDone() bool {
+	if x != nil {
+		return x.Done
+	}
+	return false
+}
+
 type ReleaseRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The signed attestation result.
 	Result string `protobuf:"bytes,1,opt,name=result,proto3" json:"result,omitempty"`
 	// Canonical release request of attest/receipt, and the session key's
 	// signature over it (ECDSA P-256, SHA-256, ASN.1).
-	Request       []byte `protobuf:"bytes,2,opt,name=request,proto3" json:"request,omitempty"`
-	Signature     []byte `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	Request   []byte `protobuf:"bytes,2,opt,name=request,proto3" json:"request,omitempty"`
+	Signature []byte `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	// Results of other verifiers over the same keys, job and plan, where an
+	// asset's policy asks for more than one.
+	MoreResults []string `protobuf:"bytes,4,rep,name=more_results,json=moreResults,proto3" json:"more_results,omitempty"`
+	// The canonical plan. Its digest is in the result; the broker reads the image
+	// from it. Needed while an image is revoked.
+	Plan          []byte `protobuf:"bytes,5,opt,name=plan,proto3" json:"plan,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[16]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1010,7 +2651,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[16]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1023,7 +2664,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{16}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReleaseRequest) GetResult() string {
@@ -1047,6 +2688,20 @@ func (x *ReleaseRequest) GetSignature() []byte {
 	return nil
 }
 
+func (x *ReleaseRequest) GetMoreResults() []string {
+	if x != nil {
+		return x.MoreResults
+	}
+	return nil
+}
+
+func (x *ReleaseRequest) GetPlan() []byte {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
+}
+
 type ReleaseResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// HPKE encapsulated key and ciphertext of the data key.
@@ -1060,7 +2715,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[17]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +2727,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[17]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +2740,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{17}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ReleaseResponse) GetEnc() []byte {
@@ -1109,6 +2764,432 @@ func (x *ReleaseResponse) GetReceipt() string {
 	return ""
 }
 
+type RenewRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most 64.
+	Renewals      []*Renewal `protobuf:"bytes,1,rep,name=renewals,proto3" json:"renewals,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewRequest) Reset() {
+	*x = RenewRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewRequest) ProtoMessage() {}
+
+func (x *RenewRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
+func (*RenewRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *RenewRequest) GetRenewals() []*Renewal {
+	if x != nil {
+		return x.Renewals
+	}
+	return nil
+}
+
+type Renewal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// 32 bytes that the job's holder made for this renewal.
+	Challenge     []byte `protobuf:"bytes,2,opt,name=challenge,proto3" json:"challenge,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Renewal) Reset() {
+	*x = Renewal{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Renewal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Renewal) ProtoMessage() {}
+
+func (x *Renewal) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Renewal.ProtoReflect.Descriptor instead.
+func (*Renewal) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *Renewal) GetJobId() string {
+	if x != nil {
+		return x.JobId
+	}
+	return ""
+}
+
+func (x *Renewal) GetChallenge() []byte {
+	if x != nil {
+		return x.Challenge
+	}
+	return nil
+}
+
+type RenewResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One for each renewal, in order.
+	Renewed       []*Renewed `protobuf:"bytes,1,rep,name=renewed,proto3" json:"renewed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewResponse) Reset() {
+	*x = RenewResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewResponse) ProtoMessage() {}
+
+func (x *RenewResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
+func (*RenewResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *RenewResponse) GetRenewed() []*Renewed {
+	if x != nil {
+		return x.Renewed
+	}
+	return nil
+}
+
+type Renewed struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// JWT signed by the broker: attest/receipt's Lease. Empty if refused.
+	Lease string `protobuf:"bytes,2,opt,name=lease,proto3" json:"lease,omitempty"`
+	// Why there is no lease, as "CHECK: text".
+	Refused       string `protobuf:"bytes,3,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Renewed) Reset() {
+	*x = Renewed{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Renewed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Renewed) ProtoMessage() {}
+
+func (x *Renewed) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Renewed.ProtoReflect.Descriptor instead.
+func (*Renewed) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *Renewed) GetJobId() string {
+	if x != nil {
+		return x.JobId
+	}
+	return ""
+}
+
+func (x *Renewed) GetLease() string {
+	if x != nil {
+		return x.Lease
+	}
+	return ""
+}
+
+func (x *Renewed) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+type ReportStoppedRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// By the agent's clock, in milliseconds since 1970; 0 for what did not happen:
+	// the job was told to stop, the last process was gone, memory was scrubbed.
+	ToldUnixMillis     int64 `protobuf:"varint,2,opt,name=told_unix_millis,json=toldUnixMillis,proto3" json:"told_unix_millis,omitempty"`
+	GoneUnixMillis     int64 `protobuf:"varint,3,opt,name=gone_unix_millis,json=goneUnixMillis,proto3" json:"gone_unix_millis,omitempty"`
+	ScrubbedUnixMillis int64 `protobuf:"varint,4,opt,name=scrubbed_unix_millis,json=scrubbedUnixMillis,proto3" json:"scrubbed_unix_millis,omitempty"`
+	// At most 512 bytes.
+	Reason        string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportStoppedRequest) Reset() {
+	*x = ReportStoppedRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportStoppedRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportStoppedRequest) ProtoMessage() {}
+
+func (x *ReportStoppedRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportStoppedRequest.ProtoReflect.Descriptor instead.
+func (*ReportStoppedRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *ReportStoppedRequest) GetJobId() string {
+	if x != nil {
+		return x.JobId
+	}
+	return ""
+}
+
+func (x *ReportStoppedRequest) GetToldUnixMillis() int64 {
+	if x != nil {
+		return x.ToldUnixMillis
+	}
+	return 0
+}
+
+func (x *ReportStoppedRequest) GetGoneUnixMillis() int64 {
+	if x != nil {
+		return x.GoneUnixMillis
+	}
+	return 0
+}
+
+func (x *ReportStoppedRequest) GetScrubbedUnixMillis() int64 {
+	if x != nil {
+		return x.ScrubbedUnixMillis
+	}
+	return 0
+}
+
+func (x *ReportStoppedRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ReportStoppedResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportStoppedResponse) Reset() {
+	*x = ReportStoppedResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportStoppedResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportStoppedResponse) ProtoMessage() {}
+
+func (x *ReportStoppedResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportStoppedResponse.ProtoReflect.Descriptor instead.
+func (*ReportStoppedResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{46}
+}
+
+type CountersignCheckpointRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// Canonical checkpoint record and the session key's signature over it.
+	Record        []byte `protobuf:"bytes,2,opt,name=record,proto3" json:"record,omitempty"`
+	Signature     []byte `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CountersignCheckpointRequest) Reset() {
+	*x = CountersignCheckpointRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CountersignCheckpointRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CountersignCheckpointRequest) ProtoMessage() {}
+
+func (x *CountersignCheckpointRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CountersignCheckpointRequest.ProtoReflect.Descriptor instead.
+func (*CountersignCheckpointRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *CountersignCheckpointRequest) GetJobId() string {
+	if x != nil {
+		return x.JobId
+	}
+	return ""
+}
+
+func (x *CountersignCheckpointRequest) GetRecord() []byte {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+func (x *CountersignCheckpointRequest) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+type CountersignCheckpointResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// JWT signed by the broker: attest/receipt's CheckpointHead.
+	Receipt       string `protobuf:"bytes,1,opt,name=receipt,proto3" json:"receipt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CountersignCheckpointResponse) Reset() {
+	*x = CountersignCheckpointResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CountersignCheckpointResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CountersignCheckpointResponse) ProtoMessage() {}
+
+func (x *CountersignCheckpointResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CountersignCheckpointResponse.ProtoReflect.Descriptor instead.
+func (*CountersignCheckpointResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *CountersignCheckpointResponse) GetReceipt() string {
+	if x != nil {
+		return x.Receipt
+	}
+	return ""
+}
+
 type LogBundleRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
@@ -1120,7 +3201,7 @@ type LogBundleRequest struct {
 
 func (x *LogBundleRequest) Reset() {
 	*x = LogBundleRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[18]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1132,7 +3213,7 @@ func (x *LogBundleRequest) String() string {
 func (*LogBundleRequest) ProtoMessage() {}
 
 func (x *LogBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[18]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1145,7 +3226,7 @@ func (x *LogBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBundleRequest.ProtoReflect.Descriptor instead.
 func (*LogBundleRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{18}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *LogBundleRequest) GetJobId() string {
@@ -1172,7 +3253,7 @@ type LogBundleResponse struct {
 
 func (x *LogBundleResponse) Reset() {
 	*x = LogBundleResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[19]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1184,7 +3265,7 @@ func (x *LogBundleResponse) String() string {
 func (*LogBundleResponse) ProtoMessage() {}
 
 func (x *LogBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[19]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1197,7 +3278,7 @@ func (x *LogBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBundleResponse.ProtoReflect.Descriptor instead.
 func (*LogBundleResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{19}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *LogBundleResponse) GetReceipt() string {
@@ -1216,7 +3297,7 @@ type EntriesRequest struct {
 
 func (x *EntriesRequest) Reset() {
 	*x = EntriesRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[20]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +3309,7 @@ func (x *EntriesRequest) String() string {
 func (*EntriesRequest) ProtoMessage() {}
 
 func (x *EntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[20]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +3322,7 @@ func (x *EntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntriesRequest.ProtoReflect.Descriptor instead.
 func (*EntriesRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{20}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *EntriesRequest) GetJobId() string {
@@ -1263,7 +3344,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[21]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1275,7 +3356,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[21]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1288,7 +3369,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{21}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Entry) GetIndex() uint64 {
@@ -1321,7 +3402,7 @@ type EntriesResponse struct {
 
 func (x *EntriesResponse) Reset() {
 	*x = EntriesResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[22]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1333,7 +3414,7 @@ func (x *EntriesResponse) String() string {
 func (*EntriesResponse) ProtoMessage() {}
 
 func (x *EntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[22]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1346,7 +3427,7 @@ func (x *EntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntriesResponse.ProtoReflect.Descriptor instead.
 func (*EntriesResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{22}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *EntriesResponse) GetEntries() []*Entry {
@@ -1368,13 +3449,44 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x04jwks\x18\x03 \x01(\fR\x04jwks\x12\x1e\n" +
 	"\n" +
 	"simulation\x18\x04 \x01(\bR\n" +
-	"simulation\"\x9d\x01\n" +
+	"simulation\"\xbf\x02\n" +
 	"\x05Asset\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.coffer.broker.v1.AssetKindR\x04kind\x12\x16\n" +
 	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x14\n" +
 	"\x05owner\x18\x04 \x01(\tR\x05owner\x12!\n" +
-	"\fcreated_unix\x18\x05 \x01(\x03R\vcreatedUnix\"\xb3\x01\n" +
+	"\fcreated_unix\x18\x05 \x01(\x03R\vcreatedUnix\x120\n" +
+	"\x06labels\x18\x06 \x01(\v2\x18.coffer.broker.v1.LabelsR\x06labels\x125\n" +
+	"\x06policy\x18\a \x01(\v2\x1d.coffer.broker.v1.AssetPolicyR\x06policy\x12\x1a\n" +
+	"\brevision\x18\b \x01(\x03R\brevision\x12\x1b\n" +
+	"\tkey_store\x18\t \x01(\tR\bkeyStore\"\\\n" +
+	"\x06Labels\x12 \n" +
+	"\vsensitivity\x18\x01 \x01(\tR\vsensitivity\x12\x16\n" +
+	"\x06region\x18\x02 \x01(\tR\x06region\x12\x18\n" +
+	"\aproject\x18\x03 \x01(\tR\aproject\"\xad\x03\n" +
+	"\vAssetPolicy\x12<\n" +
+	"\tapprovals\x18\x01 \x03(\v2\x1e.coffer.broker.v1.ApprovalRuleR\tapprovals\x12\x1c\n" +
+	"\tverifiers\x18\x02 \x03(\tR\tverifiers\x12-\n" +
+	"\x12verifier_threshold\x18\x03 \x01(\x05R\x11verifierThreshold\x12\x12\n" +
+	"\x04kems\x18\x04 \x03(\tR\x04kems\x12\x1c\n" +
+	"\tprotocols\x18\x05 \x03(\tR\tprotocols\x12#\n" +
+	"\rlease_seconds\x18\x06 \x01(\x03R\fleaseSeconds\x12#\n" +
+	"\rgrace_seconds\x18\a \x01(\x03R\fgraceSeconds\x12!\n" +
+	"\fmax_releases\x18\b \x01(\x05R\vmaxReleases\x120\n" +
+	"\x14max_duration_seconds\x18\t \x01(\x03R\x12maxDurationSeconds\x12\x1c\n" +
+	"\taffirming\x18\n" +
+	" \x03(\tR\taffirming\x12$\n" +
+	"\x0estop_at_expiry\x18\v \x01(\bR\fstopAtExpiry\":\n" +
+	"\fApprovalRule\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x05R\x05count\"\xb3\x01\n" +
+	"\x18UpdateAssetPolicyRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x125\n" +
+	"\x06policy\x18\x02 \x01(\v2\x1d.coffer.broker.v1.AssetPolicyR\x06policy\x120\n" +
+	"\x06labels\x18\x03 \x01(\v2\x18.coffer.broker.v1.LabelsR\x06labels\x12\x1a\n" +
+	"\brevision\x18\x04 \x01(\x03R\brevision\"J\n" +
+	"\x19UpdateAssetPolicyResponse\x12-\n" +
+	"\x05asset\x18\x01 \x01(\v2\x17.coffer.broker.v1.AssetR\x05asset\"\xb9\x02\n" +
 	"\x12CreateAssetRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.coffer.broker.v1.AssetKindR\x04kind\x12\x16\n" +
@@ -1382,7 +3494,10 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\vwrapped_enc\x18\x04 \x01(\fR\n" +
 	"wrappedEnc\x12\x1f\n" +
 	"\vwrapped_key\x18\x05 \x01(\fR\n" +
-	"wrappedKey\"D\n" +
+	"wrappedKey\x120\n" +
+	"\x06labels\x18\x06 \x01(\v2\x18.coffer.broker.v1.LabelsR\x06labels\x125\n" +
+	"\x06policy\x18\a \x01(\v2\x1d.coffer.broker.v1.AssetPolicyR\x06policy\x12\x1b\n" +
+	"\tkey_store\x18\b \x01(\tR\bkeyStore\"D\n" +
 	"\x13CreateAssetResponse\x12-\n" +
 	"\x05asset\x18\x01 \x01(\v2\x17.coffer.broker.v1.AssetR\x05asset\"%\n" +
 	"\x0fGetAssetRequest\x12\x12\n" +
@@ -1391,7 +3506,7 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x05asset\x18\x01 \x01(\v2\x17.coffer.broker.v1.AssetR\x05asset\"\x13\n" +
 	"\x11ListAssetsRequest\"E\n" +
 	"\x12ListAssetsResponse\x12/\n" +
-	"\x06assets\x18\x01 \x03(\v2\x17.coffer.broker.v1.AssetR\x06assets\"\xaa\x02\n" +
+	"\x06assets\x18\x01 \x03(\v2\x17.coffer.broker.v1.AssetR\x06assets\"\xb6\x04\n" +
 	"\x05Grant\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06assets\x18\x02 \x03(\tR\x06assets\x12\x1f\n" +
@@ -1404,7 +3519,22 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x05state\x18\b \x01(\tR\x05state\x12\x14\n" +
 	"\x05owner\x18\t \x01(\tR\x05owner\x12'\n" +
 	"\x0fallow_simulated\x18\n" +
-	" \x01(\bR\x0eallowSimulated\"\xe7\x01\n" +
+	" \x01(\bR\x0eallowSimulated\x12\x1c\n" +
+	"\trequester\x18\v \x01(\tR\trequester\x12\x1e\n" +
+	"\n" +
+	"principals\x18\f \x03(\tR\n" +
+	"principals\x12\x18\n" +
+	"\apurpose\x18\r \x01(\tR\apurpose\x12%\n" +
+	"\x0erequested_unix\x18\x0e \x01(\x03R\rrequestedUnix\x12!\n" +
+	"\fended_reason\x18\x0f \x01(\tR\vendedReason\x12\x1d\n" +
+	"\n" +
+	"ended_unix\x18\x10 \x01(\x03R\tendedUnix\x12\x19\n" +
+	"\bended_by\x18\x11 \x01(\tR\aendedBy\x12\x18\n" +
+	"\amissing\x18\x12 \x03(\tR\amissing\x12\x14\n" +
+	"\x05terms\x18\x13 \x01(\fR\x05terms\"D\n" +
+	"\bApproval\x12\x1a\n" +
+	"\bdocument\x18\x01 \x01(\fR\bdocument\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"\xa1\x02\n" +
 	"\x12CreateGrantRequest\x12\x16\n" +
 	"\x06assets\x18\x01 \x03(\tR\x06assets\x12\x1f\n" +
 	"\vplan_digest\x18\x02 \x01(\tR\n" +
@@ -1412,29 +3542,128 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x0fnot_before_unix\x18\x03 \x01(\x03R\rnotBeforeUnix\x12$\n" +
 	"\x0enot_after_unix\x18\x04 \x01(\x03R\fnotAfterUnix\x12!\n" +
 	"\fmax_releases\x18\x05 \x01(\x05R\vmaxReleases\x12'\n" +
-	"\x0fallow_simulated\x18\x06 \x01(\bR\x0eallowSimulated\"D\n" +
+	"\x0fallow_simulated\x18\x06 \x01(\bR\x0eallowSimulated\x12\x1e\n" +
+	"\n" +
+	"principals\x18\a \x03(\tR\n" +
+	"principals\x12\x18\n" +
+	"\apurpose\x18\b \x01(\tR\apurpose\"\xcb\x02\n" +
+	"\x13RequestGrantRequest\x12\x16\n" +
+	"\x06assets\x18\x01 \x03(\tR\x06assets\x12\x1f\n" +
+	"\vplan_digest\x18\x02 \x01(\tR\n" +
+	"planDigest\x12&\n" +
+	"\x0fnot_before_unix\x18\x03 \x01(\x03R\rnotBeforeUnix\x12$\n" +
+	"\x0enot_after_unix\x18\x04 \x01(\x03R\fnotAfterUnix\x12!\n" +
+	"\fmax_releases\x18\x05 \x01(\x05R\vmaxReleases\x12'\n" +
+	"\x0fallow_simulated\x18\x06 \x01(\bR\x0eallowSimulated\x12\x1e\n" +
+	"\n" +
+	"principals\x18\a \x03(\tR\n" +
+	"principals\x12\x18\n" +
+	"\apurpose\x18\b \x01(\tR\apurpose\x12'\n" +
+	"\x0fidempotency_key\x18\t \x01(\tR\x0eidempotencyKey\"E\n" +
+	"\x14RequestGrantResponse\x12-\n" +
+	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"]\n" +
+	"\x13ApproveGrantRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x126\n" +
+	"\bapproval\x18\x02 \x01(\v2\x1a.coffer.broker.v1.ApprovalR\bapproval\"E\n" +
+	"\x14ApproveGrantResponse\x12-\n" +
+	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\":\n" +
+	"\x10DenyGrantRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"B\n" +
+	"\x11DenyGrantResponse\x12-\n" +
+	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"!\n" +
+	"\x0fGetGrantRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"{\n" +
+	"\x10GetGrantResponse\x12-\n" +
+	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\x128\n" +
+	"\tapprovals\x18\x02 \x03(\v2\x1a.coffer.broker.v1.ApprovalR\tapprovals\"D\n" +
 	"\x13CreateGrantResponse\x12-\n" +
-	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"4\n" +
+	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"\xa4\x01\n" +
 	"\x11ListGrantsRequest\x12\x1f\n" +
 	"\vplan_digest\x18\x01 \x01(\tR\n" +
-	"planDigest\"E\n" +
+	"planDigest\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1c\n" +
+	"\tprincipal\x18\x03 \x01(\tR\tprincipal\x12\x1b\n" +
+	"\tpage_size\x18\x04 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x05 \x01(\tR\tpageToken\"m\n" +
 	"\x12ListGrantsResponse\x12/\n" +
-	"\x06grants\x18\x01 \x03(\v2\x17.coffer.broker.v1.GrantR\x06grants\"<\n" +
+	"\x06grants\x18\x01 \x03(\v2\x17.coffer.broker.v1.GrantR\x06grants\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"<\n" +
 	"\x12RevokeGrantRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"D\n" +
 	"\x13RevokeGrantResponse\x12-\n" +
-	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"`\n" +
+	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"\xb3\x01\n" +
+	"\n" +
+	"Revocation\x124\n" +
+	"\x04kind\x18\x01 \x01(\x0e2 .coffer.broker.v1.RevocationKindR\x04kind\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x0e\n" +
+	"\x02by\x18\x04 \x01(\tR\x02by\x12\x1b\n" +
+	"\ttime_unix\x18\x05 \x01(\x03R\btimeUnix\x12\x14\n" +
+	"\x05scope\x18\x06 \x01(\tR\x05scope\"s\n" +
+	"\rRevokeRequest\x124\n" +
+	"\x04kind\x18\x01 \x01(\x0e2 .coffer.broker.v1.RevocationKindR\x04kind\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"b\n" +
+	"\x0eRevokeResponse\x12<\n" +
+	"\n" +
+	"revocation\x18\x01 \x01(\v2\x1c.coffer.broker.v1.RevocationR\n" +
+	"revocation\x12\x12\n" +
+	"\x04jobs\x18\x02 \x03(\tR\x04jobs\"\x18\n" +
+	"\x16ListRevocationsRequest\"Y\n" +
+	"\x17ListRevocationsResponse\x12>\n" +
+	"\vrevocations\x18\x01 \x03(\v2\x1c.coffer.broker.v1.RevocationR\vrevocations\"{\n" +
+	"\x15LiftRevocationRequest\x124\n" +
+	"\x04kind\x18\x01 \x01(\x0e2 .coffer.broker.v1.RevocationKindR\x04kind\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\x18\n" +
+	"\x16LiftRevocationResponse\")\n" +
+	"\x11RewrapKeysRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\tR\x05after\"\x86\x01\n" +
+	"\x12RewrapKeysResponse\x12\x16\n" +
+	"\x06looked\x18\x01 \x01(\x03R\x06looked\x12\x18\n" +
+	"\achanged\x18\x02 \x01(\x03R\achanged\x12\x16\n" +
+	"\x06failed\x18\x03 \x03(\tR\x06failed\x12\x12\n" +
+	"\x04last\x18\x04 \x01(\tR\x04last\x12\x12\n" +
+	"\x04done\x18\x05 \x01(\bR\x04done\"\x97\x01\n" +
 	"\x0eReleaseRequest\x12\x16\n" +
 	"\x06result\x18\x01 \x01(\tR\x06result\x12\x18\n" +
 	"\arequest\x18\x02 \x01(\fR\arequest\x12\x1c\n" +
-	"\tsignature\x18\x03 \x01(\fR\tsignature\"]\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\x12!\n" +
+	"\fmore_results\x18\x04 \x03(\tR\vmoreResults\x12\x12\n" +
+	"\x04plan\x18\x05 \x01(\fR\x04plan\"]\n" +
 	"\x0fReleaseResponse\x12\x10\n" +
 	"\x03enc\x18\x01 \x01(\fR\x03enc\x12\x1e\n" +
 	"\n" +
 	"ciphertext\x18\x02 \x01(\fR\n" +
 	"ciphertext\x12\x18\n" +
-	"\areceipt\x18\x03 \x01(\tR\areceipt\"A\n" +
+	"\areceipt\x18\x03 \x01(\tR\areceipt\"E\n" +
+	"\fRenewRequest\x125\n" +
+	"\brenewals\x18\x01 \x03(\v2\x19.coffer.broker.v1.RenewalR\brenewals\">\n" +
+	"\aRenewal\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x1c\n" +
+	"\tchallenge\x18\x02 \x01(\fR\tchallenge\"D\n" +
+	"\rRenewResponse\x123\n" +
+	"\arenewed\x18\x01 \x03(\v2\x19.coffer.broker.v1.RenewedR\arenewed\"P\n" +
+	"\aRenewed\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x14\n" +
+	"\x05lease\x18\x02 \x01(\tR\x05lease\x12\x18\n" +
+	"\arefused\x18\x03 \x01(\tR\arefused\"\xcb\x01\n" +
+	"\x14ReportStoppedRequest\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12(\n" +
+	"\x10told_unix_millis\x18\x02 \x01(\x03R\x0etoldUnixMillis\x12(\n" +
+	"\x10gone_unix_millis\x18\x03 \x01(\x03R\x0egoneUnixMillis\x120\n" +
+	"\x14scrubbed_unix_millis\x18\x04 \x01(\x03R\x12scrubbedUnixMillis\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\"\x17\n" +
+	"\x15ReportStoppedResponse\"k\n" +
+	"\x1cCountersignCheckpointRequest\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x16\n" +
+	"\x06record\x18\x02 \x01(\fR\x06record\x12\x1c\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\"9\n" +
+	"\x1dCountersignCheckpointResponse\x12\x18\n" +
+	"\areceipt\x18\x01 \x01(\tR\areceipt\"A\n" +
 	"\x10LogBundleRequest\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\"-\n" +
@@ -1453,18 +3682,40 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x16ASSET_KIND_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ASSET_KIND_DATASET\x10\x01\x12\x16\n" +
 	"\x12ASSET_KIND_WEIGHTS\x10\x02\x12\x1a\n" +
-	"\x16ASSET_KIND_CHECKPOINTS\x10\x032\xe5\x06\n" +
+	"\x16ASSET_KIND_CHECKPOINTS\x10\x03*\xf9\x01\n" +
+	"\x0eRevocationKind\x12\x1f\n" +
+	"\x1bREVOCATION_KIND_UNSPECIFIED\x10\x00\x12\x19\n" +
+	"\x15REVOCATION_KIND_GRANT\x10\x01\x12\x19\n" +
+	"\x15REVOCATION_KIND_ASSET\x10\x02\x12\x1d\n" +
+	"\x19REVOCATION_KIND_PRINCIPAL\x10\x03\x12\x18\n" +
+	"\x14REVOCATION_KIND_NODE\x10\x04\x12\x1b\n" +
+	"\x17REVOCATION_KIND_CHIP_ID\x10\x05\x12\x19\n" +
+	"\x15REVOCATION_KIND_IMAGE\x10\x06\x12\x1f\n" +
+	"\x1bREVOCATION_KIND_MEASUREMENT\x10\a2\xd3\x0f\n" +
 	"\rBrokerService\x12E\n" +
 	"\x04Info\x12\x1d.coffer.broker.v1.InfoRequest\x1a\x1e.coffer.broker.v1.InfoResponse\x12Z\n" +
 	"\vCreateAsset\x12$.coffer.broker.v1.CreateAssetRequest\x1a%.coffer.broker.v1.CreateAssetResponse\x12Q\n" +
 	"\bGetAsset\x12!.coffer.broker.v1.GetAssetRequest\x1a\".coffer.broker.v1.GetAssetResponse\x12W\n" +
 	"\n" +
-	"ListAssets\x12#.coffer.broker.v1.ListAssetsRequest\x1a$.coffer.broker.v1.ListAssetsResponse\x12Z\n" +
-	"\vCreateGrant\x12$.coffer.broker.v1.CreateGrantRequest\x1a%.coffer.broker.v1.CreateGrantResponse\x12W\n" +
+	"ListAssets\x12#.coffer.broker.v1.ListAssetsRequest\x1a$.coffer.broker.v1.ListAssetsResponse\x12l\n" +
+	"\x11UpdateAssetPolicy\x12*.coffer.broker.v1.UpdateAssetPolicyRequest\x1a+.coffer.broker.v1.UpdateAssetPolicyResponse\x12Z\n" +
+	"\vCreateGrant\x12$.coffer.broker.v1.CreateGrantRequest\x1a%.coffer.broker.v1.CreateGrantResponse\x12]\n" +
+	"\fRequestGrant\x12%.coffer.broker.v1.RequestGrantRequest\x1a&.coffer.broker.v1.RequestGrantResponse\x12]\n" +
+	"\fApproveGrant\x12%.coffer.broker.v1.ApproveGrantRequest\x1a&.coffer.broker.v1.ApproveGrantResponse\x12T\n" +
+	"\tDenyGrant\x12\".coffer.broker.v1.DenyGrantRequest\x1a#.coffer.broker.v1.DenyGrantResponse\x12Q\n" +
+	"\bGetGrant\x12!.coffer.broker.v1.GetGrantRequest\x1a\".coffer.broker.v1.GetGrantResponse\x12W\n" +
 	"\n" +
 	"ListGrants\x12#.coffer.broker.v1.ListGrantsRequest\x1a$.coffer.broker.v1.ListGrantsResponse\x12Z\n" +
-	"\vRevokeGrant\x12$.coffer.broker.v1.RevokeGrantRequest\x1a%.coffer.broker.v1.RevokeGrantResponse\x12N\n" +
-	"\aRelease\x12 .coffer.broker.v1.ReleaseRequest\x1a!.coffer.broker.v1.ReleaseResponse\x12T\n" +
+	"\vRevokeGrant\x12$.coffer.broker.v1.RevokeGrantRequest\x1a%.coffer.broker.v1.RevokeGrantResponse\x12K\n" +
+	"\x06Revoke\x12\x1f.coffer.broker.v1.RevokeRequest\x1a .coffer.broker.v1.RevokeResponse\x12f\n" +
+	"\x0fListRevocations\x12(.coffer.broker.v1.ListRevocationsRequest\x1a).coffer.broker.v1.ListRevocationsResponse\x12c\n" +
+	"\x0eLiftRevocation\x12'.coffer.broker.v1.LiftRevocationRequest\x1a(.coffer.broker.v1.LiftRevocationResponse\x12W\n" +
+	"\n" +
+	"RewrapKeys\x12#.coffer.broker.v1.RewrapKeysRequest\x1a$.coffer.broker.v1.RewrapKeysResponse\x12N\n" +
+	"\aRelease\x12 .coffer.broker.v1.ReleaseRequest\x1a!.coffer.broker.v1.ReleaseResponse\x12H\n" +
+	"\x05Renew\x12\x1e.coffer.broker.v1.RenewRequest\x1a\x1f.coffer.broker.v1.RenewResponse\x12`\n" +
+	"\rReportStopped\x12&.coffer.broker.v1.ReportStoppedRequest\x1a'.coffer.broker.v1.ReportStoppedResponse\x12x\n" +
+	"\x15CountersignCheckpoint\x12..coffer.broker.v1.CountersignCheckpointRequest\x1a/.coffer.broker.v1.CountersignCheckpointResponse\x12T\n" +
 	"\tLogBundle\x12\".coffer.broker.v1.LogBundleRequest\x1a#.coffer.broker.v1.LogBundleResponse\x12N\n" +
 	"\aEntries\x12 .coffer.broker.v1.EntriesRequest\x1a!.coffer.broker.v1.EntriesResponseB<Z:github.com/coffer-run/coffer/attest/api/broker/v1;brokerv1b\x06proto3"
 
@@ -1480,69 +3731,146 @@ func file_attest_api_broker_v1_broker_proto_rawDescGZIP() []byte {
 	return file_attest_api_broker_v1_broker_proto_rawDescData
 }
 
-var file_attest_api_broker_v1_broker_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_attest_api_broker_v1_broker_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_attest_api_broker_v1_broker_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_attest_api_broker_v1_broker_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_attest_api_broker_v1_broker_proto_goTypes = []any{
-	(AssetKind)(0),              // 0: coffer.broker.v1.AssetKind
-	(*InfoRequest)(nil),         // 1: coffer.broker.v1.InfoRequest
-	(*InfoResponse)(nil),        // 2: coffer.broker.v1.InfoResponse
-	(*Asset)(nil),               // 3: coffer.broker.v1.Asset
-	(*CreateAssetRequest)(nil),  // 4: coffer.broker.v1.CreateAssetRequest
-	(*CreateAssetResponse)(nil), // 5: coffer.broker.v1.CreateAssetResponse
-	(*GetAssetRequest)(nil),     // 6: coffer.broker.v1.GetAssetRequest
-	(*GetAssetResponse)(nil),    // 7: coffer.broker.v1.GetAssetResponse
-	(*ListAssetsRequest)(nil),   // 8: coffer.broker.v1.ListAssetsRequest
-	(*ListAssetsResponse)(nil),  // 9: coffer.broker.v1.ListAssetsResponse
-	(*Grant)(nil),               // 10: coffer.broker.v1.Grant
-	(*CreateGrantRequest)(nil),  // 11: coffer.broker.v1.CreateGrantRequest
-	(*CreateGrantResponse)(nil), // 12: coffer.broker.v1.CreateGrantResponse
-	(*ListGrantsRequest)(nil),   // 13: coffer.broker.v1.ListGrantsRequest
-	(*ListGrantsResponse)(nil),  // 14: coffer.broker.v1.ListGrantsResponse
-	(*RevokeGrantRequest)(nil),  // 15: coffer.broker.v1.RevokeGrantRequest
-	(*RevokeGrantResponse)(nil), // 16: coffer.broker.v1.RevokeGrantResponse
-	(*ReleaseRequest)(nil),      // 17: coffer.broker.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),     // 18: coffer.broker.v1.ReleaseResponse
-	(*LogBundleRequest)(nil),    // 19: coffer.broker.v1.LogBundleRequest
-	(*LogBundleResponse)(nil),   // 20: coffer.broker.v1.LogBundleResponse
-	(*EntriesRequest)(nil),      // 21: coffer.broker.v1.EntriesRequest
-	(*Entry)(nil),               // 22: coffer.broker.v1.Entry
-	(*EntriesResponse)(nil),     // 23: coffer.broker.v1.EntriesResponse
+	(AssetKind)(0),                        // 0: coffer.broker.v1.AssetKind
+	(RevocationKind)(0),                   // 1: coffer.broker.v1.RevocationKind
+	(*InfoRequest)(nil),                   // 2: coffer.broker.v1.InfoRequest
+	(*InfoResponse)(nil),                  // 3: coffer.broker.v1.InfoResponse
+	(*Asset)(nil),                         // 4: coffer.broker.v1.Asset
+	(*Labels)(nil),                        // 5: coffer.broker.v1.Labels
+	(*AssetPolicy)(nil),                   // 6: coffer.broker.v1.AssetPolicy
+	(*ApprovalRule)(nil),                  // 7: coffer.broker.v1.ApprovalRule
+	(*UpdateAssetPolicyRequest)(nil),      // 8: coffer.broker.v1.UpdateAssetPolicyRequest
+	(*UpdateAssetPolicyResponse)(nil),     // 9: coffer.broker.v1.UpdateAssetPolicyResponse
+	(*CreateAssetRequest)(nil),            // 10: coffer.broker.v1.CreateAssetRequest
+	(*CreateAssetResponse)(nil),           // 11: coffer.broker.v1.CreateAssetResponse
+	(*GetAssetRequest)(nil),               // 12: coffer.broker.v1.GetAssetRequest
+	(*GetAssetResponse)(nil),              // 13: coffer.broker.v1.GetAssetResponse
+	(*ListAssetsRequest)(nil),             // 14: coffer.broker.v1.ListAssetsRequest
+	(*ListAssetsResponse)(nil),            // 15: coffer.broker.v1.ListAssetsResponse
+	(*Grant)(nil),                         // 16: coffer.broker.v1.Grant
+	(*Approval)(nil),                      // 17: coffer.broker.v1.Approval
+	(*CreateGrantRequest)(nil),            // 18: coffer.broker.v1.CreateGrantRequest
+	(*RequestGrantRequest)(nil),           // 19: coffer.broker.v1.RequestGrantRequest
+	(*RequestGrantResponse)(nil),          // 20: coffer.broker.v1.RequestGrantResponse
+	(*ApproveGrantRequest)(nil),           // 21: coffer.broker.v1.ApproveGrantRequest
+	(*ApproveGrantResponse)(nil),          // 22: coffer.broker.v1.ApproveGrantResponse
+	(*DenyGrantRequest)(nil),              // 23: coffer.broker.v1.DenyGrantRequest
+	(*DenyGrantResponse)(nil),             // 24: coffer.broker.v1.DenyGrantResponse
+	(*GetGrantRequest)(nil),               // 25: coffer.broker.v1.GetGrantRequest
+	(*GetGrantResponse)(nil),              // 26: coffer.broker.v1.GetGrantResponse
+	(*CreateGrantResponse)(nil),           // 27: coffer.broker.v1.CreateGrantResponse
+	(*ListGrantsRequest)(nil),             // 28: coffer.broker.v1.ListGrantsRequest
+	(*ListGrantsResponse)(nil),            // 29: coffer.broker.v1.ListGrantsResponse
+	(*RevokeGrantRequest)(nil),            // 30: coffer.broker.v1.RevokeGrantRequest
+	(*RevokeGrantResponse)(nil),           // 31: coffer.broker.v1.RevokeGrantResponse
+	(*Revocation)(nil),                    // 32: coffer.broker.v1.Revocation
+	(*RevokeRequest)(nil),                 // 33: coffer.broker.v1.RevokeRequest
+	(*RevokeResponse)(nil),                // 34: coffer.broker.v1.RevokeResponse
+	(*ListRevocationsRequest)(nil),        // 35: coffer.broker.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),       // 36: coffer.broker.v1.ListRevocationsResponse
+	(*LiftRevocationRequest)(nil),         // 37: coffer.broker.v1.LiftRevocationRequest
+	(*LiftRevocationResponse)(nil),        // 38: coffer.broker.v1.LiftRevocationResponse
+	(*RewrapKeysRequest)(nil),             // 39: coffer.broker.v1.RewrapKeysRequest
+	(*RewrapKeysResponse)(nil),            // 40: coffer.broker.v1.RewrapKeysResponse
+	(*ReleaseRequest)(nil),                // 41: coffer.broker.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),               // 42: coffer.broker.v1.ReleaseResponse
+	(*RenewRequest)(nil),                  // 43: coffer.broker.v1.RenewRequest
+	(*Renewal)(nil),                       // 44: coffer.broker.v1.Renewal
+	(*RenewResponse)(nil),                 // 45: coffer.broker.v1.RenewResponse
+	(*Renewed)(nil),                       // 46: coffer.broker.v1.Renewed
+	(*ReportStoppedRequest)(nil),          // 47: coffer.broker.v1.ReportStoppedRequest
+	(*ReportStoppedResponse)(nil),         // 48: coffer.broker.v1.ReportStoppedResponse
+	(*CountersignCheckpointRequest)(nil),  // 49: coffer.broker.v1.CountersignCheckpointRequest
+	(*CountersignCheckpointResponse)(nil), // 50: coffer.broker.v1.CountersignCheckpointResponse
+	(*LogBundleRequest)(nil),              // 51: coffer.broker.v1.LogBundleRequest
+	(*LogBundleResponse)(nil),             // 52: coffer.broker.v1.LogBundleResponse
+	(*EntriesRequest)(nil),                // 53: coffer.broker.v1.EntriesRequest
+	(*Entry)(nil),                         // 54: coffer.broker.v1.Entry
+	(*EntriesResponse)(nil),               // 55: coffer.broker.v1.EntriesResponse
 }
 var file_attest_api_broker_v1_broker_proto_depIdxs = []int32{
 	0,  // 0: coffer.broker.v1.Asset.kind:type_name -> coffer.broker.v1.AssetKind
-	0,  // 1: coffer.broker.v1.CreateAssetRequest.kind:type_name -> coffer.broker.v1.AssetKind
-	3,  // 2: coffer.broker.v1.CreateAssetResponse.asset:type_name -> coffer.broker.v1.Asset
-	3,  // 3: coffer.broker.v1.GetAssetResponse.asset:type_name -> coffer.broker.v1.Asset
-	3,  // 4: coffer.broker.v1.ListAssetsResponse.assets:type_name -> coffer.broker.v1.Asset
-	10, // 5: coffer.broker.v1.CreateGrantResponse.grant:type_name -> coffer.broker.v1.Grant
-	10, // 6: coffer.broker.v1.ListGrantsResponse.grants:type_name -> coffer.broker.v1.Grant
-	10, // 7: coffer.broker.v1.RevokeGrantResponse.grant:type_name -> coffer.broker.v1.Grant
-	22, // 8: coffer.broker.v1.EntriesResponse.entries:type_name -> coffer.broker.v1.Entry
-	1,  // 9: coffer.broker.v1.BrokerService.Info:input_type -> coffer.broker.v1.InfoRequest
-	4,  // 10: coffer.broker.v1.BrokerService.CreateAsset:input_type -> coffer.broker.v1.CreateAssetRequest
-	6,  // 11: coffer.broker.v1.BrokerService.GetAsset:input_type -> coffer.broker.v1.GetAssetRequest
-	8,  // 12: coffer.broker.v1.BrokerService.ListAssets:input_type -> coffer.broker.v1.ListAssetsRequest
-	11, // 13: coffer.broker.v1.BrokerService.CreateGrant:input_type -> coffer.broker.v1.CreateGrantRequest
-	13, // 14: coffer.broker.v1.BrokerService.ListGrants:input_type -> coffer.broker.v1.ListGrantsRequest
-	15, // 15: coffer.broker.v1.BrokerService.RevokeGrant:input_type -> coffer.broker.v1.RevokeGrantRequest
-	17, // 16: coffer.broker.v1.BrokerService.Release:input_type -> coffer.broker.v1.ReleaseRequest
-	19, // 17: coffer.broker.v1.BrokerService.LogBundle:input_type -> coffer.broker.v1.LogBundleRequest
-	21, // 18: coffer.broker.v1.BrokerService.Entries:input_type -> coffer.broker.v1.EntriesRequest
-	2,  // 19: coffer.broker.v1.BrokerService.Info:output_type -> coffer.broker.v1.InfoResponse
-	5,  // 20: coffer.broker.v1.BrokerService.CreateAsset:output_type -> coffer.broker.v1.CreateAssetResponse
-	7,  // 21: coffer.broker.v1.BrokerService.GetAsset:output_type -> coffer.broker.v1.GetAssetResponse
-	9,  // 22: coffer.broker.v1.BrokerService.ListAssets:output_type -> coffer.broker.v1.ListAssetsResponse
-	12, // 23: coffer.broker.v1.BrokerService.CreateGrant:output_type -> coffer.broker.v1.CreateGrantResponse
-	14, // 24: coffer.broker.v1.BrokerService.ListGrants:output_type -> coffer.broker.v1.ListGrantsResponse
-	16, // 25: coffer.broker.v1.BrokerService.RevokeGrant:output_type -> coffer.broker.v1.RevokeGrantResponse
-	18, // 26: coffer.broker.v1.BrokerService.Release:output_type -> coffer.broker.v1.ReleaseResponse
-	20, // 27: coffer.broker.v1.BrokerService.LogBundle:output_type -> coffer.broker.v1.LogBundleResponse
-	23, // 28: coffer.broker.v1.BrokerService.Entries:output_type -> coffer.broker.v1.EntriesResponse
-	19, // [19:29] is the sub-list for method output_type
-	9,  // [9:19] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	5,  // 1: coffer.broker.v1.Asset.labels:type_name -> coffer.broker.v1.Labels
+	6,  // 2: coffer.broker.v1.Asset.policy:type_name -> coffer.broker.v1.AssetPolicy
+	7,  // 3: coffer.broker.v1.AssetPolicy.approvals:type_name -> coffer.broker.v1.ApprovalRule
+	6,  // 4: coffer.broker.v1.UpdateAssetPolicyRequest.policy:type_name -> coffer.broker.v1.AssetPolicy
+	5,  // 5: coffer.broker.v1.UpdateAssetPolicyRequest.labels:type_name -> coffer.broker.v1.Labels
+	4,  // 6: coffer.broker.v1.UpdateAssetPolicyResponse.asset:type_name -> coffer.broker.v1.Asset
+	0,  // 7: coffer.broker.v1.CreateAssetRequest.kind:type_name -> coffer.broker.v1.AssetKind
+	5,  // 8: coffer.broker.v1.CreateAssetRequest.labels:type_name -> coffer.broker.v1.Labels
+	6,  // 9: coffer.broker.v1.CreateAssetRequest.policy:type_name -> coffer.broker.v1.AssetPolicy
+	4,  // 10: coffer.broker.v1.CreateAssetResponse.asset:type_name -> coffer.broker.v1.Asset
+	4,  // 11: coffer.broker.v1.GetAssetResponse.asset:type_name -> coffer.broker.v1.Asset
+	4,  // 12: coffer.broker.v1.ListAssetsResponse.assets:type_name -> coffer.broker.v1.Asset
+	16, // 13: coffer.broker.v1.RequestGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	17, // 14: coffer.broker.v1.ApproveGrantRequest.approval:type_name -> coffer.broker.v1.Approval
+	16, // 15: coffer.broker.v1.ApproveGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	16, // 16: coffer.broker.v1.DenyGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	16, // 17: coffer.broker.v1.GetGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	17, // 18: coffer.broker.v1.GetGrantResponse.approvals:type_name -> coffer.broker.v1.Approval
+	16, // 19: coffer.broker.v1.CreateGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	16, // 20: coffer.broker.v1.ListGrantsResponse.grants:type_name -> coffer.broker.v1.Grant
+	16, // 21: coffer.broker.v1.RevokeGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	1,  // 22: coffer.broker.v1.Revocation.kind:type_name -> coffer.broker.v1.RevocationKind
+	1,  // 23: coffer.broker.v1.RevokeRequest.kind:type_name -> coffer.broker.v1.RevocationKind
+	32, // 24: coffer.broker.v1.RevokeResponse.revocation:type_name -> coffer.broker.v1.Revocation
+	32, // 25: coffer.broker.v1.ListRevocationsResponse.revocations:type_name -> coffer.broker.v1.Revocation
+	1,  // 26: coffer.broker.v1.LiftRevocationRequest.kind:type_name -> coffer.broker.v1.RevocationKind
+	44, // 27: coffer.broker.v1.RenewRequest.renewals:type_name -> coffer.broker.v1.Renewal
+	46, // 28: coffer.broker.v1.RenewResponse.renewed:type_name -> coffer.broker.v1.Renewed
+	54, // 29: coffer.broker.v1.EntriesResponse.entries:type_name -> coffer.broker.v1.Entry
+	2,  // 30: coffer.broker.v1.BrokerService.Info:input_type -> coffer.broker.v1.InfoRequest
+	10, // 31: coffer.broker.v1.BrokerService.CreateAsset:input_type -> coffer.broker.v1.CreateAssetRequest
+	12, // 32: coffer.broker.v1.BrokerService.GetAsset:input_type -> coffer.broker.v1.GetAssetRequest
+	14, // 33: coffer.broker.v1.BrokerService.ListAssets:input_type -> coffer.broker.v1.ListAssetsRequest
+	8,  // 34: coffer.broker.v1.BrokerService.UpdateAssetPolicy:input_type -> coffer.broker.v1.UpdateAssetPolicyRequest
+	18, // 35: coffer.broker.v1.BrokerService.CreateGrant:input_type -> coffer.broker.v1.CreateGrantRequest
+	19, // 36: coffer.broker.v1.BrokerService.RequestGrant:input_type -> coffer.broker.v1.RequestGrantRequest
+	21, // 37: coffer.broker.v1.BrokerService.ApproveGrant:input_type -> coffer.broker.v1.ApproveGrantRequest
+	23, // 38: coffer.broker.v1.BrokerService.DenyGrant:input_type -> coffer.broker.v1.DenyGrantRequest
+	25, // 39: coffer.broker.v1.BrokerService.GetGrant:input_type -> coffer.broker.v1.GetGrantRequest
+	28, // 40: coffer.broker.v1.BrokerService.ListGrants:input_type -> coffer.broker.v1.ListGrantsRequest
+	30, // 41: coffer.broker.v1.BrokerService.RevokeGrant:input_type -> coffer.broker.v1.RevokeGrantRequest
+	33, // 42: coffer.broker.v1.BrokerService.Revoke:input_type -> coffer.broker.v1.RevokeRequest
+	35, // 43: coffer.broker.v1.BrokerService.ListRevocations:input_type -> coffer.broker.v1.ListRevocationsRequest
+	37, // 44: coffer.broker.v1.BrokerService.LiftRevocation:input_type -> coffer.broker.v1.LiftRevocationRequest
+	39, // 45: coffer.broker.v1.BrokerService.RewrapKeys:input_type -> coffer.broker.v1.RewrapKeysRequest
+	41, // 46: coffer.broker.v1.BrokerService.Release:input_type -> coffer.broker.v1.ReleaseRequest
+	43, // 47: coffer.broker.v1.BrokerService.Renew:input_type -> coffer.broker.v1.RenewRequest
+	47, // 48: coffer.broker.v1.BrokerService.ReportStopped:input_type -> coffer.broker.v1.ReportStoppedRequest
+	49, // 49: coffer.broker.v1.BrokerService.CountersignCheckpoint:input_type -> coffer.broker.v1.CountersignCheckpointRequest
+	51, // 50: coffer.broker.v1.BrokerService.LogBundle:input_type -> coffer.broker.v1.LogBundleRequest
+	53, // 51: coffer.broker.v1.BrokerService.Entries:input_type -> coffer.broker.v1.EntriesRequest
+	3,  // 52: coffer.broker.v1.BrokerService.Info:output_type -> coffer.broker.v1.InfoResponse
+	11, // 53: coffer.broker.v1.BrokerService.CreateAsset:output_type -> coffer.broker.v1.CreateAssetResponse
+	13, // 54: coffer.broker.v1.BrokerService.GetAsset:output_type -> coffer.broker.v1.GetAssetResponse
+	15, // 55: coffer.broker.v1.BrokerService.ListAssets:output_type -> coffer.broker.v1.ListAssetsResponse
+	9,  // 56: coffer.broker.v1.BrokerService.UpdateAssetPolicy:output_type -> coffer.broker.v1.UpdateAssetPolicyResponse
+	27, // 57: coffer.broker.v1.BrokerService.CreateGrant:output_type -> coffer.broker.v1.CreateGrantResponse
+	20, // 58: coffer.broker.v1.BrokerService.RequestGrant:output_type -> coffer.broker.v1.RequestGrantResponse
+	22, // 59: coffer.broker.v1.BrokerService.ApproveGrant:output_type -> coffer.broker.v1.ApproveGrantResponse
+	24, // 60: coffer.broker.v1.BrokerService.DenyGrant:output_type -> coffer.broker.v1.DenyGrantResponse
+	26, // 61: coffer.broker.v1.BrokerService.GetGrant:output_type -> coffer.broker.v1.GetGrantResponse
+	29, // 62: coffer.broker.v1.BrokerService.ListGrants:output_type -> coffer.broker.v1.ListGrantsResponse
+	31, // 63: coffer.broker.v1.BrokerService.RevokeGrant:output_type -> coffer.broker.v1.RevokeGrantResponse
+	34, // 64: coffer.broker.v1.BrokerService.Revoke:output_type -> coffer.broker.v1.RevokeResponse
+	36, // 65: coffer.broker.v1.BrokerService.ListRevocations:output_type -> coffer.broker.v1.ListRevocationsResponse
+	38, // 66: coffer.broker.v1.BrokerService.LiftRevocation:output_type -> coffer.broker.v1.LiftRevocationResponse
+	40, // 67: coffer.broker.v1.BrokerService.RewrapKeys:output_type -> coffer.broker.v1.RewrapKeysResponse
+	42, // 68: coffer.broker.v1.BrokerService.Release:output_type -> coffer.broker.v1.ReleaseResponse
+	45, // 69: coffer.broker.v1.BrokerService.Renew:output_type -> coffer.broker.v1.RenewResponse
+	48, // 70: coffer.broker.v1.BrokerService.ReportStopped:output_type -> coffer.broker.v1.ReportStoppedResponse
+	50, // 71: coffer.broker.v1.BrokerService.CountersignCheckpoint:output_type -> coffer.broker.v1.CountersignCheckpointResponse
+	52, // 72: coffer.broker.v1.BrokerService.LogBundle:output_type -> coffer.broker.v1.LogBundleResponse
+	55, // 73: coffer.broker.v1.BrokerService.Entries:output_type -> coffer.broker.v1.EntriesResponse
+	52, // [52:74] is the sub-list for method output_type
+	30, // [30:52] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_attest_api_broker_v1_broker_proto_init() }
@@ -1555,8 +3883,8 @@ func file_attest_api_broker_v1_broker_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_attest_api_broker_v1_broker_proto_rawDesc), len(file_attest_api_broker_v1_broker_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   23,
+			NumEnums:      2,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -433,6 +433,116 @@ func (x *AppraiseResponse) GetResult() string {
 	return ""
 }
 
+type CheckRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The evidence envelope of attest/evidence, at most 4 MiB.
+	Evidence []byte `protobuf:"bytes,1,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	// Audience of the result: the relying party, by a name of its choice.
+	Audience string `protobuf:"bytes,2,opt,name=audience,proto3" json:"audience,omitempty"`
+	// The relying party's own nonce, which the envelope must name and every
+	// device must have bound: 16 to 88 printable characters without spaces. Empty
+	// means one of this verifier's, which must then be fresh and not used before.
+	Nonce         string `protobuf:"bytes,3,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckRequest) Reset() {
+	*x = CheckRequest{}
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckRequest) ProtoMessage() {}
+
+func (x *CheckRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
+func (*CheckRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *CheckRequest) GetEvidence() []byte {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
+func (x *CheckRequest) GetAudience() string {
+	if x != nil {
+		return x.Audience
+	}
+	return ""
+}
+
+func (x *CheckRequest) GetNonce() string {
+	if x != nil {
+		return x.Nonce
+	}
+	return ""
+}
+
+type CheckResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// EAR as a signed JWT.
+	Result        string `protobuf:"bytes,1,opt,name=result,proto3" json:"result,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckResponse) Reset() {
+	*x = CheckResponse{}
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckResponse) ProtoMessage() {}
+
+func (x *CheckResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
+func (*CheckResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CheckResponse) GetResult() string {
+	if x != nil {
+		return x.Result
+	}
+	return ""
+}
+
 type KeysRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -441,7 +551,7 @@ type KeysRequest struct {
 
 func (x *KeysRequest) Reset() {
 	*x = KeysRequest{}
-	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[8]
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -453,7 +563,7 @@ func (x *KeysRequest) String() string {
 func (*KeysRequest) ProtoMessage() {}
 
 func (x *KeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[8]
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -466,7 +576,7 @@ func (x *KeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeysRequest.ProtoReflect.Descriptor instead.
 func (*KeysRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{8}
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{10}
 }
 
 type KeysResponse struct {
@@ -478,7 +588,7 @@ type KeysResponse struct {
 
 func (x *KeysResponse) Reset() {
 	*x = KeysResponse{}
-	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[9]
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -490,7 +600,7 @@ func (x *KeysResponse) String() string {
 func (*KeysResponse) ProtoMessage() {}
 
 func (x *KeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[9]
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -503,7 +613,7 @@ func (x *KeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeysResponse.ProtoReflect.Descriptor instead.
 func (*KeysResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{9}
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *KeysResponse) GetJwks() []byte {
@@ -540,15 +650,22 @@ const file_attest_api_verifier_v1_verifier_proto_rawDesc = "" +
 	"\bevidence\x18\x01 \x01(\fR\bevidence\x12\x1a\n" +
 	"\baudience\x18\x02 \x01(\tR\baudience\"*\n" +
 	"\x10AppraiseResponse\x12\x16\n" +
+	"\x06result\x18\x01 \x01(\tR\x06result\"\\\n" +
+	"\fCheckRequest\x12\x1a\n" +
+	"\bevidence\x18\x01 \x01(\fR\bevidence\x12\x1a\n" +
+	"\baudience\x18\x02 \x01(\tR\baudience\x12\x14\n" +
+	"\x05nonce\x18\x03 \x01(\tR\x05nonce\"'\n" +
+	"\rCheckResponse\x12\x16\n" +
 	"\x06result\x18\x01 \x01(\tR\x06result\"\r\n" +
 	"\vKeysRequest\"\"\n" +
 	"\fKeysResponse\x12\x12\n" +
-	"\x04jwks\x18\x01 \x01(\fR\x04jwks2\xe2\x03\n" +
+	"\x04jwks\x18\x01 \x01(\fR\x04jwks2\xb0\x04\n" +
 	"\x0fVerifierService\x12X\n" +
 	"\tChallenge\x12$.coffer.verifier.v1.ChallengeRequest\x1a%.coffer.verifier.v1.ChallengeResponse\x12g\n" +
 	"\x0eBeginEnrolment\x12).coffer.verifier.v1.BeginEnrolmentRequest\x1a*.coffer.verifier.v1.BeginEnrolmentResponse\x12j\n" +
 	"\x0fFinishEnrolment\x12*.coffer.verifier.v1.FinishEnrolmentRequest\x1a+.coffer.verifier.v1.FinishEnrolmentResponse\x12U\n" +
-	"\bAppraise\x12#.coffer.verifier.v1.AppraiseRequest\x1a$.coffer.verifier.v1.AppraiseResponse\x12I\n" +
+	"\bAppraise\x12#.coffer.verifier.v1.AppraiseRequest\x1a$.coffer.verifier.v1.AppraiseResponse\x12L\n" +
+	"\x05Check\x12 .coffer.verifier.v1.CheckRequest\x1a!.coffer.verifier.v1.CheckResponse\x12I\n" +
 	"\x04Keys\x12\x1f.coffer.verifier.v1.KeysRequest\x1a .coffer.verifier.v1.KeysResponseB@Z>github.com/coffer-run/coffer/attest/api/verifier/v1;verifierv1b\x06proto3"
 
 var (
@@ -563,7 +680,7 @@ func file_attest_api_verifier_v1_verifier_proto_rawDescGZIP() []byte {
 	return file_attest_api_verifier_v1_verifier_proto_rawDescData
 }
 
-var file_attest_api_verifier_v1_verifier_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_attest_api_verifier_v1_verifier_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_attest_api_verifier_v1_verifier_proto_goTypes = []any{
 	(*ChallengeRequest)(nil),        // 0: coffer.verifier.v1.ChallengeRequest
 	(*ChallengeResponse)(nil),       // 1: coffer.verifier.v1.ChallengeResponse
@@ -573,25 +690,29 @@ var file_attest_api_verifier_v1_verifier_proto_goTypes = []any{
 	(*FinishEnrolmentResponse)(nil), // 5: coffer.verifier.v1.FinishEnrolmentResponse
 	(*AppraiseRequest)(nil),         // 6: coffer.verifier.v1.AppraiseRequest
 	(*AppraiseResponse)(nil),        // 7: coffer.verifier.v1.AppraiseResponse
-	(*KeysRequest)(nil),             // 8: coffer.verifier.v1.KeysRequest
-	(*KeysResponse)(nil),            // 9: coffer.verifier.v1.KeysResponse
+	(*CheckRequest)(nil),            // 8: coffer.verifier.v1.CheckRequest
+	(*CheckResponse)(nil),           // 9: coffer.verifier.v1.CheckResponse
+	(*KeysRequest)(nil),             // 10: coffer.verifier.v1.KeysRequest
+	(*KeysResponse)(nil),            // 11: coffer.verifier.v1.KeysResponse
 }
 var file_attest_api_verifier_v1_verifier_proto_depIdxs = []int32{
-	0, // 0: coffer.verifier.v1.VerifierService.Challenge:input_type -> coffer.verifier.v1.ChallengeRequest
-	2, // 1: coffer.verifier.v1.VerifierService.BeginEnrolment:input_type -> coffer.verifier.v1.BeginEnrolmentRequest
-	4, // 2: coffer.verifier.v1.VerifierService.FinishEnrolment:input_type -> coffer.verifier.v1.FinishEnrolmentRequest
-	6, // 3: coffer.verifier.v1.VerifierService.Appraise:input_type -> coffer.verifier.v1.AppraiseRequest
-	8, // 4: coffer.verifier.v1.VerifierService.Keys:input_type -> coffer.verifier.v1.KeysRequest
-	1, // 5: coffer.verifier.v1.VerifierService.Challenge:output_type -> coffer.verifier.v1.ChallengeResponse
-	3, // 6: coffer.verifier.v1.VerifierService.BeginEnrolment:output_type -> coffer.verifier.v1.BeginEnrolmentResponse
-	5, // 7: coffer.verifier.v1.VerifierService.FinishEnrolment:output_type -> coffer.verifier.v1.FinishEnrolmentResponse
-	7, // 8: coffer.verifier.v1.VerifierService.Appraise:output_type -> coffer.verifier.v1.AppraiseResponse
-	9, // 9: coffer.verifier.v1.VerifierService.Keys:output_type -> coffer.verifier.v1.KeysResponse
-	5, // [5:10] is the sub-list for method output_type
-	0, // [0:5] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	0,  // 0: coffer.verifier.v1.VerifierService.Challenge:input_type -> coffer.verifier.v1.ChallengeRequest
+	2,  // 1: coffer.verifier.v1.VerifierService.BeginEnrolment:input_type -> coffer.verifier.v1.BeginEnrolmentRequest
+	4,  // 2: coffer.verifier.v1.VerifierService.FinishEnrolment:input_type -> coffer.verifier.v1.FinishEnrolmentRequest
+	6,  // 3: coffer.verifier.v1.VerifierService.Appraise:input_type -> coffer.verifier.v1.AppraiseRequest
+	8,  // 4: coffer.verifier.v1.VerifierService.Check:input_type -> coffer.verifier.v1.CheckRequest
+	10, // 5: coffer.verifier.v1.VerifierService.Keys:input_type -> coffer.verifier.v1.KeysRequest
+	1,  // 6: coffer.verifier.v1.VerifierService.Challenge:output_type -> coffer.verifier.v1.ChallengeResponse
+	3,  // 7: coffer.verifier.v1.VerifierService.BeginEnrolment:output_type -> coffer.verifier.v1.BeginEnrolmentResponse
+	5,  // 8: coffer.verifier.v1.VerifierService.FinishEnrolment:output_type -> coffer.verifier.v1.FinishEnrolmentResponse
+	7,  // 9: coffer.verifier.v1.VerifierService.Appraise:output_type -> coffer.verifier.v1.AppraiseResponse
+	9,  // 10: coffer.verifier.v1.VerifierService.Check:output_type -> coffer.verifier.v1.CheckResponse
+	11, // 11: coffer.verifier.v1.VerifierService.Keys:output_type -> coffer.verifier.v1.KeysResponse
+	6,  // [6:12] is the sub-list for method output_type
+	0,  // [0:6] is the sub-list for method input_type
+	0,  // [0:0] is the sub-list for extension type_name
+	0,  // [0:0] is the sub-list for extension extendee
+	0,  // [0:0] is the sub-list for field type_name
 }
 
 func init() { file_attest_api_verifier_v1_verifier_proto_init() }
@@ -605,7 +726,7 @@ func file_attest_api_verifier_v1_verifier_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_attest_api_verifier_v1_verifier_proto_rawDesc), len(file_attest_api_verifier_v1_verifier_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -235,7 +235,12 @@ type Job struct {
 	ExitCode      int32  `protobuf:"varint,10,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	Submitter     string `protobuf:"bytes,11,opt,name=submitter,proto3" json:"submitter,omitempty"`
 	// Failed checks of a refusal.
-	Checks        []*Check `protobuf:"bytes,12,rep,name=checks,proto3" json:"checks,omitempty"`
+	Checks []*Check `protobuf:"bytes,12,rep,name=checks,proto3" json:"checks,omitempty"`
+	// When the broker's lease of a running job ends unless it is renewed, by the
+	// node's clock; 0 without one.
+	LeaseUntilUnix int64 `protobuf:"varint,13,opt,name=lease_until_unix,json=leaseUntilUnix,proto3" json:"lease_until_unix,omitempty"`
+	// Why a running job was told to stop: "revoked: REASON" or "lease-lapsed: REASON".
+	Stopping      string `protobuf:"bytes,14,opt,name=stopping,proto3" json:"stopping,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -352,6 +357,20 @@ func (x *Job) GetChecks() []*Check {
 		return x.Checks
 	}
 	return nil
+}
+
+func (x *Job) GetLeaseUntilUnix() int64 {
+	if x != nil {
+		return x.LeaseUntilUnix
+	}
+	return 0
+}
+
+func (x *Job) GetStopping() string {
+	if x != nil {
+		return x.Stopping
+	}
+	return ""
 }
 
 type Check struct {
@@ -684,6 +703,7 @@ type WatchResponse struct {
 	//	*WatchResponse_Log
 	//	*WatchResponse_Job
 	//	*WatchResponse_Checkpoint
+	//	*WatchResponse_Lease
 	Event         isWatchResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -776,6 +796,15 @@ func (x *WatchResponse) GetCheckpoint() *CheckpointEvent {
 	return nil
 }
 
+func (x *WatchResponse) GetLease() *LeaseEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Lease); ok {
+			return x.Lease
+		}
+	}
+	return nil
+}
+
 type isWatchResponse_Event interface {
 	isWatchResponse_Event()
 }
@@ -796,6 +825,10 @@ type WatchResponse_Checkpoint struct {
 	Checkpoint *CheckpointEvent `protobuf:"bytes,6,opt,name=checkpoint,proto3,oneof"`
 }
 
+type WatchResponse_Lease struct {
+	Lease *LeaseEvent `protobuf:"bytes,7,opt,name=lease,proto3,oneof"`
+}
+
 func (*WatchResponse_Stage) isWatchResponse_Event() {}
 
 func (*WatchResponse_Log) isWatchResponse_Event() {}
@@ -803,6 +836,8 @@ func (*WatchResponse_Log) isWatchResponse_Event() {}
 func (*WatchResponse_Job) isWatchResponse_Event() {}
 
 func (*WatchResponse_Checkpoint) isWatchResponse_Event() {}
+
+func (*WatchResponse_Lease) isWatchResponse_Event() {}
 
 type StageEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1004,6 +1039,70 @@ func (x *CheckpointEvent) GetBytes() int64 {
 	return 0
 }
 
+// LeaseEvent says that a running job must stop.
+type LeaseEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// revoked or lease-lapsed.
+	Code string `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
+	// Who took what back and why, in the broker's words, or why no renewal came.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// How long the job may take to end.
+	GraceMillis   int64 `protobuf:"varint,3,opt,name=grace_millis,json=graceMillis,proto3" json:"grace_millis,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaseEvent) Reset() {
+	*x = LeaseEvent{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaseEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaseEvent) ProtoMessage() {}
+
+func (x *LeaseEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaseEvent.ProtoReflect.Descriptor instead.
+func (*LeaseEvent) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *LeaseEvent) GetCode() string {
+	if x != nil {
+		return x.Code
+	}
+	return ""
+}
+
+func (x *LeaseEvent) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *LeaseEvent) GetGraceMillis() int64 {
+	if x != nil {
+		return x.GraceMillis
+	}
+	return 0
+}
+
 type CancelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1013,7 +1112,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1025,7 +1124,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1038,7 +1137,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -1057,7 +1156,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1069,7 +1168,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1082,7 +1181,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CancelResponse) GetJob() *Job {
@@ -1101,7 +1200,7 @@ type BundleRequest struct {
 
 func (x *BundleRequest) Reset() {
 	*x = BundleRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1113,7 +1212,7 @@ func (x *BundleRequest) String() string {
 func (*BundleRequest) ProtoMessage() {}
 
 func (x *BundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1126,7 +1225,7 @@ func (x *BundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleRequest.ProtoReflect.Descriptor instead.
 func (*BundleRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *BundleRequest) GetId() string {
@@ -1145,7 +1244,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1157,7 +1256,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1170,7 +1269,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *BundleResponse) GetBundle() []byte {
@@ -1188,7 +1287,7 @@ type CapacityRequest struct {
 
 func (x *CapacityRequest) Reset() {
 	*x = CapacityRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1299,7 @@ func (x *CapacityRequest) String() string {
 func (*CapacityRequest) ProtoMessage() {}
 
 func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1312,7 @@ func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityRequest.ProtoReflect.Descriptor instead.
 func (*CapacityRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 type CapacityResponse struct {
@@ -1231,7 +1330,7 @@ type CapacityResponse struct {
 
 func (x *CapacityResponse) Reset() {
 	*x = CapacityResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1243,7 +1342,7 @@ func (x *CapacityResponse) String() string {
 func (*CapacityResponse) ProtoMessage() {}
 
 func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1256,7 +1355,7 @@ func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityResponse.ProtoReflect.Descriptor instead.
 func (*CapacityResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CapacityResponse) GetCpuMillis() int32 {
@@ -1323,7 +1422,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12'\n" +
 	"\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"8\n" +
 	"\x0eSubmitResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\xd9\x02\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\x9f\x03\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n" +
@@ -1339,7 +1438,9 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\texit_code\x18\n" +
 	" \x01(\x05R\bexitCode\x12\x1c\n" +
 	"\tsubmitter\x18\v \x01(\tR\tsubmitter\x12.\n" +
-	"\x06checks\x18\f \x03(\v2\x16.coffer.agent.v1.CheckR\x06checks\"w\n" +
+	"\x06checks\x18\f \x03(\v2\x16.coffer.agent.v1.CheckR\x06checks\x12(\n" +
+	"\x10lease_until_unix\x18\r \x01(\x03R\x0eleaseUntilUnix\x12\x1a\n" +
+	"\bstopping\x18\x0e \x01(\tR\bstopping\"w\n" +
 	"\x05Check\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12\x1a\n" +
@@ -1360,7 +1461,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"E\n" +
 	"\fWatchRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
-	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"\xac\x02\n" +
+	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"\xe1\x02\n" +
 	"\rWatchResponse\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12$\n" +
 	"\x0etime_unix_nano\x18\x02 \x01(\x03R\ftimeUnixNano\x123\n" +
@@ -1369,7 +1470,8 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x03job\x18\x05 \x01(\v2\x14.coffer.agent.v1.JobH\x00R\x03job\x12B\n" +
 	"\n" +
 	"checkpoint\x18\x06 \x01(\v2 .coffer.agent.v1.CheckpointEventH\x00R\n" +
-	"checkpointB\a\n" +
+	"checkpoint\x123\n" +
+	"\x05lease\x18\a \x01(\v2\x1b.coffer.agent.v1.LeaseEventH\x00R\x05leaseB\a\n" +
 	"\x05event\"w\n" +
 	"\n" +
 	"StageEvent\x12\x14\n" +
@@ -1385,7 +1487,12 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x14\n" +
-	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\"\x1f\n" +
+	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\"[\n" +
+	"\n" +
+	"LeaseEvent\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\tR\x04code\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12!\n" +
+	"\fgrace_millis\x18\x03 \x01(\x03R\vgraceMillis\"\x1f\n" +
 	"\rCancelRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"8\n" +
 	"\x0eCancelResponse\x12&\n" +
@@ -1427,7 +1534,7 @@ func file_runner_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_runner_api_agent_v1_agent_proto_rawDescData
 }
 
-var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*PlanRequest)(nil),      // 0: coffer.agent.v1.PlanRequest
 	(*PlanResponse)(nil),     // 1: coffer.agent.v1.PlanResponse
@@ -1444,12 +1551,13 @@ var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*StageEvent)(nil),       // 12: coffer.agent.v1.StageEvent
 	(*LogEvent)(nil),         // 13: coffer.agent.v1.LogEvent
 	(*CheckpointEvent)(nil),  // 14: coffer.agent.v1.CheckpointEvent
-	(*CancelRequest)(nil),    // 15: coffer.agent.v1.CancelRequest
-	(*CancelResponse)(nil),   // 16: coffer.agent.v1.CancelResponse
-	(*BundleRequest)(nil),    // 17: coffer.agent.v1.BundleRequest
-	(*BundleResponse)(nil),   // 18: coffer.agent.v1.BundleResponse
-	(*CapacityRequest)(nil),  // 19: coffer.agent.v1.CapacityRequest
-	(*CapacityResponse)(nil), // 20: coffer.agent.v1.CapacityResponse
+	(*LeaseEvent)(nil),       // 15: coffer.agent.v1.LeaseEvent
+	(*CancelRequest)(nil),    // 16: coffer.agent.v1.CancelRequest
+	(*CancelResponse)(nil),   // 17: coffer.agent.v1.CancelResponse
+	(*BundleRequest)(nil),    // 18: coffer.agent.v1.BundleRequest
+	(*BundleResponse)(nil),   // 19: coffer.agent.v1.BundleResponse
+	(*CapacityRequest)(nil),  // 20: coffer.agent.v1.CapacityRequest
+	(*CapacityResponse)(nil), // 21: coffer.agent.v1.CapacityResponse
 }
 var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	4,  // 0: coffer.agent.v1.SubmitResponse.job:type_name -> coffer.agent.v1.Job
@@ -1460,28 +1568,29 @@ var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	13, // 5: coffer.agent.v1.WatchResponse.log:type_name -> coffer.agent.v1.LogEvent
 	4,  // 6: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
 	14, // 7: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
-	4,  // 8: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
-	0,  // 9: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
-	2,  // 10: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
-	6,  // 11: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
-	8,  // 12: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
-	10, // 13: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
-	15, // 14: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
-	17, // 15: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
-	19, // 16: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
-	1,  // 17: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
-	3,  // 18: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
-	7,  // 19: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
-	9,  // 20: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
-	11, // 21: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
-	16, // 22: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
-	18, // 23: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
-	20, // 24: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
-	17, // [17:25] is the sub-list for method output_type
-	9,  // [9:17] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	15, // 8: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
+	4,  // 9: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
+	0,  // 10: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
+	2,  // 11: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
+	6,  // 12: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
+	8,  // 13: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
+	10, // 14: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
+	16, // 15: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
+	18, // 16: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
+	20, // 17: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
+	1,  // 18: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
+	3,  // 19: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
+	7,  // 20: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
+	9,  // 21: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
+	11, // 22: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
+	17, // 23: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
+	19, // 24: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
+	21, // 25: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
+	18, // [18:26] is the sub-list for method output_type
+	10, // [10:18] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_runner_api_agent_v1_agent_proto_init() }
@@ -1494,6 +1603,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 		(*WatchResponse_Log)(nil),
 		(*WatchResponse_Job)(nil),
 		(*WatchResponse_Checkpoint)(nil),
+		(*WatchResponse_Lease)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1501,7 +1611,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_runner_api_agent_v1_agent_proto_rawDesc), len(file_runner_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -44,17 +44,49 @@ const (
 	// BrokerServiceListAssetsProcedure is the fully-qualified name of the BrokerService's ListAssets
 	// RPC.
 	BrokerServiceListAssetsProcedure = "/coffer.broker.v1.BrokerService/ListAssets"
+	// BrokerServiceUpdateAssetPolicyProcedure is the fully-qualified name of the BrokerService's
+	// UpdateAssetPolicy RPC.
+	BrokerServiceUpdateAssetPolicyProcedure = "/coffer.broker.v1.BrokerService/UpdateAssetPolicy"
 	// BrokerServiceCreateGrantProcedure is the fully-qualified name of the BrokerService's CreateGrant
 	// RPC.
 	BrokerServiceCreateGrantProcedure = "/coffer.broker.v1.BrokerService/CreateGrant"
+	// BrokerServiceRequestGrantProcedure is the fully-qualified name of the BrokerService's
+	// RequestGrant RPC.
+	BrokerServiceRequestGrantProcedure = "/coffer.broker.v1.BrokerService/RequestGrant"
+	// BrokerServiceApproveGrantProcedure is the fully-qualified name of the BrokerService's
+	// ApproveGrant RPC.
+	BrokerServiceApproveGrantProcedure = "/coffer.broker.v1.BrokerService/ApproveGrant"
+	// BrokerServiceDenyGrantProcedure is the fully-qualified name of the BrokerService's DenyGrant RPC.
+	BrokerServiceDenyGrantProcedure = "/coffer.broker.v1.BrokerService/DenyGrant"
+	// BrokerServiceGetGrantProcedure is the fully-qualified name of the BrokerService's GetGrant RPC.
+	BrokerServiceGetGrantProcedure = "/coffer.broker.v1.BrokerService/GetGrant"
 	// BrokerServiceListGrantsProcedure is the fully-qualified name of the BrokerService's ListGrants
 	// RPC.
 	BrokerServiceListGrantsProcedure = "/coffer.broker.v1.BrokerService/ListGrants"
 	// BrokerServiceRevokeGrantProcedure is the fully-qualified name of the BrokerService's RevokeGrant
 	// RPC.
 	BrokerServiceRevokeGrantProcedure = "/coffer.broker.v1.BrokerService/RevokeGrant"
+	// BrokerServiceRevokeProcedure is the fully-qualified name of the BrokerService's Revoke RPC.
+	BrokerServiceRevokeProcedure = "/coffer.broker.v1.BrokerService/Revoke"
+	// BrokerServiceListRevocationsProcedure is the fully-qualified name of the BrokerService's
+	// ListRevocations RPC.
+	BrokerServiceListRevocationsProcedure = "/coffer.broker.v1.BrokerService/ListRevocations"
+	// BrokerServiceLiftRevocationProcedure is the fully-qualified name of the BrokerService's
+	// LiftRevocation RPC.
+	BrokerServiceLiftRevocationProcedure = "/coffer.broker.v1.BrokerService/LiftRevocation"
+	// BrokerServiceRewrapKeysProcedure is the fully-qualified name of the BrokerService's RewrapKeys
+	// RPC.
+	BrokerServiceRewrapKeysProcedure = "/coffer.broker.v1.BrokerService/RewrapKeys"
 	// BrokerServiceReleaseProcedure is the fully-qualified name of the BrokerService's Release RPC.
 	BrokerServiceReleaseProcedure = "/coffer.broker.v1.BrokerService/Release"
+	// BrokerServiceRenewProcedure is the fully-qualified name of the BrokerService's Renew RPC.
+	BrokerServiceRenewProcedure = "/coffer.broker.v1.BrokerService/Renew"
+	// BrokerServiceReportStoppedProcedure is the fully-qualified name of the BrokerService's
+	// ReportStopped RPC.
+	BrokerServiceReportStoppedProcedure = "/coffer.broker.v1.BrokerService/ReportStopped"
+	// BrokerServiceCountersignCheckpointProcedure is the fully-qualified name of the BrokerService's
+	// CountersignCheckpoint RPC.
+	BrokerServiceCountersignCheckpointProcedure = "/coffer.broker.v1.BrokerService/CountersignCheckpoint"
 	// BrokerServiceLogBundleProcedure is the fully-qualified name of the BrokerService's LogBundle RPC.
 	BrokerServiceLogBundleProcedure = "/coffer.broker.v1.BrokerService/LogBundle"
 	// BrokerServiceEntriesProcedure is the fully-qualified name of the BrokerService's Entries RPC.
@@ -69,13 +101,49 @@ type BrokerServiceClient interface {
 	CreateAsset(context.Context, *connect.Request[v1.CreateAssetRequest]) (*connect.Response[v1.CreateAssetResponse], error)
 	GetAsset(context.Context, *connect.Request[v1.GetAssetRequest]) (*connect.Response[v1.GetAssetResponse], error)
 	ListAssets(context.Context, *connect.Request[v1.ListAssetsRequest]) (*connect.Response[v1.ListAssetsResponse], error)
-	// CreateGrant lets one plan use assets of one owner (role: owner).
+	// UpdateAssetPolicy replaces an asset's policy and labels (role: owner). The
+	// asset's revision must be the one that the caller read. It holds for the next
+	// release, also under grants that were approved before.
+	UpdateAssetPolicy(context.Context, *connect.Request[v1.UpdateAssetPolicyRequest]) (*connect.Response[v1.UpdateAssetPolicyResponse], error)
+	// CreateGrant is RequestGrant by the owner of the assets (role: owner). The
+	// grant is approved at once unless a policy of its assets asks for approvals.
 	CreateGrant(context.Context, *connect.Request[v1.CreateGrantRequest]) (*connect.Response[v1.CreateGrantResponse], error)
+	// RequestGrant asks that one plan may use assets of one owner (role: engineer,
+	// owner or scheduler).
+	RequestGrant(context.Context, *connect.Request[v1.RequestGrantRequest]) (*connect.Response[v1.RequestGrantResponse], error)
+	// ApproveGrant adds one signed approval (role: approver). The owner of the
+	// assets consents to another's request with no approval in it.
+	ApproveGrant(context.Context, *connect.Request[v1.ApproveGrantRequest]) (*connect.Response[v1.ApproveGrantResponse], error)
+	// DenyGrant ends a request (role: approver or owner).
+	DenyGrant(context.Context, *connect.Request[v1.DenyGrantRequest]) (*connect.Response[v1.DenyGrantResponse], error)
+	// GetGrant returns one grant with its approvals and what it lacks.
+	GetGrant(context.Context, *connect.Request[v1.GetGrantRequest]) (*connect.Response[v1.GetGrantResponse], error)
 	ListGrants(context.Context, *connect.Request[v1.ListGrantsRequest]) (*connect.Response[v1.ListGrantsResponse], error)
+	// RevokeGrant is Revoke of one grant that answers with the grant.
 	RevokeGrant(context.Context, *connect.Request[v1.RevokeGrantRequest]) (*connect.Response[v1.RevokeGrantResponse], error)
+	// Revoke takes back: no release that matches happens from then on, and the
+	// next renewal tells running jobs that match to stop (role: owner for what is
+	// his, operator for everything).
+	Revoke(context.Context, *connect.Request[v1.RevokeRequest]) (*connect.Response[v1.RevokeResponse], error)
+	// ListRevocations returns what stands revoked besides grants.
+	ListRevocations(context.Context, *connect.Request[v1.ListRevocationsRequest]) (*connect.Response[v1.ListRevocationsResponse], error)
+	// LiftRevocation ends the revocation of a node or a chip (role: operator).
+	// Every other revocation stands.
+	LiftRevocation(context.Context, *connect.Request[v1.LiftRevocationRequest]) (*connect.Response[v1.LiftRevocationResponse], error)
+	// RewrapKeys moves data keys to the newest versions of their key-encryption
+	// keys, of so many assets as one call has time for (role: operator).
+	RewrapKeys(context.Context, *connect.Request[v1.RewrapKeysRequest]) (*connect.Response[v1.RewrapKeysResponse], error)
 	// Release wraps one asset's data key to the recipient key in the result (role: agent).
 	// The same signed request gets the same answer and uses the grant once.
 	Release(context.Context, *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error)
+	// Renew answers the challenges of an agent's running jobs with signed leases
+	// (role: agent).
+	Renew(context.Context, *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error)
+	// ReportStopped says that a job is gone (role: agent). It ends the lease.
+	ReportStopped(context.Context, *connect.Request[v1.ReportStoppedRequest]) (*connect.Response[v1.ReportStoppedResponse], error)
+	// CountersignCheckpoint records a job's newest checkpoint and signs for it
+	// (role: agent). A record that does not follow the last one is refused.
+	CountersignCheckpoint(context.Context, *connect.Request[v1.CountersignCheckpointRequest]) (*connect.Response[v1.CountersignCheckpointResponse], error)
 	// LogBundle appends the digest of a job's bundle to the evidence log (role: agent).
 	LogBundle(context.Context, *connect.Request[v1.LogBundleRequest]) (*connect.Response[v1.LogBundleResponse], error)
 	// Entries returns the log entries of one job, for its bundle.
@@ -117,10 +185,40 @@ func NewBrokerServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(brokerServiceMethods.ByName("ListAssets")),
 			connect.WithClientOptions(opts...),
 		),
+		updateAssetPolicy: connect.NewClient[v1.UpdateAssetPolicyRequest, v1.UpdateAssetPolicyResponse](
+			httpClient,
+			baseURL+BrokerServiceUpdateAssetPolicyProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("UpdateAssetPolicy")),
+			connect.WithClientOptions(opts...),
+		),
 		createGrant: connect.NewClient[v1.CreateGrantRequest, v1.CreateGrantResponse](
 			httpClient,
 			baseURL+BrokerServiceCreateGrantProcedure,
 			connect.WithSchema(brokerServiceMethods.ByName("CreateGrant")),
+			connect.WithClientOptions(opts...),
+		),
+		requestGrant: connect.NewClient[v1.RequestGrantRequest, v1.RequestGrantResponse](
+			httpClient,
+			baseURL+BrokerServiceRequestGrantProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("RequestGrant")),
+			connect.WithClientOptions(opts...),
+		),
+		approveGrant: connect.NewClient[v1.ApproveGrantRequest, v1.ApproveGrantResponse](
+			httpClient,
+			baseURL+BrokerServiceApproveGrantProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("ApproveGrant")),
+			connect.WithClientOptions(opts...),
+		),
+		denyGrant: connect.NewClient[v1.DenyGrantRequest, v1.DenyGrantResponse](
+			httpClient,
+			baseURL+BrokerServiceDenyGrantProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("DenyGrant")),
+			connect.WithClientOptions(opts...),
+		),
+		getGrant: connect.NewClient[v1.GetGrantRequest, v1.GetGrantResponse](
+			httpClient,
+			baseURL+BrokerServiceGetGrantProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("GetGrant")),
 			connect.WithClientOptions(opts...),
 		),
 		listGrants: connect.NewClient[v1.ListGrantsRequest, v1.ListGrantsResponse](
@@ -135,10 +233,52 @@ func NewBrokerServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(brokerServiceMethods.ByName("RevokeGrant")),
 			connect.WithClientOptions(opts...),
 		),
+		revoke: connect.NewClient[v1.RevokeRequest, v1.RevokeResponse](
+			httpClient,
+			baseURL+BrokerServiceRevokeProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("Revoke")),
+			connect.WithClientOptions(opts...),
+		),
+		listRevocations: connect.NewClient[v1.ListRevocationsRequest, v1.ListRevocationsResponse](
+			httpClient,
+			baseURL+BrokerServiceListRevocationsProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("ListRevocations")),
+			connect.WithClientOptions(opts...),
+		),
+		liftRevocation: connect.NewClient[v1.LiftRevocationRequest, v1.LiftRevocationResponse](
+			httpClient,
+			baseURL+BrokerServiceLiftRevocationProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("LiftRevocation")),
+			connect.WithClientOptions(opts...),
+		),
+		rewrapKeys: connect.NewClient[v1.RewrapKeysRequest, v1.RewrapKeysResponse](
+			httpClient,
+			baseURL+BrokerServiceRewrapKeysProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("RewrapKeys")),
+			connect.WithClientOptions(opts...),
+		),
 		release: connect.NewClient[v1.ReleaseRequest, v1.ReleaseResponse](
 			httpClient,
 			baseURL+BrokerServiceReleaseProcedure,
 			connect.WithSchema(brokerServiceMethods.ByName("Release")),
+			connect.WithClientOptions(opts...),
+		),
+		renew: connect.NewClient[v1.RenewRequest, v1.RenewResponse](
+			httpClient,
+			baseURL+BrokerServiceRenewProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("Renew")),
+			connect.WithClientOptions(opts...),
+		),
+		reportStopped: connect.NewClient[v1.ReportStoppedRequest, v1.ReportStoppedResponse](
+			httpClient,
+			baseURL+BrokerServiceReportStoppedProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("ReportStopped")),
+			connect.WithClientOptions(opts...),
+		),
+		countersignCheckpoint: connect.NewClient[v1.CountersignCheckpointRequest, v1.CountersignCheckpointResponse](
+			httpClient,
+			baseURL+BrokerServiceCountersignCheckpointProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("CountersignCheckpoint")),
 			connect.WithClientOptions(opts...),
 		),
 		logBundle: connect.NewClient[v1.LogBundleRequest, v1.LogBundleResponse](
@@ -158,16 +298,28 @@ func NewBrokerServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 
 // brokerServiceClient implements BrokerServiceClient.
 type brokerServiceClient struct {
-	info        *connect.Client[v1.InfoRequest, v1.InfoResponse]
-	createAsset *connect.Client[v1.CreateAssetRequest, v1.CreateAssetResponse]
-	getAsset    *connect.Client[v1.GetAssetRequest, v1.GetAssetResponse]
-	listAssets  *connect.Client[v1.ListAssetsRequest, v1.ListAssetsResponse]
-	createGrant *connect.Client[v1.CreateGrantRequest, v1.CreateGrantResponse]
-	listGrants  *connect.Client[v1.ListGrantsRequest, v1.ListGrantsResponse]
-	revokeGrant *connect.Client[v1.RevokeGrantRequest, v1.RevokeGrantResponse]
-	release     *connect.Client[v1.ReleaseRequest, v1.ReleaseResponse]
-	logBundle   *connect.Client[v1.LogBundleRequest, v1.LogBundleResponse]
-	entries     *connect.Client[v1.EntriesRequest, v1.EntriesResponse]
+	info                  *connect.Client[v1.InfoRequest, v1.InfoResponse]
+	createAsset           *connect.Client[v1.CreateAssetRequest, v1.CreateAssetResponse]
+	getAsset              *connect.Client[v1.GetAssetRequest, v1.GetAssetResponse]
+	listAssets            *connect.Client[v1.ListAssetsRequest, v1.ListAssetsResponse]
+	updateAssetPolicy     *connect.Client[v1.UpdateAssetPolicyRequest, v1.UpdateAssetPolicyResponse]
+	createGrant           *connect.Client[v1.CreateGrantRequest, v1.CreateGrantResponse]
+	requestGrant          *connect.Client[v1.RequestGrantRequest, v1.RequestGrantResponse]
+	approveGrant          *connect.Client[v1.ApproveGrantRequest, v1.ApproveGrantResponse]
+	denyGrant             *connect.Client[v1.DenyGrantRequest, v1.DenyGrantResponse]
+	getGrant              *connect.Client[v1.GetGrantRequest, v1.GetGrantResponse]
+	listGrants            *connect.Client[v1.ListGrantsRequest, v1.ListGrantsResponse]
+	revokeGrant           *connect.Client[v1.RevokeGrantRequest, v1.RevokeGrantResponse]
+	revoke                *connect.Client[v1.RevokeRequest, v1.RevokeResponse]
+	listRevocations       *connect.Client[v1.ListRevocationsRequest, v1.ListRevocationsResponse]
+	liftRevocation        *connect.Client[v1.LiftRevocationRequest, v1.LiftRevocationResponse]
+	rewrapKeys            *connect.Client[v1.RewrapKeysRequest, v1.RewrapKeysResponse]
+	release               *connect.Client[v1.ReleaseRequest, v1.ReleaseResponse]
+	renew                 *connect.Client[v1.RenewRequest, v1.RenewResponse]
+	reportStopped         *connect.Client[v1.ReportStoppedRequest, v1.ReportStoppedResponse]
+	countersignCheckpoint *connect.Client[v1.CountersignCheckpointRequest, v1.CountersignCheckpointResponse]
+	logBundle             *connect.Client[v1.LogBundleRequest, v1.LogBundleResponse]
+	entries               *connect.Client[v1.EntriesRequest, v1.EntriesResponse]
 }
 
 // Info calls coffer.broker.v1.BrokerService.Info.
@@ -190,9 +342,34 @@ func (c *brokerServiceClient) ListAssets(ctx context.Context, req *connect.Reque
 	return c.listAssets.CallUnary(ctx, req)
 }
 
+// UpdateAssetPolicy calls coffer.broker.v1.BrokerService.UpdateAssetPolicy.
+func (c *brokerServiceClient) UpdateAssetPolicy(ctx context.Context, req *connect.Request[v1.UpdateAssetPolicyRequest]) (*connect.Response[v1.UpdateAssetPolicyResponse], error) {
+	return c.updateAssetPolicy.CallUnary(ctx, req)
+}
+
 // CreateGrant calls coffer.broker.v1.BrokerService.CreateGrant.
 func (c *brokerServiceClient) CreateGrant(ctx context.Context, req *connect.Request[v1.CreateGrantRequest]) (*connect.Response[v1.CreateGrantResponse], error) {
 	return c.createGrant.CallUnary(ctx, req)
+}
+
+// RequestGrant calls coffer.broker.v1.BrokerService.RequestGrant.
+func (c *brokerServiceClient) RequestGrant(ctx context.Context, req *connect.Request[v1.RequestGrantRequest]) (*connect.Response[v1.RequestGrantResponse], error) {
+	return c.requestGrant.CallUnary(ctx, req)
+}
+
+// ApproveGrant calls coffer.broker.v1.BrokerService.ApproveGrant.
+func (c *brokerServiceClient) ApproveGrant(ctx context.Context, req *connect.Request[v1.ApproveGrantRequest]) (*connect.Response[v1.ApproveGrantResponse], error) {
+	return c.approveGrant.CallUnary(ctx, req)
+}
+
+// DenyGrant calls coffer.broker.v1.BrokerService.DenyGrant.
+func (c *brokerServiceClient) DenyGrant(ctx context.Context, req *connect.Request[v1.DenyGrantRequest]) (*connect.Response[v1.DenyGrantResponse], error) {
+	return c.denyGrant.CallUnary(ctx, req)
+}
+
+// GetGrant calls coffer.broker.v1.BrokerService.GetGrant.
+func (c *brokerServiceClient) GetGrant(ctx context.Context, req *connect.Request[v1.GetGrantRequest]) (*connect.Response[v1.GetGrantResponse], error) {
+	return c.getGrant.CallUnary(ctx, req)
 }
 
 // ListGrants calls coffer.broker.v1.BrokerService.ListGrants.
@@ -205,9 +382,44 @@ func (c *brokerServiceClient) RevokeGrant(ctx context.Context, req *connect.Requ
 	return c.revokeGrant.CallUnary(ctx, req)
 }
 
+// Revoke calls coffer.broker.v1.BrokerService.Revoke.
+func (c *brokerServiceClient) Revoke(ctx context.Context, req *connect.Request[v1.RevokeRequest]) (*connect.Response[v1.RevokeResponse], error) {
+	return c.revoke.CallUnary(ctx, req)
+}
+
+// ListRevocations calls coffer.broker.v1.BrokerService.ListRevocations.
+func (c *brokerServiceClient) ListRevocations(ctx context.Context, req *connect.Request[v1.ListRevocationsRequest]) (*connect.Response[v1.ListRevocationsResponse], error) {
+	return c.listRevocations.CallUnary(ctx, req)
+}
+
+// LiftRevocation calls coffer.broker.v1.BrokerService.LiftRevocation.
+func (c *brokerServiceClient) LiftRevocation(ctx context.Context, req *connect.Request[v1.LiftRevocationRequest]) (*connect.Response[v1.LiftRevocationResponse], error) {
+	return c.liftRevocation.CallUnary(ctx, req)
+}
+
+// RewrapKeys calls coffer.broker.v1.BrokerService.RewrapKeys.
+func (c *brokerServiceClient) RewrapKeys(ctx context.Context, req *connect.Request[v1.RewrapKeysRequest]) (*connect.Response[v1.RewrapKeysResponse], error) {
+	return c.rewrapKeys.CallUnary(ctx, req)
+}
+
 // Release calls coffer.broker.v1.BrokerService.Release.
 func (c *brokerServiceClient) Release(ctx context.Context, req *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error) {
 	return c.release.CallUnary(ctx, req)
+}
+
+// Renew calls coffer.broker.v1.BrokerService.Renew.
+func (c *brokerServiceClient) Renew(ctx context.Context, req *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error) {
+	return c.renew.CallUnary(ctx, req)
+}
+
+// ReportStopped calls coffer.broker.v1.BrokerService.ReportStopped.
+func (c *brokerServiceClient) ReportStopped(ctx context.Context, req *connect.Request[v1.ReportStoppedRequest]) (*connect.Response[v1.ReportStoppedResponse], error) {
+	return c.reportStopped.CallUnary(ctx, req)
+}
+
+// CountersignCheckpoint calls coffer.broker.v1.BrokerService.CountersignCheckpoint.
+func (c *brokerServiceClient) CountersignCheckpoint(ctx context.Context, req *connect.Request[v1.CountersignCheckpointRequest]) (*connect.Response[v1.CountersignCheckpointResponse], error) {
+	return c.countersignCheckpoint.CallUnary(ctx, req)
 }
 
 // LogBundle calls coffer.broker.v1.BrokerService.LogBundle.
@@ -228,13 +440,49 @@ type BrokerServiceHandler interface {
 	CreateAsset(context.Context, *connect.Request[v1.CreateAssetRequest]) (*connect.Response[v1.CreateAssetResponse], error)
 	GetAsset(context.Context, *connect.Request[v1.GetAssetRequest]) (*connect.Response[v1.GetAssetResponse], error)
 	ListAssets(context.Context, *connect.Request[v1.ListAssetsRequest]) (*connect.Response[v1.ListAssetsResponse], error)
-	// CreateGrant lets one plan use assets of one owner (role: owner).
+	// UpdateAssetPolicy replaces an asset's policy and labels (role: owner). The
+	// asset's revision must be the one that the caller read. It holds for the next
+	// release, also under grants that were approved before.
+	UpdateAssetPolicy(context.Context, *connect.Request[v1.UpdateAssetPolicyRequest]) (*connect.Response[v1.UpdateAssetPolicyResponse], error)
+	// CreateGrant is RequestGrant by the owner of the assets (role: owner). The
+	// grant is approved at once unless a policy of its assets asks for approvals.
 	CreateGrant(context.Context, *connect.Request[v1.CreateGrantRequest]) (*connect.Response[v1.CreateGrantResponse], error)
+	// RequestGrant asks that one plan may use assets of one owner (role: engineer,
+	// owner or scheduler).
+	RequestGrant(context.Context, *connect.Request[v1.RequestGrantRequest]) (*connect.Response[v1.RequestGrantResponse], error)
+	// ApproveGrant adds one signed approval (role: approver). The owner of the
+	// assets consents to another's request with no approval in it.
+	ApproveGrant(context.Context, *connect.Request[v1.ApproveGrantRequest]) (*connect.Response[v1.ApproveGrantResponse], error)
+	// DenyGrant ends a request (role: approver or owner).
+	DenyGrant(context.Context, *connect.Request[v1.DenyGrantRequest]) (*connect.Response[v1.DenyGrantResponse], error)
+	// GetGrant returns one grant with its approvals and what it lacks.
+	GetGrant(context.Context, *connect.Request[v1.GetGrantRequest]) (*connect.Response[v1.GetGrantResponse], error)
 	ListGrants(context.Context, *connect.Request[v1.ListGrantsRequest]) (*connect.Response[v1.ListGrantsResponse], error)
+	// RevokeGrant is Revoke of one grant that answers with the grant.
 	RevokeGrant(context.Context, *connect.Request[v1.RevokeGrantRequest]) (*connect.Response[v1.RevokeGrantResponse], error)
+	// Revoke takes back: no release that matches happens from then on, and the
+	// next renewal tells running jobs that match to stop (role: owner for what is
+	// his, operator for everything).
+	Revoke(context.Context, *connect.Request[v1.RevokeRequest]) (*connect.Response[v1.RevokeResponse], error)
+	// ListRevocations returns what stands revoked besides grants.
+	ListRevocations(context.Context, *connect.Request[v1.ListRevocationsRequest]) (*connect.Response[v1.ListRevocationsResponse], error)
+	// LiftRevocation ends the revocation of a node or a chip (role: operator).
+	// Every other revocation stands.
+	LiftRevocation(context.Context, *connect.Request[v1.LiftRevocationRequest]) (*connect.Response[v1.LiftRevocationResponse], error)
+	// RewrapKeys moves data keys to the newest versions of their key-encryption
+	// keys, of so many assets as one call has time for (role: operator).
+	RewrapKeys(context.Context, *connect.Request[v1.RewrapKeysRequest]) (*connect.Response[v1.RewrapKeysResponse], error)
 	// Release wraps one asset's data key to the recipient key in the result (role: agent).
 	// The same signed request gets the same answer and uses the grant once.
 	Release(context.Context, *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error)
+	// Renew answers the challenges of an agent's running jobs with signed leases
+	// (role: agent).
+	Renew(context.Context, *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error)
+	// ReportStopped says that a job is gone (role: agent). It ends the lease.
+	ReportStopped(context.Context, *connect.Request[v1.ReportStoppedRequest]) (*connect.Response[v1.ReportStoppedResponse], error)
+	// CountersignCheckpoint records a job's newest checkpoint and signs for it
+	// (role: agent). A record that does not follow the last one is refused.
+	CountersignCheckpoint(context.Context, *connect.Request[v1.CountersignCheckpointRequest]) (*connect.Response[v1.CountersignCheckpointResponse], error)
 	// LogBundle appends the digest of a job's bundle to the evidence log (role: agent).
 	LogBundle(context.Context, *connect.Request[v1.LogBundleRequest]) (*connect.Response[v1.LogBundleResponse], error)
 	// Entries returns the log entries of one job, for its bundle.
@@ -272,10 +520,40 @@ func NewBrokerServiceHandler(svc BrokerServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(brokerServiceMethods.ByName("ListAssets")),
 		connect.WithHandlerOptions(opts...),
 	)
+	brokerServiceUpdateAssetPolicyHandler := connect.NewUnaryHandler(
+		BrokerServiceUpdateAssetPolicyProcedure,
+		svc.UpdateAssetPolicy,
+		connect.WithSchema(brokerServiceMethods.ByName("UpdateAssetPolicy")),
+		connect.WithHandlerOptions(opts...),
+	)
 	brokerServiceCreateGrantHandler := connect.NewUnaryHandler(
 		BrokerServiceCreateGrantProcedure,
 		svc.CreateGrant,
 		connect.WithSchema(brokerServiceMethods.ByName("CreateGrant")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceRequestGrantHandler := connect.NewUnaryHandler(
+		BrokerServiceRequestGrantProcedure,
+		svc.RequestGrant,
+		connect.WithSchema(brokerServiceMethods.ByName("RequestGrant")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceApproveGrantHandler := connect.NewUnaryHandler(
+		BrokerServiceApproveGrantProcedure,
+		svc.ApproveGrant,
+		connect.WithSchema(brokerServiceMethods.ByName("ApproveGrant")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceDenyGrantHandler := connect.NewUnaryHandler(
+		BrokerServiceDenyGrantProcedure,
+		svc.DenyGrant,
+		connect.WithSchema(brokerServiceMethods.ByName("DenyGrant")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceGetGrantHandler := connect.NewUnaryHandler(
+		BrokerServiceGetGrantProcedure,
+		svc.GetGrant,
+		connect.WithSchema(brokerServiceMethods.ByName("GetGrant")),
 		connect.WithHandlerOptions(opts...),
 	)
 	brokerServiceListGrantsHandler := connect.NewUnaryHandler(
@@ -290,10 +568,52 @@ func NewBrokerServiceHandler(svc BrokerServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(brokerServiceMethods.ByName("RevokeGrant")),
 		connect.WithHandlerOptions(opts...),
 	)
+	brokerServiceRevokeHandler := connect.NewUnaryHandler(
+		BrokerServiceRevokeProcedure,
+		svc.Revoke,
+		connect.WithSchema(brokerServiceMethods.ByName("Revoke")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceListRevocationsHandler := connect.NewUnaryHandler(
+		BrokerServiceListRevocationsProcedure,
+		svc.ListRevocations,
+		connect.WithSchema(brokerServiceMethods.ByName("ListRevocations")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceLiftRevocationHandler := connect.NewUnaryHandler(
+		BrokerServiceLiftRevocationProcedure,
+		svc.LiftRevocation,
+		connect.WithSchema(brokerServiceMethods.ByName("LiftRevocation")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceRewrapKeysHandler := connect.NewUnaryHandler(
+		BrokerServiceRewrapKeysProcedure,
+		svc.RewrapKeys,
+		connect.WithSchema(brokerServiceMethods.ByName("RewrapKeys")),
+		connect.WithHandlerOptions(opts...),
+	)
 	brokerServiceReleaseHandler := connect.NewUnaryHandler(
 		BrokerServiceReleaseProcedure,
 		svc.Release,
 		connect.WithSchema(brokerServiceMethods.ByName("Release")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceRenewHandler := connect.NewUnaryHandler(
+		BrokerServiceRenewProcedure,
+		svc.Renew,
+		connect.WithSchema(brokerServiceMethods.ByName("Renew")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceReportStoppedHandler := connect.NewUnaryHandler(
+		BrokerServiceReportStoppedProcedure,
+		svc.ReportStopped,
+		connect.WithSchema(brokerServiceMethods.ByName("ReportStopped")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceCountersignCheckpointHandler := connect.NewUnaryHandler(
+		BrokerServiceCountersignCheckpointProcedure,
+		svc.CountersignCheckpoint,
+		connect.WithSchema(brokerServiceMethods.ByName("CountersignCheckpoint")),
 		connect.WithHandlerOptions(opts...),
 	)
 	brokerServiceLogBundleHandler := connect.NewUnaryHandler(
@@ -318,14 +638,38 @@ func NewBrokerServiceHandler(svc BrokerServiceHandler, opts ...connect.HandlerOp
 			brokerServiceGetAssetHandler.ServeHTTP(w, r)
 		case BrokerServiceListAssetsProcedure:
 			brokerServiceListAssetsHandler.ServeHTTP(w, r)
+		case BrokerServiceUpdateAssetPolicyProcedure:
+			brokerServiceUpdateAssetPolicyHandler.ServeHTTP(w, r)
 		case BrokerServiceCreateGrantProcedure:
 			brokerServiceCreateGrantHandler.ServeHTTP(w, r)
+		case BrokerServiceRequestGrantProcedure:
+			brokerServiceRequestGrantHandler.ServeHTTP(w, r)
+		case BrokerServiceApproveGrantProcedure:
+			brokerServiceApproveGrantHandler.ServeHTTP(w, r)
+		case BrokerServiceDenyGrantProcedure:
+			brokerServiceDenyGrantHandler.ServeHTTP(w, r)
+		case BrokerServiceGetGrantProcedure:
+			brokerServiceGetGrantHandler.ServeHTTP(w, r)
 		case BrokerServiceListGrantsProcedure:
 			brokerServiceListGrantsHandler.ServeHTTP(w, r)
 		case BrokerServiceRevokeGrantProcedure:
 			brokerServiceRevokeGrantHandler.ServeHTTP(w, r)
+		case BrokerServiceRevokeProcedure:
+			brokerServiceRevokeHandler.ServeHTTP(w, r)
+		case BrokerServiceListRevocationsProcedure:
+			brokerServiceListRevocationsHandler.ServeHTTP(w, r)
+		case BrokerServiceLiftRevocationProcedure:
+			brokerServiceLiftRevocationHandler.ServeHTTP(w, r)
+		case BrokerServiceRewrapKeysProcedure:
+			brokerServiceRewrapKeysHandler.ServeHTTP(w, r)
 		case BrokerServiceReleaseProcedure:
 			brokerServiceReleaseHandler.ServeHTTP(w, r)
+		case BrokerServiceRenewProcedure:
+			brokerServiceRenewHandler.ServeHTTP(w, r)
+		case BrokerServiceReportStoppedProcedure:
+			brokerServiceReportStoppedHandler.ServeHTTP(w, r)
+		case BrokerServiceCountersignCheckpointProcedure:
+			brokerServiceCountersignCheckpointHandler.ServeHTTP(w, r)
 		case BrokerServiceLogBundleProcedure:
 			brokerServiceLogBundleHandler.ServeHTTP(w, r)
 		case BrokerServiceEntriesProcedure:
@@ -355,8 +699,28 @@ func (UnimplementedBrokerServiceHandler) ListAssets(context.Context, *connect.Re
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.ListAssets is not implemented"))
 }
 
+func (UnimplementedBrokerServiceHandler) UpdateAssetPolicy(context.Context, *connect.Request[v1.UpdateAssetPolicyRequest]) (*connect.Response[v1.UpdateAssetPolicyResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.UpdateAssetPolicy is not implemented"))
+}
+
 func (UnimplementedBrokerServiceHandler) CreateGrant(context.Context, *connect.Request[v1.CreateGrantRequest]) (*connect.Response[v1.CreateGrantResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.CreateGrant is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) RequestGrant(context.Context, *connect.Request[v1.RequestGrantRequest]) (*connect.Response[v1.RequestGrantResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.RequestGrant is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) ApproveGrant(context.Context, *connect.Request[v1.ApproveGrantRequest]) (*connect.Response[v1.ApproveGrantResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.ApproveGrant is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) DenyGrant(context.Context, *connect.Request[v1.DenyGrantRequest]) (*connect.Response[v1.DenyGrantResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.DenyGrant is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) GetGrant(context.Context, *connect.Request[v1.GetGrantRequest]) (*connect.Response[v1.GetGrantResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.GetGrant is not implemented"))
 }
 
 func (UnimplementedBrokerServiceHandler) ListGrants(context.Context, *connect.Request[v1.ListGrantsRequest]) (*connect.Response[v1.ListGrantsResponse], error) {
@@ -367,8 +731,36 @@ func (UnimplementedBrokerServiceHandler) RevokeGrant(context.Context, *connect.R
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.RevokeGrant is not implemented"))
 }
 
+func (UnimplementedBrokerServiceHandler) Revoke(context.Context, *connect.Request[v1.RevokeRequest]) (*connect.Response[v1.RevokeResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.Revoke is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) ListRevocations(context.Context, *connect.Request[v1.ListRevocationsRequest]) (*connect.Response[v1.ListRevocationsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.ListRevocations is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) LiftRevocation(context.Context, *connect.Request[v1.LiftRevocationRequest]) (*connect.Response[v1.LiftRevocationResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.LiftRevocation is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) RewrapKeys(context.Context, *connect.Request[v1.RewrapKeysRequest]) (*connect.Response[v1.RewrapKeysResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.RewrapKeys is not implemented"))
+}
+
 func (UnimplementedBrokerServiceHandler) Release(context.Context, *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.Release is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) Renew(context.Context, *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.Renew is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) ReportStopped(context.Context, *connect.Request[v1.ReportStoppedRequest]) (*connect.Response[v1.ReportStoppedResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.ReportStopped is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) CountersignCheckpoint(context.Context, *connect.Request[v1.CountersignCheckpointRequest]) (*connect.Response[v1.CountersignCheckpointResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.CountersignCheckpoint is not implemented"))
 }
 
 func (UnimplementedBrokerServiceHandler) LogBundle(context.Context, *connect.Request[v1.LogBundleRequest]) (*connect.Response[v1.LogBundleResponse], error) {

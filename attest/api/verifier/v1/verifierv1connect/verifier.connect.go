@@ -46,6 +46,8 @@ const (
 	// VerifierServiceAppraiseProcedure is the fully-qualified name of the VerifierService's Appraise
 	// RPC.
 	VerifierServiceAppraiseProcedure = "/coffer.verifier.v1.VerifierService/Appraise"
+	// VerifierServiceCheckProcedure is the fully-qualified name of the VerifierService's Check RPC.
+	VerifierServiceCheckProcedure = "/coffer.verifier.v1.VerifierService/Check"
 	// VerifierServiceKeysProcedure is the fully-qualified name of the VerifierService's Keys RPC.
 	VerifierServiceKeysProcedure = "/coffer.verifier.v1.VerifierService/Keys"
 )
@@ -64,6 +66,11 @@ type VerifierServiceClient interface {
 	// whether it is accepted or not: a refusal is a signed result too, with every
 	// failed check in it. Malformed evidence is an InvalidArgument error.
 	Appraise(context.Context, *connect.Request[v1.AppraiseRequest]) (*connect.Response[v1.AppraiseResponse], error)
+	// Check appraises evidence for a relying party that is not a broker of ours:
+	// the background-check model (RFC 9334, section 5.2). The relying party gives
+	// the attester a nonce, its own or one from Challenge, gets evidence back and
+	// sends it here. The answer is an EAR of a type that no broker takes.
+	Check(context.Context, *connect.Request[v1.CheckRequest]) (*connect.Response[v1.CheckResponse], error)
 	// Keys returns the JSON Web Key Set that verifies results and credentials.
 	Keys(context.Context, *connect.Request[v1.KeysRequest]) (*connect.Response[v1.KeysResponse], error)
 }
@@ -103,6 +110,12 @@ func NewVerifierServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(verifierServiceMethods.ByName("Appraise")),
 			connect.WithClientOptions(opts...),
 		),
+		check: connect.NewClient[v1.CheckRequest, v1.CheckResponse](
+			httpClient,
+			baseURL+VerifierServiceCheckProcedure,
+			connect.WithSchema(verifierServiceMethods.ByName("Check")),
+			connect.WithClientOptions(opts...),
+		),
 		keys: connect.NewClient[v1.KeysRequest, v1.KeysResponse](
 			httpClient,
 			baseURL+VerifierServiceKeysProcedure,
@@ -118,6 +131,7 @@ type verifierServiceClient struct {
 	beginEnrolment  *connect.Client[v1.BeginEnrolmentRequest, v1.BeginEnrolmentResponse]
 	finishEnrolment *connect.Client[v1.FinishEnrolmentRequest, v1.FinishEnrolmentResponse]
 	appraise        *connect.Client[v1.AppraiseRequest, v1.AppraiseResponse]
+	check           *connect.Client[v1.CheckRequest, v1.CheckResponse]
 	keys            *connect.Client[v1.KeysRequest, v1.KeysResponse]
 }
 
@@ -141,6 +155,11 @@ func (c *verifierServiceClient) Appraise(ctx context.Context, req *connect.Reque
 	return c.appraise.CallUnary(ctx, req)
 }
 
+// Check calls coffer.verifier.v1.VerifierService.Check.
+func (c *verifierServiceClient) Check(ctx context.Context, req *connect.Request[v1.CheckRequest]) (*connect.Response[v1.CheckResponse], error) {
+	return c.check.CallUnary(ctx, req)
+}
+
 // Keys calls coffer.verifier.v1.VerifierService.Keys.
 func (c *verifierServiceClient) Keys(ctx context.Context, req *connect.Request[v1.KeysRequest]) (*connect.Response[v1.KeysResponse], error) {
 	return c.keys.CallUnary(ctx, req)
@@ -160,6 +179,11 @@ type VerifierServiceHandler interface {
 	// whether it is accepted or not: a refusal is a signed result too, with every
 	// failed check in it. Malformed evidence is an InvalidArgument error.
 	Appraise(context.Context, *connect.Request[v1.AppraiseRequest]) (*connect.Response[v1.AppraiseResponse], error)
+	// Check appraises evidence for a relying party that is not a broker of ours:
+	// the background-check model (RFC 9334, section 5.2). The relying party gives
+	// the attester a nonce, its own or one from Challenge, gets evidence back and
+	// sends it here. The answer is an EAR of a type that no broker takes.
+	Check(context.Context, *connect.Request[v1.CheckRequest]) (*connect.Response[v1.CheckResponse], error)
 	// Keys returns the JSON Web Key Set that verifies results and credentials.
 	Keys(context.Context, *connect.Request[v1.KeysRequest]) (*connect.Response[v1.KeysResponse], error)
 }
@@ -195,6 +219,12 @@ func NewVerifierServiceHandler(svc VerifierServiceHandler, opts ...connect.Handl
 		connect.WithSchema(verifierServiceMethods.ByName("Appraise")),
 		connect.WithHandlerOptions(opts...),
 	)
+	verifierServiceCheckHandler := connect.NewUnaryHandler(
+		VerifierServiceCheckProcedure,
+		svc.Check,
+		connect.WithSchema(verifierServiceMethods.ByName("Check")),
+		connect.WithHandlerOptions(opts...),
+	)
 	verifierServiceKeysHandler := connect.NewUnaryHandler(
 		VerifierServiceKeysProcedure,
 		svc.Keys,
@@ -211,6 +241,8 @@ func NewVerifierServiceHandler(svc VerifierServiceHandler, opts ...connect.Handl
 			verifierServiceFinishEnrolmentHandler.ServeHTTP(w, r)
 		case VerifierServiceAppraiseProcedure:
 			verifierServiceAppraiseHandler.ServeHTTP(w, r)
+		case VerifierServiceCheckProcedure:
+			verifierServiceCheckHandler.ServeHTTP(w, r)
 		case VerifierServiceKeysProcedure:
 			verifierServiceKeysHandler.ServeHTTP(w, r)
 		default:
@@ -236,6 +268,10 @@ func (UnimplementedVerifierServiceHandler) FinishEnrolment(context.Context, *con
 
 func (UnimplementedVerifierServiceHandler) Appraise(context.Context, *connect.Request[v1.AppraiseRequest]) (*connect.Response[v1.AppraiseResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.verifier.v1.VerifierService.Appraise is not implemented"))
+}
+
+func (UnimplementedVerifierServiceHandler) Check(context.Context, *connect.Request[v1.CheckRequest]) (*connect.Response[v1.CheckResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.verifier.v1.VerifierService.Check is not implemented"))
 }
 
 func (UnimplementedVerifierServiceHandler) Keys(context.Context, *connect.Request[v1.KeysRequest]) (*connect.Response[v1.KeysResponse], error) {

@@ -1,0 +1,5 @@
+//go:build !race
+
+package mutatetest
+
+const raceDetector = false

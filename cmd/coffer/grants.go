@@ -1,0 +1,811 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/agent"
+
+	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/receipt/sshsig"
+	"github.com/coffer-run/coffer/internal/daemon"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+)
+
+// grantView is a grant in JSON output.
+type grantView struct {
+	ID             string     `json:"id"`
+	Assets         []string   `json:"assets"`
+	PlanDigest     string     `json:"planDigest"`
+	NotBefore      *time.Time `json:"notBefore,omitempty"`
+	NotAfter       *time.Time `json:"notAfter,omitempty"`
+	MaxReleases    int32      `json:"maxReleases"`
+	Used           int32      `json:"used"`
+	State          string     `json:"state"`
+	Owner          string     `json:"owner"`
+	AllowSimulated bool       `json:"allowSimulated"`
+	Requester      string     `json:"requester,omitempty"`
+	Principals     []string   `json:"principals,omitempty"`
+	Purpose        string     `json:"purpose,omitempty"`
+	Missing        []string   `json:"missing,omitempty"`
+	EndedBy        string     `json:"endedBy,omitempty"`
+	EndedReason    string     `json:"endedReason,omitempty"`
+	Ended          *time.Time `json:"ended,omitempty"`
+	Approvals      []approval `json:"approvals,omitempty"`
+}
+
+// approval is one signed approval in JSON output.
+type approval struct {
+	Approver string     `json:"approver"`
+	Reason   string     `json:"reason"`
+	Ticket   string     `json:"ticket,omitempty"`
+	Time     *time.Time `json:"time,omitempty"`
+}
+
+func viewGrant(g *brokerv1.Grant) grantView {
+	return grantView{
+		ID: g.GetId(), Assets: g.GetAssets(), PlanDigest: g.GetPlanDigest(), NotBefore: stamp(g.GetNotBeforeUnix()), NotAfter: stamp(g.GetNotAfterUnix()),
+		MaxReleases: g.GetMaxReleases(), Used: g.GetUsed(), State: g.GetState(), Owner: g.GetOwner(), AllowSimulated: g.GetAllowSimulated(),
+		Requester: g.GetRequester(), Principals: g.GetPrincipals(), Purpose: g.GetPurpose(), Missing: g.GetMissing(),
+		EndedBy: g.GetEndedBy(), EndedReason: g.GetEndedReason(), Ended: stamp(g.GetEndedUnix()),
+	}
+}
+
+func (c *cli) grantCmd() *cobra.Command {
+	return group("grant", "Ask for, approve and give the use of assets", c.grantCreateCmd(), c.grantRequestCmd(), c.grantShowCmd(), c.grantApproveCmd(), c.grantDenyCmd())
+}
+
+// maxGrant bounds how long a grant may last.
+const maxGrant = 366 * 24 * time.Hour
+
+// grantFlags are what a grant and a request for one have in common.
+type grantFlags struct {
+	digest     string
+	assets     []string
+	releases   int32
+	lasts      time.Duration
+	simulated  bool
+	principals []string
+	purpose    string
+}
+
+func (f *grantFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.digest, "plan", "", "plan `digest`, as coffer plan prints it")
+	cmd.Flags().StringArrayVar(&f.assets, "asset", nil, "`name` of an asset; may be repeated")
+	cmd.Flags().Int32Var(&f.releases, "releases", 1, "`number` of attempts that may use the grant")
+	cmd.Flags().DurationVar(&f.lasts, "for", 24*time.Hour, "how `long` the grant lasts, from now")
+	cmd.Flags().BoolVar(&f.simulated, "allow-simulated", false, "accept evidence that is simulated")
+	cmd.Flags().StringArrayVar(&f.principals, "principal", nil, "who may use it, as `ROLE/NAME`: agents and submitters; may be repeated (default: any)")
+	cmd.Flags().StringVar(&f.purpose, "purpose", "", "what it is for: one line of `text` that approvers read")
+}
+
+func (f *grantFlags) check(cmd *cobra.Command) (plan.Digest, error) {
+	d, err := plan.ParseDigest(f.digest)
+	switch {
+	case f.digest == "":
+		return "", usagef(cmd, "name the plan with --plan")
+	case err != nil:
+		return "", usagef(cmd, "--plan: %s", err)
+	case len(f.assets) == 0:
+		return "", usagef(cmd, "name at least one asset with --asset")
+	case f.releases < 1:
+		return "", usagef(cmd, "--releases %d: want at least 1", f.releases)
+	case f.lasts < time.Second || f.lasts > maxGrant:
+		return "", usagef(cmd, "--for %s: want between 1s and %s", f.lasts, maxGrant)
+	case clean(f.purpose) != f.purpose:
+		return "", usagef(cmd, "--purpose: want one line")
+	}
+	for _, a := range f.assets {
+		if err := checkAssetName(cmd, a); err != nil {
+			return "", err
+		}
+	}
+	return d, nil
+}
+
+func (c *cli) grantCreateCmd() *cobra.Command {
+	var f grantFlags
+	cmd := &cobra.Command{
+		Use:   "create --plan DIGEST --asset NAME [--asset NAME]...",
+		Short: "Grant one plan the use of your assets",
+		Long: `create lets jobs of one plan, and of no other, obtain the keys of the named
+assets once a verifier has accepted their evidence. coffer plan prints the
+digest of a job file. Where the policy of an asset asks for approvals, the grant
+waits for them. Evidence of an emulated machine counts only with
+--allow-simulated.`,
+		Example: "  coffer grant create --plan sha384:4f2c... --asset fashion-mnist --asset fashion-weights --releases 3 --for 24h",
+		Args:    exactly(),
+	}
+	f.add(cmd)
+	out := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		d, err := f.check(cmd)
+		if err != nil {
+			return err
+		}
+		b, err := c.broker(cmd.Context())
+		if err != nil {
+			return err
+		}
+		now := time.Now()
+		res, err := call(cmd.Context(), c, "create grant", serverBroker, b.CreateGrant, &brokerv1.CreateGrantRequest{
+			Assets: f.assets, PlanDigest: string(d), NotBeforeUnix: now.Unix(), NotAfterUnix: now.Add(f.lasts).Unix(), MaxReleases: f.releases,
+			AllowSimulated: f.simulated, Principals: f.principals, Purpose: f.purpose,
+		})
+		if err != nil {
+			return err
+		}
+		return c.printNewGrant(res.GetGrant(), *out)
+	}
+	return cmd
+}
+
+func (c *cli) grantRequestCmd() *cobra.Command {
+	var f grantFlags
+	var key string
+	cmd := &cobra.Command{
+		Use:   "request --plan DIGEST --asset NAME [--asset NAME]...",
+		Short: "Ask for a grant on assets of another",
+		Long: `request asks that one plan may use assets. The grant begins to count when those
+whom the policies of the assets name have approved it, or the owner has where
+they name nobody. A job of the plan may be submitted at once: it waits.`,
+		Example: "  coffer grant request --plan sha384:4f2c... --asset frontier-weights --for 8h --purpose 'fine-tune for the safety evals'",
+		Args:    exactly(),
+	}
+	f.add(cmd)
+	cmd.Flags().StringVar(&key, "idempotency-key", "", "the same `key` answers with the same grant")
+	out := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		d, err := f.check(cmd)
+		if err != nil {
+			return err
+		}
+		b, err := c.broker(cmd.Context())
+		if err != nil {
+			return err
+		}
+		now := time.Now()
+		res, err := call(cmd.Context(), c, "request grant", serverBroker, b.RequestGrant, &brokerv1.RequestGrantRequest{
+			Assets: f.assets, PlanDigest: string(d), NotBeforeUnix: now.Unix(), NotAfterUnix: now.Add(f.lasts).Unix(), MaxReleases: f.releases,
+			AllowSimulated: f.simulated, Principals: f.principals, Purpose: f.purpose, IdempotencyKey: key,
+		})
+		if err != nil {
+			return err
+		}
+		return c.printNewGrant(res.GetGrant(), *out)
+	}
+	return cmd
+}
+
+// printNewGrant prints the id alone on standard output, for scripts.
+func (c *cli) printNewGrant(g *brokerv1.Grant, out format) error {
+	if out == formatJSON {
+		return writeJSON(c.stdout, viewGrant(g))
+	}
+	if _, err := fmt.Fprintln(c.stdout, g.GetId()); err != nil {
+		return err
+	}
+	for _, m := range g.GetMissing() {
+		if _, err := fmt.Fprintf(c.stderr, "it lacks %s: `coffer grant approve %s`\n", clean(m), g.GetId()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readGrant returns a grant with its approvals and the terms that they are over.
+func (c *cli) readGrant(ctx context.Context, b brokerClient, id string) (grantView, receipt.GrantTerms, error) {
+	var terms receipt.GrantTerms
+	res, err := call(ctx, c, "look up grant "+id, serverBroker, b.GetGrant, &brokerv1.GetGrantRequest{Id: id})
+	if err != nil {
+		return grantView{}, terms, err
+	}
+	v := viewGrant(res.GetGrant())
+	for _, a := range res.GetApprovals() {
+		d, err := receipt.ParseApproval(a.GetDocument())
+		if err != nil {
+			return grantView{}, terms, fmt.Errorf("grant %s: %w", id, err)
+		}
+		v.Approvals = append(v.Approvals, approval{d.Approver, d.Reason, d.Ticket, stamp(d.Time)})
+	}
+	if err := plan.Decode(res.GetGrant().GetTerms(), receipt.MaxApproval, &terms); err != nil {
+		return grantView{}, terms, fmt.Errorf("grant %s: its terms: %w", id, err)
+	}
+	return v, terms, nil
+}
+
+// termRows are the terms of a grant for people. What is signed is what is shown.
+func termRows(t receipt.GrantTerms) [][]string {
+	simulated := "refused"
+	if t.AllowSimulated {
+		simulated = "allowed"
+	}
+	who := "any agent and submitter"
+	if len(t.Principals) > 0 {
+		who = strings.Join(t.Principals, ", ")
+	}
+	return [][]string{
+		{"grant", t.Grant}, {"plan", string(t.Plan)}, {"assets", strings.Join(t.Assets, ", ")}, {"owner", t.Owner}, {"requested by", t.Requester},
+		{"purpose", orDash(t.Purpose)}, {"used by", who}, {"releases", fmt.Sprint(t.MaxReleases)}, {"from", clock(t.NotBefore)}, {"until", clock(t.NotAfter)},
+		{"simulated evidence", simulated},
+	}
+}
+
+func (c *cli) grantShowCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "show GRANT",
+		Short:   "Show a grant, its approvals and what it lacks",
+		Example: "  coffer grant show grant-7f31",
+		Args:    exactly("a grant id"),
+	}
+	out := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		b, err := c.broker(cmd.Context())
+		if err != nil {
+			return err
+		}
+		v, terms, err := c.readGrant(cmd.Context(), b, args[0])
+		if err != nil {
+			return err
+		}
+		if *out == formatJSON {
+			return writeJSON(c.stdout, v)
+		}
+		rows := append(termRows(terms), []string{"state", v.State}, []string{"used", fmt.Sprintf("%d of %d", v.Used, v.MaxReleases)})
+		for _, a := range v.Approvals {
+			rows = append(rows, []string{"approved by", fmt.Sprintf("%s, %s: %s %s", a.Approver, clock(a.Time.Unix()), a.Reason, a.Ticket)})
+		}
+		for _, m := range v.Missing {
+			rows = append(rows, []string{"lacks", m})
+		}
+		if v.EndedBy != "" {
+			rows = append(rows, []string{"ended by", fmt.Sprintf("%s, %s: %s", v.EndedBy, clock(v.Ended.Unix()), v.EndedReason)})
+		}
+		return table(c.stdout, rows...)
+	}
+	return cmd
+}
+
+func (c *cli) grantApproveCmd() *cobra.Command {
+	var key, reason, ticket, job string
+	var consent bool
+	cmd := &cobra.Command{
+		Use:   "approve GRANT --reason TEXT [--key FILE]",
+		Short: "Approve a grant with a signature of your own key",
+		Long: `approve shows the terms of a grant and signs them with an SSH key that the
+broker's policy set has for you: the private key in FILE, or, without --key or
+with FILE naming a public key, one that your ssh-agent holds, which may live in a
+hardware token. With --job the plan of that job file must be the grant's.
+
+The owner of the assets consents with --consent to a request on assets whose
+policy asks for no approvals; that takes no key.`,
+		Example: "  coffer grant approve grant-7f31 --key ~/.ssh/id_ed25519 --reason 'reviewed the training code' --ticket SEC-142\n  coffer grant approve grant-7f31 --consent",
+		Args:    exactly("a grant id"),
+	}
+	cmd.Flags().StringVar(&key, "key", "", "SSH key `file`")
+	cmd.Flags().StringVar(&reason, "reason", "", "why: one line of `text` that is signed")
+	cmd.Flags().StringVar(&ticket, "ticket", "", "`reference` of the review, signed too")
+	cmd.Flags().StringVar(&job, "job", "", "job `file` whose plan the grant must name")
+	cmd.Flags().BoolVar(&consent, "consent", false, "consent as the owner of the assets, without a key")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		ctx := cmd.Context()
+		switch {
+		case consent && (key != "" || reason != "" || ticket != ""):
+			return usagef(cmd, "--consent takes no key, reason or ticket")
+		case !consent && strings.TrimSpace(reason) == "":
+			return usagef(cmd, "say why with --reason")
+		case clean(reason+ticket) != reason+ticket || len(reason) > receipt.MaxApprovalText || len(ticket) > receipt.MaxApprovalText:
+			return usagef(cmd, "--reason, --ticket: want one line of at most %d bytes each", receipt.MaxApprovalText)
+		}
+		b, err := c.broker(ctx)
+		if err != nil {
+			return err
+		}
+		_, terms, err := c.readGrant(ctx, b, args[0])
+		if err != nil {
+			return err
+		}
+		if job != "" {
+			if err := c.samePlan(ctx, job, terms.Plan); err != nil {
+				return err
+			}
+		}
+		if err := table(c.stderr, termRows(terms)...); err != nil {
+			return err
+		}
+		req := &brokerv1.ApproveGrantRequest{Id: terms.Grant}
+		if !consent {
+			if req.Approval, err = c.sign(ctx, terms, key, reason, ticket); err != nil {
+				return err
+			}
+		}
+		res, err := call(ctx, c, "approve grant "+args[0], serverBroker, b.ApproveGrant, req)
+		if err != nil {
+			return err
+		}
+		g := res.GetGrant()
+		if len(g.GetMissing()) == 0 {
+			_, err = fmt.Fprintf(c.stdout, "grant %s is %s\n", g.GetId(), clean(g.GetState()))
+			return err
+		}
+		_, err = fmt.Fprintf(c.stdout, "grant %s is %s: it lacks %s\n", g.GetId(), clean(g.GetState()), clean(strings.Join(g.GetMissing(), "; ")))
+		return err
+	}
+	return cmd
+}
+
+// samePlan refuses unless the job file resolves to the plan.
+func (c *cli) samePlan(ctx context.Context, path string, want plan.Digest) error {
+	file, err := c.readJobFile(path)
+	if err != nil {
+		return err
+	}
+	a, err := c.agent(daemon.RoleEngineer)
+	if err != nil {
+		return err
+	}
+	res, err := call(ctx, c, "plan "+path, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file})
+	if err != nil {
+		return err
+	}
+	if got := res.GetPlanDigest(); got != string(want) {
+		return &exitError{code: exitRefused, text: fmt.Sprintf("not approved: %s has plan %s and the grant names %s: ask who requested it for the job file", path, got, want)}
+	}
+	return nil
+}
+
+// sign makes the approval of the signed-in person.
+func (c *cli) sign(ctx context.Context, terms receipt.GrantTerms, key, reason, ticket string) (*brokerv1.Approval, error) {
+	name, err := c.me(ctx)
+	if err != nil {
+		return nil, err
+	}
+	canonical, err := terms.Canonical()
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	doc, err := receipt.Approval{
+		Version: receipt.ApprovalVersion, Broker: terms.Broker, Grant: terms.Grant, Plan: terms.Plan, Assets: terms.Assets, Terms: plan.Sum(canonical),
+		Approver: name, Decision: receipt.DecisionApprove, Reason: reason, Ticket: ticket, Time: now.Unix(), Expires: max(terms.NotAfter, now.Unix()+1),
+	}.Canonical()
+	if err != nil {
+		return nil, err
+	}
+	signer, closeAgent, err := sshSigner(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	defer closeAgent()
+	signature, err := sshsig.Sign(signer, receipt.ApprovalNamespace, doc)
+	if err != nil {
+		return nil, fmt.Errorf("sign the approval: %w", err)
+	}
+	return &brokerv1.Approval{Document: doc, Signature: signature}, nil
+}
+
+// sshSigner returns the private key in path, or what ssh-agent has for the
+// public key in path, or the one key that ssh-agent has.
+func sshSigner(ctx context.Context, path string) (ssh.Signer, func(), error) {
+	none := func() {}
+	var public ssh.PublicKey
+	if path != "" {
+		b, err := os.ReadFile(path) // #nosec G304 -- the user names the file
+		if err != nil {
+			return nil, none, &exitError{code: exitUsage, text: "--key: " + err.Error(), err: err}
+		}
+		defer clear(b)
+		if public, _, _, _, err = ssh.ParseAuthorizedKey(b); err != nil {
+			s, err := ssh.ParsePrivateKey(b)
+			if err != nil {
+				return nil, none, &exitError{code: exitUsage, text: fmt.Sprintf("--key %s: %s: for a key with a passphrase, add it to ssh-agent and name its .pub file", path, err), err: err}
+			}
+			return s, none, nil
+		}
+	}
+	socket := os.Getenv("SSH_AUTH_SOCK")
+	if socket == "" {
+		return nil, none, &exitError{code: exitUsage, text: "no key to sign with: name one with --key, or start ssh-agent"}
+	}
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, none, &exitError{code: exitFailed, text: "ask ssh-agent: " + err.Error(), err: err}
+	}
+	done := func() { _ = conn.Close() }
+	signers, err := agent.NewClient(conn).Signers()
+	if err != nil {
+		done()
+		return nil, none, &exitError{code: exitFailed, text: "ask ssh-agent: " + err.Error(), err: err}
+	}
+	if public == nil && len(signers) == 1 {
+		return signers[0], done, nil
+	}
+	for _, s := range signers {
+		if public != nil && string(s.PublicKey().Marshal()) == string(public.Marshal()) {
+			return s, done, nil
+		}
+	}
+	done()
+	if public != nil {
+		return nil, none, &exitError{code: exitFailed, text: fmt.Sprintf("ssh-agent does not hold the key of %s: add it with ssh-add", path)}
+	}
+	return nil, none, &exitError{code: exitUsage, text: fmt.Sprintf("ssh-agent holds %d keys: name the one to sign with by --key FILE.pub", len(signers))}
+}
+
+func (c *cli) grantDenyCmd() *cobra.Command {
+	var reason string
+	cmd := &cobra.Command{
+		Use:     "deny GRANT --reason TEXT",
+		Short:   "End a request for a grant",
+		Example: "  coffer grant deny grant-7f31 --reason 'the egress list is too wide'",
+		Args:    exactly("a grant id"),
+	}
+	cmd.Flags().StringVar(&reason, "reason", "", "why, for the requester and the log: one line of `text`")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkReason(cmd, reason); err != nil {
+			return err
+		}
+		b, err := c.broker(cmd.Context())
+		if err != nil {
+			return err
+		}
+		res, err := call(cmd.Context(), c, "deny grant "+args[0], serverBroker, b.DenyGrant, &brokerv1.DenyGrantRequest{Id: args[0], Reason: reason})
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(c.stdout, "grant %s is %s\n", res.GetGrant().GetId(), clean(res.GetGrant().GetState()))
+		return err
+	}
+	return cmd
+}
+
+func checkReason(cmd *cobra.Command, reason string) error {
+	if strings.TrimSpace(reason) == "" {
+		return usagef(cmd, "say why with --reason")
+	}
+	if clean(reason) != reason || len(reason) > 256 {
+		return usagef(cmd, "--reason: want one line of at most 256 bytes, %d given", len(reason))
+	}
+	return nil
+}
+
+func (c *cli) grantsCmd() *cobra.Command {
+	return group("grants", "List grants", c.grantsListCmd())
+}
+
+func (c *cli) grantsListCmd() *cobra.Command {
+	var digest, state string
+	cmd := &cobra.Command{
+		Use:     "ls",
+		Short:   "List grants",
+		Example: "  coffer grants ls --state requested\n  coffer grants ls --plan sha384:4f2c... --output json",
+		Args:    exactly(),
+	}
+	cmd.Flags().StringVar(&digest, "plan", "", "only grants of this plan `digest`")
+	cmd.Flags().StringVar(&state, "state", "", "only grants in this `state`: requested, approved, active, expired, revoked, exhausted or denied")
+	out := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if digest != "" {
+			if _, err := plan.ParseDigest(digest); err != nil {
+				return usagef(cmd, "--plan: %s", err)
+			}
+		}
+		b, err := c.broker(cmd.Context())
+		if err != nil {
+			return err
+		}
+		list := []grantView{}
+		rows := [][]string{{"GRANT", "STATE", "USED", "UNTIL", "SIMULATED", "ASSETS", "PLAN", "LACKS"}}
+		for token := ""; ; {
+			res, err := call(cmd.Context(), c, "list grants", serverBroker, b.ListGrants, &brokerv1.ListGrantsRequest{PlanDigest: digest, State: state, PageSize: 500, PageToken: token})
+			if err != nil {
+				return err
+			}
+			for _, g := range res.GetGrants() {
+				v := viewGrant(g)
+				list = append(list, v)
+				allowed := "refused"
+				if v.AllowSimulated {
+					allowed = "allowed"
+				}
+				rows = append(rows, []string{v.ID, v.State, fmt.Sprintf("%d of %d", v.Used, v.MaxReleases), clock(g.GetNotAfterUnix()), allowed, strings.Join(v.Assets, ","), short(v.PlanDigest), orDash(strings.Join(v.Missing, "; "))})
+			}
+			if token = res.GetNextPageToken(); token == "" {
+				break
+			}
+		}
+		if *out == formatJSON {
+			return writeJSON(c.stdout, list)
+		}
+		return table(c.stdout, rows...)
+	}
+	return cmd
+}
+
+// short abbreviates a digest for people.
+func short(digest string) string {
+	const keep = len("sha384:") + 12
+	if len(digest) <= keep {
+		return digest
+	}
+	return digest[:keep] + "..."
+}
+
+// revocationKinds are the flags of revoke besides a grant's id.
+func revocationKinds() []struct {
+	flag, help string
+	kind       brokerv1.RevocationKind
+} {
+	return []struct {
+		flag, help string
+		kind       brokerv1.RevocationKind
+	}{
+		{"asset", "`name` of an asset", brokerv1.RevocationKind_REVOCATION_KIND_ASSET},
+		{"principal", "`ROLE/NAME` of a submitter, requester or agent", brokerv1.RevocationKind_REVOCATION_KIND_PRINCIPAL},
+		{"node", "`name` of an agent", brokerv1.RevocationKind_REVOCATION_KIND_NODE},
+		{"chip-id", "chip id of an SEV-SNP report, `hex`", brokerv1.RevocationKind_REVOCATION_KIND_CHIP_ID},
+		{"image", "`digest` of an image manifest", brokerv1.RevocationKind_REVOCATION_KIND_IMAGE},
+		{"measurement", "launch measurement of an SEV-SNP report, `hex`", brokerv1.RevocationKind_REVOCATION_KIND_MEASUREMENT},
+	}
+}
+
+func (c *cli) revokeCmd() *cobra.Command {
+	var reason string
+	cmd := &cobra.Command{
+		Use:   "revoke [GRANT] --reason TEXT",
+		Short: "Take back a grant, or everything of an asset, principal, node, chip, image or measurement",
+		Long: `revoke ends what it names: no key is released under it from then on, and jobs
+that run under it are told to stop, have the grace that the policies of their
+assets allow, and are killed. It prints the jobs.`,
+		Example: "  coffer revoke grant-7f31 --reason 'licence ended'\n  coffer revoke --node node-4 --reason 'found open at the data centre'",
+		Args:    cobra.MaximumNArgs(1),
+	}
+	cmd.Flags().StringVar(&reason, "reason", "", "why, for the log: one line of `text`")
+	values := map[string]*string{}
+	for _, k := range revocationKinds() {
+		values[k.flag] = cmd.Flags().String(k.flag, "", k.help)
+	}
+	out := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		req := &brokerv1.RevokeRequest{Reason: reason}
+		named := 0
+		for _, k := range revocationKinds() {
+			if v := *values[k.flag]; v != "" {
+				req.Kind, req.Value = k.kind, v
+				named++
+			}
+		}
+		if len(args) == 1 {
+			req.Kind, req.Value = brokerv1.RevocationKind_REVOCATION_KIND_GRANT, args[0]
+			named++
+		}
+		if named != 1 {
+			return usagef(cmd, "name one thing to revoke: a grant, or one of the flags")
+		}
+		if err := checkReason(cmd, reason); err != nil {
+			return err
+		}
+		b, err := c.broker(cmd.Context())
+		if err != nil {
+			return err
+		}
+		res, err := call(cmd.Context(), c, "revoke "+req.GetValue(), serverBroker, b.Revoke, req)
+		if err != nil {
+			return err
+		}
+		if *out == formatJSON {
+			return writeJSON(c.stdout, struct {
+				Value  string   `json:"value"`
+				Reason string   `json:"reason"`
+				Jobs   []string `json:"jobs"`
+			}{req.GetValue(), reason, append([]string{}, res.GetJobs()...)})
+		}
+		if _, err := fmt.Fprintf(c.stdout, "revoked %s\n", clean(req.GetValue())); err != nil {
+			return err
+		}
+		for _, j := range res.GetJobs() {
+			if _, err := fmt.Fprintf(c.stdout, "job %s is told to stop\n", clean(j)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return cmd
+}
+
+// whyView is the answer of why in JSON output.
+type whyView struct {
+	Job   string `json:"job"`
+	State string `json:"state"`
+	// Gate is what holds or ended the job, empty if nothing does.
+	Gate string `json:"gate,omitempty"`
+	Why  string `json:"why"`
+	// Who opens the gate, and Next is the command to run.
+	Who  []string `json:"who,omitempty"`
+	Next []string `json:"next,omitempty"`
+}
+
+func (c *cli) whyCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "why JOB",
+		Short: "Say what holds a job, who opens that gate, and what to run next",
+		Long: `why names the one gate that holds a job, or that ended it: who or what opens it,
+and the command to run next. It exits with 3 while the job waits or if it was
+refused.`,
+		Example: "  coffer why 01JD3V8Q",
+		Args:    exactly("a job id"),
+	}
+	out := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		a, err := c.agent(daemon.RoleEngineer)
+		if err != nil {
+			return err
+		}
+		j, err := c.getJob(cmd.Context(), a, args[0])
+		if err != nil {
+			return err
+		}
+		v, err := c.why(cmd.Context(), j)
+		if err != nil {
+			return err
+		}
+		if *out == formatJSON {
+			err = writeJSON(c.stdout, v)
+		} else {
+			rows := [][]string{{"job", v.Job}, {"state", v.State}}
+			if v.Gate != "" {
+				rows = append(rows, []string{"gate", v.Gate})
+			}
+			rows = append(rows, []string{"why", v.Why})
+			for _, w := range v.Who {
+				rows = append(rows, []string{"who", w})
+			}
+			for _, n := range v.Next {
+				rows = append(rows, []string{"next", n})
+			}
+			err = table(c.stdout, rows...)
+		}
+		switch {
+		case err != nil:
+			return err
+		case v.State == stateRefused || v.Gate == gateApproval || v.Gate == gateQueue:
+			return &exitError{code: exitRefused}
+		}
+		return nil
+	}
+	return cmd
+}
+
+// Gates that hold a job that has not ended.
+const (
+	gateApproval = "approval"
+	gateQueue    = "queue"
+)
+
+func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
+	v := whyView{Job: j.GetId(), State: j.GetState()}
+	switch {
+	case j.GetState() == stateSucceeded:
+		v.Why = "it has ended well"
+	case ended(j.GetState()):
+		v.Gate, v.Why = j.GetReason(), j.GetMessage()
+		for _, f := range failedChecks(j) {
+			v.Who = append(v.Who, fmt.Sprintf("%s: expected %s, found %s", f.ID, f.Expected, f.Found))
+			if f.Hint != "" {
+				v.Next = append(v.Next, f.Hint)
+			}
+		}
+		if len(v.Next) == 0 {
+			v.Next = []string{"coffer logs " + v.Job}
+		}
+	case j.GetStopping() != "":
+		v.Gate, v.Why = "stopping", j.GetStopping()
+	case j.GetStage() == gateApproval:
+		return v, c.whyApproval(ctx, j, &v)
+	case j.GetState() == gateQueue || j.GetState() == "queued":
+		v.Gate, v.Why = gateQueue, "other jobs have the places or the GPUs that it needs"
+		v.Next = []string{"coffer ps"}
+	default:
+		v.Why = "nothing holds it: it is at stage " + j.GetStage()
+		v.Next = []string{"coffer logs -f " + v.Job}
+	}
+	return v, nil
+}
+
+func (c *cli) whyApproval(ctx context.Context, j *agentv1.Job, v *whyView) error {
+	v.Gate, v.Why = gateApproval, "a grant of its plan waits for people"
+	b, err := c.broker(ctx)
+	if err != nil {
+		return err
+	}
+	res, err := call(ctx, c, "look up grants of the plan", serverBroker, b.ListGrants, &brokerv1.ListGrantsRequest{PlanDigest: j.GetPlanDigest()})
+	if err != nil {
+		return err
+	}
+	for _, g := range res.GetGrants() {
+		if g.GetState() != "requested" {
+			continue
+		}
+		v.Who = append(v.Who, g.GetMissing()...)
+		v.Next = append(v.Next, fmt.Sprintf("coffer grant approve %s --reason TEXT", g.GetId()))
+	}
+	return nil
+}
+
+// planJSON is the part of a plan that a preview needs.
+type planJSON struct {
+	Inputs []struct {
+		Asset string `json:"asset"`
+	} `json:"inputs"`
+	Checkpoints *struct {
+		Asset string `json:"asset"`
+	} `json:"checkpoints"`
+}
+
+// previewGrants says, for each asset of a plan, what stands between the plan and
+// its key. It is no part of the plan and may change with every call.
+func (c *cli) previewGrants(ctx context.Context, digest string, canonical []byte) ([]string, error) {
+	var p planJSON
+	if err := json.Unmarshal(canonical, &p); err != nil {
+		return nil, fmt.Errorf("read plan: %w", err)
+	}
+	var assets []string
+	for _, in := range p.Inputs {
+		assets = append(assets, in.Asset)
+	}
+	if p.Checkpoints != nil {
+		assets = append(assets, p.Checkpoints.Asset)
+	}
+	if len(assets) == 0 {
+		return nil, nil
+	}
+	b, err := c.broker(ctx)
+	if err != nil {
+		return nil, err
+	}
+	res, err := call(ctx, c, "look up grants of the plan", serverBroker, b.ListGrants, &brokerv1.ListGrantsRequest{PlanDigest: digest})
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	seen := map[string]bool{}
+	for _, a := range assets {
+		if seen[a] {
+			continue
+		}
+		seen[a] = true
+		out = append(out, a+": "+grantFor(a, digest, res.GetGrants()))
+	}
+	return out, nil
+}
+
+// grantFor says how the best grant on an asset stands.
+func grantFor(asset, digest string, grants []*brokerv1.Grant) string {
+	text := fmt.Sprintf("no grant; ask for one: coffer grant request --plan %s --asset %s", digest, asset)
+	for _, g := range grants {
+		names := false
+		for _, a := range g.GetAssets() {
+			names = names || a == asset
+		}
+		switch {
+		case !names:
+		case g.GetState() == "active":
+			return "grant " + g.GetId() + " is active"
+		case g.GetState() == "requested":
+			text = fmt.Sprintf("grant %s lacks %s", g.GetId(), strings.Join(g.GetMissing(), "; "))
+		case g.GetState() == "approved":
+			text = fmt.Sprintf("grant %s begins at %s", g.GetId(), clock(g.GetNotBeforeUnix()))
+		}
+	}
+	return text
+}
