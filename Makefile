@@ -92,6 +92,10 @@ test: deps build image-numpy lint ## everything: vet, linters, unit tests, and i
 	@go test -race -timeout 20m $$(go list ./... | grep -vxE '$(INTEGRATION)|$(JUDGES)')
 	@go test -race -timeout 20m -count=1 $$(go list ./... | grep -xE '$(INTEGRATION)')
 
+.PHONY: counts
+counts: ## count the real evidence that the tests verify, and the changes to evidence that they see refused
+	@go test -count=1 -timeout 20m -v ./attest/... | sed -nE 's/^ +[a-z_]+\.go:[0-9]+: ((vectors|mutations) of )/\1/p'
+
 .PHONY: bench
 bench: ## measure coffer against what its work must cost at least, into build/bench.json
 	@mkdir -p build

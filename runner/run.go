@@ -3,7 +3,8 @@
 // the keys, the verifier judges, the broker releases.
 //
 // Trusted: the parts measured at the agent's start. Checked: every signed value
-// that a stage hands on. Read run first; it is the table of
+// that a stage hands on. Not checked: leases, which the holder checks, and what the
+// broker says of grants before a release, which decides. Read run first; it is the table of
 // docs/ARCHITECTURE.md in code.
 package runner
 

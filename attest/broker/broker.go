@@ -1,5 +1,6 @@
-// Package broker holds the rules by which data keys are released to attested
-// jobs under grants.
+// Package broker holds the rules by which data keys are released under grants: to
+// attested jobs and, of assets whose policy says so, to attested guests of the
+// Confidential Containers KBS protocol.
 //
 // Trusted: the pinned keys of verifiers, the KeyStore, the Store, the Authorizer,
 // the Directory and the clock. Checked: the result's signature, issuer, audience,
@@ -7,8 +8,9 @@
 // grant is of that plan and asset, active, unrevoked and unspent; its approvals,
 // again at every release; that nothing which was taken back concerns the job;
 // that a nonce, a result and an asset come together once; that one agent alone
-// acts for a job. Not checked: evidence; the verifier appraised it. Who submitted
-// a job is the agent's word. Not bounded: how many jobs an agent logs bundles for.
+// acts for a job. Of a guest, the result must be of the session, its nonce and its
+// key; no session key signs. Not checked: evidence; the verifier appraised it. Who
+// submitted a job is the agent's word. Not bounded: how many jobs an agent logs bundles for.
 package broker
 
 import (

@@ -1,13 +1,16 @@
 // Package verifier appraises evidence and signs attestation results (RFC 9334):
 // it issues nonces, enrols attestation keys, and holds the evidence of every
-// device of a job against one challenge and one policy.
+// device of a job against one challenge and one policy. It appraises guests of
+// the Confidential Containers KBS protocol for brokers, too.
 //
 // Trusted: the given anchors, policies, keys and clock. Checked: that the nonce
 // is this verifier's, fresh and not used here before; that plan, sandbox, job
 // and keys are those that every device's evidence binds; that each device is
 // genuine; that the plan's policy accepts them. Not checked: that a nonce was
-// not used at another replica, which is the broker's part at release; that the
-// sandbox's specification follows from the plan, which is the measured agent's.
+// not used at another replica, which is the broker's part at release; that a nonce
+// of a relying party's or of a KBS session's is fresh, which is theirs, so that
+// results over these are of types of their own; that the sandbox's specification
+// follows from the plan, which is the measured agent's.
 package verifier
 
 import (

@@ -214,7 +214,7 @@ func TestADatabaseThatWasEdited(t *testing.T) {
 		}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
+			// Not in parallel: a process has one broker, and Tessera's library one logger.
 			dir, c := state(t)
 			stop, _ := started(t, dir, c)
 			for i := range 4 {

@@ -1,5 +1,5 @@
 // Coffer-verify checks the bundle of one job offline. It opens the files that it
-// is told to open and nothing else: it has no network, no state and no keys.
+// is told to open and nothing else: it asks nobody, and has no state and no keys.
 package main
 
 import (

@@ -1,6 +1,7 @@
 // Command coffer is the command line of coffer for everyone who uses it: it
 // starts a stack, seals assets and grants their use, and submits and follows
-// jobs. It is trusted with nothing but, while it seals, one data key.
+// jobs. It is trusted with a data key while it seals, and with the token and the
+// signing keys of whoever runs it.
 package main
 
 import (

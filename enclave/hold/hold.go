@@ -4,7 +4,8 @@
 // Trusted: the kernel, and whoever may connect to a socket of the holder's own
 // user (the measured agent). Checked: the order of operations, sealed inputs
 // against their digests and keys, that the trace has shown the container's start
-// before any path opens, that the broker's lease holds before every use of a key,
+// before any path opens or any memory is handed out, and that memory only to the
+// job's control group, that the broker's lease holds before every use of a key,
 // that memory is locked and reads back as zero in the end.
 // Not checked: what the job does with the plaintext that it was started to read.
 package hold

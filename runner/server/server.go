@@ -1,4 +1,4 @@
-// Package server answers the agent's API for engineers, schedulers and auditors.
+// Package server answers the agent's API for those who run, follow and audit jobs.
 //
 // Trusted: the identity that Identify reads from a verified client certificate.
 // Checked: the role for each call, that an engineer's or scheduler's job is its own

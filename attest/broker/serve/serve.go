@@ -1,10 +1,12 @@
-// Package serve answers coffer.broker.v1 over a broker and keeps its state in
-// SQLite.
+// Package serve answers coffer.broker.v1 and the Confidential Containers KBS
+// protocol over a broker, and keeps its state in SQLite.
 //
 // Trusted: who Identify says a caller is, and the database file. Checked: that
-// the caller's role may make the call, before anything of it is read, the size of
-// what it sends, and how long it takes to send it. Not checked: ownership and
-// release rules; attest/broker has them.
+// the caller's role may ever make the call and how many calls it makes, before
+// anything of one is read, the size of what it sends, and how long it takes to
+// send it. KBS clients have no name: they are bounded by address. Not checked:
+// access policies, ownership and release rules, which attest/broker asks and has;
+// the evidence of KBS clients, which is passed on to a verifier unread.
 package serve
 
 import (
