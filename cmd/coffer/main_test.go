@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
 
 	"github.com/coffer-run/coffer/internal/stack"
 )
@@ -201,5 +203,28 @@ func cleanStack(ts *testscript.TestScript, _ bool, _ []string) {
 	ts.Check(err)
 	if len(left) > 0 {
 		ts.Fatalf("left behind: %s", strings.Join(left, "; "))
+	}
+}
+
+// TestHelp wants a sentence and an example of every command that does something.
+func TestHelp(t *testing.T) {
+	c := &cli{stdout: io.Discard, stderr: io.Discard}
+	seen := 0
+	var look func(*cobra.Command)
+	look = func(cmd *cobra.Command) {
+		for _, sub := range cmd.Commands() {
+			look(sub)
+		}
+		if cmd.HasSubCommands() {
+			return
+		}
+		seen++
+		if cmd.Short == "" || !strings.Contains(cmd.Example, cmd.CommandPath()) {
+			t.Errorf("%s: %q, example %q", cmd.CommandPath(), cmd.Short, cmd.Example)
+		}
+	}
+	look(c.root())
+	if seen < 40 {
+		t.Errorf("%d commands", seen)
 	}
 }
