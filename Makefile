@@ -50,7 +50,7 @@ IMAGE := mkdir -p $(HOST) && go build -o $(HOST)/images ./images/build && $(HOST
 .PHONY: images image-numpy image-torch
 images: image-numpy image-torch ## build the training images (numpy, torch) from Debian packages
 image-numpy: deps
-	@$(IMAGE) '$(CACHE)' -out $(IMAGES) -add examples/fashion-mnist-numpy/train.py:/app/train.py numpy
+	@$(IMAGE) '$(CACHE)' -out $(IMAGES) -add examples/fashion-mnist-numpy/train.py:/app/train.py -add examples/resume/train.py:/app/resume.py numpy
 image-torch: deps
 	@$(IMAGE) '$(CACHE)' -out $(IMAGES) -add examples/fashion-mnist/train.py:/app/train.py torch
 
@@ -78,7 +78,7 @@ check: lint ## vet, linters and unit tests, without what needs root
 
 # These run programs and images, which Go's test cache knows nothing of: they always run.
 MODULE      := github.com/coffer-run/coffer
-INTEGRATION := $(MODULE)/(internal/e2e|internal/stack|cmd/coffer|runner/sandbox|enclave/hold|plugins/host)
+INTEGRATION := $(MODULE)/(internal/e2e|internal/stack|cmd/coffer|runner/sandbox|runner/egress|enclave/hold|plugins/host)
 
 # Judging is arithmetic: nearly all of attest runs in one goroutine. What turns every bit of a report, or goes through a
 # long table of attacks one after the other, runs once without the race detector, which is ten times slower.
@@ -90,16 +90,33 @@ test: deps build image-numpy lint ## everything: vet, linters, unit tests, and i
 	@go test -timeout 20m ./attest/...
 	@go test -race -short -timeout 20m -skip '$(ONE_BY_ONE)' ./attest/...
 	@go test -race -timeout 20m $$(go list ./... | grep -vxE '$(INTEGRATION)|$(JUDGES)')
+	@go test -timeout 20m -run '^TestLive' ./cmd/coffer
 	@go test -race -timeout 20m -count=1 $$(go list ./... | grep -xE '$(INTEGRATION)')
 
 .PHONY: counts
 counts: ## count the real evidence that the tests verify, and the changes to evidence that they see refused
 	@go test -count=1 -timeout 20m -v ./attest/... | sed -nE 's/^ +[a-z_]+\.go:[0-9]+: ((vectors|mutations) of )/\1/p'
 
+.PHONY: tamper
+tamper: ## edit each field of a record, see which edits are found, and write the tables in docs/tamper.md (some minutes)
+	@go test -count=1 -timeout 20m -run '^TestTamperCorpus$$' ./attest/bundle/verify -update
+
+.PHONY: reproducible
+reproducible: ## build coffer-verify twice, in two folders, and compare the digests
+	@go test -count=1 -v -run '^TestReproducible$$' ./cmd/coffer-verify -reproducible | sed -nE 's/^ +[a-z_]+\.go:[0-9]+: //p; /^(FAIL|---)/p'
+
+.PHONY: pictures
+pictures: deps ## take the pictures of the report in docs/images with Chromium
+	@go test -count=1 -run '^TestReportInBrowser$$' ./cmd/coffer-verify -screenshots $(CURDIR)/docs/images
+
 .PHONY: bench
-bench: ## measure coffer against what its work must cost at least, into build/bench.json
+bench: deps build image-numpy ## measure coffer against what its work must cost at least, into build/bench.json
 	@mkdir -p build
 	@COFFER_BENCH=$(CURDIR)/build/bench.json go test -count=1 -timeout 20m -v -run '^TestGoals$$' ./internal/bench | sed -uE '/^(=== |PASS|ok|    --- PASS|--- PASS)/d'
+
+.PHONY: soak
+soak: deps build image-numpy ## run 200 jobs while their surroundings are killed and the disk fills (as root, some minutes)
+	@COFFER_SOAK=$(or $(JOBS),200) go test -count=1 -timeout 15m -v -run '^TestSoak$$' ./internal/e2e
 
 .PHONY: generate
 generate: ## regenerate the code of the .proto files (it is committed)

@@ -1,6 +1,7 @@
 package runner
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha512"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -20,14 +22,20 @@ import (
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/enclave/collect"
+	"github.com/coffer-run/coffer/enclave/device"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
+	"github.com/coffer-run/coffer/runner/alerts"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/egress"
 	"github.com/coffer-run/coffer/runner/holder"
 	"github.com/coffer-run/coffer/runner/jobspec"
 	"github.com/coffer-run/coffer/runner/journal"
+	"github.com/coffer-run/coffer/runner/logs"
 	"github.com/coffer-run/coffer/runner/remote"
+	"github.com/coffer-run/coffer/runner/rules"
 	"github.com/coffer-run/coffer/runner/sandbox"
 	"github.com/coffer-run/coffer/runner/source/cache"
+	"github.com/coffer-run/coffer/runner/source/sink"
 )
 
 type grantInfo = brokerv1.Grant
@@ -36,11 +44,10 @@ type grantInfo = brokerv1.Grant
 type GPUs interface {
 	// UUIDs lists the devices. A node without GPUs has none.
 	UUIDs(ctx context.Context) ([]string, error)
-	// SetReady tells the driver whether GPUs may take work.
-	SetReady(ctx context.Context, ready bool) error
+	device.Driver
 }
 
-// Deps are the parts of a node that an agent drives. All but Cache are required.
+// Deps are the parts of a node that an agent drives.
 type Deps struct {
 	Node      *sandbox.Node
 	Journal   *journal.Journal
@@ -52,10 +59,27 @@ type Deps struct {
 	AKCredential func(ctx context.Context) (string, error)
 	// Cache has the inputs that come from object stores; without it there are none.
 	Cache *cache.Cache
+	// Sinks are the buckets that take checkpoints; without it, folders of the node do.
+	Sinks *sink.Buckets
+	// Images is who signs images and where they come from; nil for nobody and nowhere.
+	Images *Images
+	// Egress is the node's way to the network for jobs; nil if it offers none.
+	Egress *egress.Config
 	// Holder is the holder's binary.
 	Holder string
 	// RunDir holds a directory per running job.
 	RunDir string
+	// Room bounds the jobs that run at once. What is zero is the machine's memory,
+	// four times its cores, and DefaultJobs.
+	Room Room
+	// Logs keeps what jobs print; without it the newest lines stay in memory.
+	Logs *logs.Store
+	// Values keeps what jobs that wait need; without it they do not survive the agent.
+	Values *Values
+	// Rules are what traces are held against; the node's profile has their digest.
+	Rules *rules.Set
+	// Alerts takes what they find; without it, only the job's record does.
+	Alerts *alerts.Sink
 	// Cgroup is the group under which every job has its own.
 	Cgroup string
 	// Name is the node's; Version is the agent's.
@@ -64,8 +88,19 @@ type Deps struct {
 	Log     *slog.Logger
 }
 
-// MaxRunning bounds the jobs that run at once.
-const MaxRunning = 8
+const (
+	// DefaultJobs is how many jobs run at once unless Deps says otherwise.
+	DefaultJobs = 8
+	// cpuShare is how many times over the cores may be given away unless Deps says
+	// otherwise: a job's cores are a limit, and what it leaves idle others can use.
+	// Memory and GPUs are given once.
+	cpuShare = 4
+	// maxLive bounds the jobs that have not ended.
+	maxLive = 10_000
+)
+
+// ErrFull means that too many jobs wait already.
+var ErrFull = errors.New("too many jobs wait on this node")
 
 // Agent runs jobs. Its methods may be called concurrently.
 type Agent struct {
@@ -76,41 +111,45 @@ type Agent struct {
 	ctx     context.Context //nolint:containedctx // the life of the jobs, not of a call
 	stop    context.CancelCauseFunc
 	jobs    sync.WaitGroup
-	slots   chan struct{}
+	queue   *queue
 
-	readyMu sync.Mutex // guards ready; held over calls of the plugin
-	ready   int        // jobs for which the GPUs are set ready
+	machine *device.Machine
 
 	mu    sync.Mutex // guards what follows
 	live  map[string]*Job
 	ended map[string]*feed
-	free  []string // GPUs that no job has
-	moved chan struct{}
 }
 
 var (
 	errShutdown  = errors.New("the agent is shutting down")
 	errCancelled = errors.New("cancelled by its submitter")
 	errDeadline  = errors.New("it ran longer than its maxDuration")
+	errWaited    = errors.New("it waited longer than its maxWait")
 )
 
 // Open returns an agent that has taken up the jobs of an earlier one.
 func Open(ctx context.Context, d Deps) (*Agent, error) {
 	if d.Node == nil || d.Journal == nil || d.Verifier == nil || d.Broker == nil || d.Collector == nil || d.GPUs == nil || d.AKCredential == nil ||
-		d.Holder == "" || d.RunDir == "" || d.Cgroup == "" || d.Name == "" || d.Log == nil {
+		d.Rules == nil || d.Holder == "" || d.RunDir == "" || d.Cgroup == "" || d.Name == "" || d.Log == nil {
 		return nil, errors.New("open agent: a part is missing")
 	}
 	profile, err := d.Node.Profile().Digest()
 	if err != nil {
 		return nil, fmt.Errorf("open agent: %w", err)
 	}
+	if d.Node.Profile().RuleSet != d.Rules.Digest() {
+		return nil, errors.New("open agent: the sandbox profile names other rules than those that traces are held against")
+	}
 	uuids, err := d.GPUs.UUIDs(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open agent: list GPUs: %w", err)
 	}
+	room, err := d.Room.whole()
+	if err != nil {
+		return nil, fmt.Errorf("open agent: %w", err)
+	}
 	a := &Agent{
-		Deps: d, log: d.Log, profile: profile, uuids: uuids, slots: make(chan struct{}, MaxRunning),
-		live: map[string]*Job{}, ended: map[string]*feed{}, free: slices.Clone(uuids), moved: make(chan struct{}),
+		Deps: d, log: d.Log, profile: profile, uuids: uuids, queue: newQueue(room, uuids), machine: device.New(d.GPUs, uuids, device.Defaults), live: map[string]*Job{}, ended: map[string]*feed{},
 	}
 	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
 	if err := a.takeUp(ctx); err != nil {
@@ -134,7 +173,9 @@ type Job struct {
 	plan      plan.Plan
 	canonical []byte
 	digest    plan.Digest
+	admitted  bool // its names were resolved by this agent
 	image     sandbox.Image
+	signature []byte // of the image, as the bundle has it; nil where nobody must sign
 	env       []string
 	runDir    string
 	feed      *feed
@@ -142,12 +183,18 @@ type Job struct {
 	redacted  []byte
 	lease     leaseState
 
+	submitted time.Time
+	attempt   int
+	retryOf   string // the first attempt's id, empty for itself
+	notBefore time.Time
+	place     *place
+
 	// What follows belongs to the goroutine that runs the job.
-	slot     bool
-	ready    bool // the GPUs are set ready for this job
-	gpus     []string
+	placed   bool // the job has entered the queue
+	gpus     *device.Use
 	holder   *holder.Holder
 	sandbox  *sandbox.Sandbox
+	egress   *jobEgress // nil without egress
 	record   record
 	timeline []bundle.Step
 	at       bundle.Stage
@@ -159,25 +206,34 @@ type Job struct {
 	logs        [2]logDigest // stdout, stderr
 	seen        uint64       // newest checkpoint that watchers know of
 	checkpoints bundle.Step
+	anchors     *anchors
+	metrics     metrics
+	watching    watching
 	traceLost   chan struct{} // closed by the event pump, also when it fails
 	finished    chan struct{} // closed by conclude
 }
 
 func newJob(id, submitter string) *Job {
 	return &Job{
-		id: id, submitter: submitter, traceLost: make(chan struct{}), finished: make(chan struct{}),
+		id: id, submitter: submitter, attempt: 1, anchors: newAnchors(), traceLost: make(chan struct{}), finished: make(chan struct{}),
 		logs: [2]logDigest{{hash: sha512.New384()}, {hash: sha512.New384()}},
 	}
 }
 
 // record is what the stages left behind for the bundle; none of it is secret.
 type record struct {
-	Sandbox  []byte   `json:"sandbox,omitempty"`
-	Evidence []byte   `json:"evidence,omitempty"`
-	Result   string   `json:"result,omitempty"`
-	Releases []string `json:"releases,omitempty"`
+	Sandbox []byte `json:"sandbox,omitempty"`
+	// ImageSignature is that of which Sandbox speaks.
+	ImageSignature []byte   `json:"imageSignature,omitempty"`
+	Evidence       []byte   `json:"evidence,omitempty"`
+	Result         string   `json:"result,omitempty"`
+	Releases       []string `json:"releases,omitempty"`
 	// Approved is one for each grant of Releases, if the broker said.
 	Approved []bundle.Approved `json:"approved,omitempty"`
+	// Resume is what the job went on from, if its plan says so.
+	Resume *bundle.Resume `json:"resume,omitempty"`
+	// Reseal is what the job sealed anew, without the records of the files.
+	Reseal *bundle.Reseal `json:"reseal,omitempty"`
 }
 
 // assets lists the assets whose keys the job needs, inputs first, each once.
@@ -191,15 +247,22 @@ func (j *Job) assets() []string {
 	if c := j.plan.Checkpoints; c != nil && !slices.Contains(out, c.Asset) {
 		out = append(out, c.Asset)
 	}
+	if r := j.plan.Reseal; r != nil {
+		out = append(out, r.Asset, r.To)
+	}
 	return out
 }
 
-// assetDigest is the digest that the plan has for an asset; empty for checkpoints.
+// assetDigest is the digest that the plan has for an asset; empty for checkpoints
+// and for what the job is to seal.
 func (j *Job) assetDigest(asset string) plan.Digest {
 	for _, in := range j.plan.Inputs {
 		if in.Asset == asset {
 			return in.Digest
 		}
+	}
+	if r := j.plan.Reseal; r != nil && r.Asset == asset {
+		return r.Digest
 	}
 	return ""
 }
@@ -219,7 +282,15 @@ func (a *Agent) Plan(ctx context.Context, file []byte) (plan.Digest, []byte, err
 
 // admit is stage 2: every name becomes a digest.
 func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
-	image, err := a.Node.Image(ctx, spec.Image)
+	var image sandbox.Image
+	var signature []byte
+	profile, err := a.profile, error(nil)
+	digests := map[string]plan.Digest{}
+	if spec.Reseal != nil {
+		profile, err = a.admitReseal(ctx, spec.Reseal, digests)
+	} else {
+		image, signature, err = a.Images.resolve(ctx, a.Node, spec.Image, a.log)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -234,7 +305,6 @@ func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
 	if spec.Resources.GPUs > len(a.uuids) {
 		return nil, fmt.Errorf("the job asks for %d GPUs and this node has %d", spec.Resources.GPUs, len(a.uuids))
 	}
-	digests := map[string]plan.Digest{}
 	for _, in := range spec.Inputs {
 		asset, err := a.Broker.Asset(ctx, in.Asset)
 		if err != nil {
@@ -255,17 +325,23 @@ func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
 			return nil, fmt.Errorf("asset %s is not for checkpoints: create one with coffer assets create NAME --kind checkpoints", c.Asset)
 		}
 	}
-	if err := fits(int64(spec.Resources.Memory)); err != nil {
+	if err := a.fits(int64(spec.Resources.Memory)); err != nil {
 		return nil, err
 	}
 	p, err := spec.Plan(jobspec.Resolved{
-		Image: image.Digest, Digests: digests, Policy: ref, Profile: a.profile,
+		Image: image.Digest, Digests: digests, Policy: ref, Profile: profile,
 	})
 	if err != nil {
 		return nil, err
 	}
+	if err := a.offersEgress(p); err != nil {
+		return nil, err
+	}
+	if err := a.Node.CheckGPUs(p); err != nil {
+		return nil, err
+	}
 	j := newJob("", "")
-	j.spec, j.plan, j.image = spec, p, image
+	j.admitted, j.spec, j.plan, j.image, j.signature = true, spec, p, image, signature
 	if j.canonical, err = p.Canonical(); err != nil {
 		return nil, err
 	}
@@ -276,14 +352,25 @@ func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
 	return j, nil
 }
 
-// fits says whether the machine has the memory at all.
-func fits(memory int64) error {
+// whole fills in what the machine has where r is silent.
+func (r Room) whole() (Room, error) {
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err != nil {
-		return fmt.Errorf("read memory size: %w", err)
+		return Room{}, fmt.Errorf("read memory size: %w", err)
 	}
-	if has := int64(si.Totalram) * int64(si.Unit); memory > has { //nolint:gosec // a machine's size fits
-		return fmt.Errorf("the job asks for %d MiB of memory and this node has %d", memory>>20, has>>20)
+	r.Jobs = cmp.Or(r.Jobs, DefaultJobs)
+	r.CPUMillis = cmp.Or(r.CPUMillis, cpuShare*int64(runtime.NumCPU())*1000)
+	r.MemoryBytes = cmp.Or(r.MemoryBytes, int64(si.Totalram)*int64(si.Unit)) //nolint:gosec // a machine's size fits
+	if r.Jobs < 0 || r.CPUMillis < 0 || r.MemoryBytes < 0 {
+		return Room{}, fmt.Errorf("room for jobs %+v is negative", r)
+	}
+	return r, nil
+}
+
+// fits says whether the node has the memory at all.
+func (a *Agent) fits(memory int64) error {
+	if total, _, _ := a.queue.look(); memory > total.MemoryBytes {
+		return fmt.Errorf("the job asks for %d MiB of memory and this node has %d for jobs", memory>>20, total.MemoryBytes>>20)
 	}
 	return nil
 }
@@ -300,16 +387,20 @@ func (a *Agent) Submit(ctx context.Context, submitter string, file []byte, key s
 	if err != nil {
 		return journal.Job{}, err
 	}
-	j.id, j.submitter = ulid.Make().String(), submitter
+	j.id, j.submitter, j.submitted = ulid.Make().String(), submitter, began
 	if j.redacted, err = spec.Redacted(); err != nil {
 		return journal.Job{}, err
 	}
-	row, isNew, err := a.Journal.Submit(ctx, journal.Job{
-		ID: j.id, Name: spec.Name, IdempotencyKey: key, FileDigest: plan.Sum(file), JobFile: j.redacted, Plan: j.canonical, PlanDigest: j.digest,
-		Submitter: submitter, State: journal.Queued, Stage: string(bundle.StageAdmit), Submitted: began,
-	})
+	if err := a.mayWait(); err != nil {
+		return journal.Job{}, err
+	}
+	// Before the journal's promise: a job that it has is one that can go on.
+	if err := a.Values.keep(j.id, j.digest, submission{Submitter: submitter, Attempt: 1, Env: spec.Env}); err != nil {
+		return journal.Job{}, err
+	}
+	row, isNew, err := a.Journal.Submit(ctx, j.row(key, plan.Sum(file)))
 	if err != nil || !isNew {
-		return row, err
+		return row, errors.Join(err, a.Values.drop(j.id))
 	}
 	j.timeline = []bundle.Step{
 		{Stage: bundle.StageJobspec, StartUnixNano: began.UnixNano(), Nanos: parsed.Sub(began).Nanoseconds(), Outcome: bundle.StepDone},
@@ -325,16 +416,26 @@ func (a *Agent) Submit(ctx context.Context, submitter string, file []byte, key s
 		}
 		a.tell(ctx, j, stageEvent(s.Stage, "done", s.Nanos, detail))
 	}
-	a.launch(j, func(ctx context.Context) error { //nolint:contextcheck // a job outlives the call that submits it
-		if err := a.approval(ctx, j); err != nil {
-			return err
-		}
-		if err := a.acquire(ctx, j); err != nil {
-			return err
-		}
-		return a.run(ctx, j)
-	})
+	a.launch(j, func(ctx context.Context) error { return a.begin(ctx, j) }) //nolint:contextcheck // a job outlives the call that submits it
 	return row, nil
+}
+
+// row is the job as the journal has it when it is new.
+func (j *Job) row(key string, file plan.Digest) journal.Job {
+	return journal.Job{
+		ID: j.id, Name: j.spec.Name, IdempotencyKey: key, FileDigest: file, JobFile: j.redacted, Plan: j.canonical, PlanDigest: j.digest,
+		Submitter: j.submitter, State: journal.Queued, Stage: string(bundle.StageAdmit), Submitted: j.submitted,
+		Attempt: j.attempt, RetryOf: j.retryOf, NotBefore: j.notBefore, Priority: j.spec.Priority,
+	}
+}
+
+func (a *Agent) mayWait() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.live) >= maxLive {
+		return ErrFull
+	}
+	return nil
 }
 
 // launch gives a job its goroutine and its ways to end.
@@ -361,6 +462,10 @@ func (a *Agent) launch(j *Job, work func(context.Context) error) {
 func (a *Agent) jobDir(id string) string { return filepath.Join(a.RunDir, "jobs", id) }
 
 func (a *Agent) detach(j *Job) {
+	j.pumps.Wait()
+	if err := j.feed.forget(); err != nil {
+		a.log.Warn("close a log", slog.String("job", j.id), slog.Any("error", err))
+	}
 	if j.holder != nil {
 		if err := j.holder.Detach(); err != nil {
 			a.log.Warn("let go of holder", "job", j.id, "error", err)
@@ -368,76 +473,14 @@ func (a *Agent) detach(j *Job) {
 	}
 }
 
-// acquire waits for a slot and for the GPUs that the job asks for.
-func (a *Agent) acquire(ctx context.Context, j *Job) error {
-	select {
-	case a.slots <- struct{}{}:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	j.slot = true
-	for {
-		a.mu.Lock()
-		if n := j.plan.Resources.GPUs; len(a.free) >= n {
-			j.gpus, a.free = slices.Clone(a.free[:n]), slices.Clone(a.free[n:])
-			a.mu.Unlock()
-			return nil
-		}
-		moved := a.moved
-		a.mu.Unlock()
-		select {
-		case <-moved:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-}
-
-// setReady tells the driver that a job may use its GPUs. The driver knows one
-// state for all of them, so the last job to end takes it back.
-func (a *Agent) setReady(ctx context.Context, j *Job) error {
-	if len(j.gpus) == 0 || j.ready {
-		return nil
-	}
-	a.readyMu.Lock()
-	defer a.readyMu.Unlock()
-	if err := a.GPUs.SetReady(ctx, true); err != nil {
-		return fmt.Errorf("set GPUs ready: %w", err)
-	}
-	j.ready = true
-	a.ready++
-	return nil
-}
-
-func (a *Agent) setUnready(ctx context.Context, j *Job) error {
-	if !j.ready {
-		return nil
-	}
-	a.readyMu.Lock()
-	defer a.readyMu.Unlock()
-	j.ready = false
-	a.ready--
-	if a.ready > 0 {
-		return nil
-	}
-	if err := a.GPUs.SetReady(ctx, false); err != nil {
-		return fmt.Errorf("set GPUs not ready: %w", err)
-	}
-	return nil
-}
-
-// giveBack returns a job's slot and GPUs.
+// giveBack ends the job's use of the node.
 func (a *Agent) giveBack(j *Job) {
 	a.mu.Lock()
-	a.free = append(a.free, j.gpus...)
-	j.gpus = nil
 	delete(a.live, j.id)
 	a.remember(j)
-	close(a.moved)
-	a.moved = make(chan struct{})
 	a.mu.Unlock()
-	if j.slot {
-		<-a.slots
+	if j.placed {
+		a.queue.leave(j.place)
 	}
 }
 
@@ -452,6 +495,9 @@ func (a *Agent) remember(j *Job) {
 			if oldest == "" || id < oldest {
 				oldest = id
 			}
+		}
+		if err := a.ended[oldest].forget(); err != nil {
+			a.log.Warn("close a log", slog.String("job", oldest), slog.Any("error", err))
 		}
 		delete(a.ended, oldest)
 	}
@@ -492,11 +538,23 @@ func (f *Feed) After(seq uint64) ([]*agentv1.WatchResponse, bool, <-chan struct{
 	return (*feed)(f).after(seq)
 }
 
-// Load says how many jobs run and wait, and how many GPUs there are.
-func (a *Agent) Load() (running, queued, gpus int) {
+// Load is what a node has and what it does.
+type Load struct {
+	Total, Free    Room
+	GPUs, FreeGPUs int
+	// Waiting jobs wait for approvals, for a retry's time or for room.
+	Running, Waiting int
+}
+
+// Load says how many jobs run and wait, and what is free.
+func (a *Agent) Load() Load {
+	l := Load{GPUs: len(a.uuids)}
+	l.Total, l.Free, l.FreeGPUs = a.queue.look()
+	l.Running = l.Total.Jobs - l.Free.Jobs
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return len(a.slots), max(0, len(a.live)-len(a.slots)), len(a.uuids)
+	l.Waiting = max(0, len(a.live)-l.Running)
+	return l
 }
 
 // cleanUp removes everything a job has on this node. It is safe to call again.
@@ -512,6 +570,7 @@ func (a *Agent) cleanUp(ctx context.Context, j *Job) error {
 	} else {
 		errs = append(errs, holdapi.Cleanup(j.runDir))
 	}
+	errs = append(errs, a.removeEgress(j))
 	errs = append(errs, sandbox.OpenCgroup(sandbox.JobCgroup(a.Cgroup, j.id)).Remove(), os.RemoveAll(j.runDir))
 	if a.Cache != nil {
 		errs = append(errs, a.Cache.Release(j.id))

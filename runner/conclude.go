@@ -32,6 +32,10 @@ const (
 // session key signs and the evidence log records, and the journal gets its last
 // word.
 func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
+	// From here on it is decided how the job ended, whoever concludes it.
+	if err := a.Values.conclude(j.id, j.digest, end); err != nil {
+		a.log.WarnContext(ctx, "record the outcome", slog.String("job", j.id), slog.Any("error", err))
+	}
 	a.tell(ctx, j, stageEvent(bundle.StageEvidence, "started", 0, ""))
 	began := time.Now()
 	body, err := a.gather(ctx, j, end)
@@ -46,23 +50,57 @@ func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 	}
 	a.tell(ctx, j, stageEvent(bundle.StageEvidence, phase, time.Since(began).Nanoseconds(), detail))
 
-	if err := a.setUnready(ctx, j); err != nil {
-		a.log.ErrorContext(ctx, "end of GPU use", slog.String("job", j.id), slog.Any("error", err))
-	}
+	a.finishGPUs(ctx, j)
 	clean, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
 	if err := a.cleanUp(clean, j); err != nil {
 		a.log.ErrorContext(ctx, "clean up", slog.String("job", j.id), slog.Any("error", err))
 	}
-	end.Ended = time.Now()
-	if err := a.Journal.End(ctx, end, body); err != nil {
-		a.log.ErrorContext(ctx, "end job", slog.String("job", j.id), slog.Any("error", err))
+	if a.Sinks != nil {
+		a.Sinks.Leave(j.id)
 	}
+	end.Ended = time.Now()
+	next := a.end(ctx, j, end, body)
 	if row, err := a.Journal.Job(ctx, j.id); err == nil {
 		a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Job{Job: Describe(row)}})
 	}
+	if l, _ := j.feed.kept(); l != nil {
+		if err := l.Close(); err != nil {
+			a.log.WarnContext(ctx, "close a log", slog.String("job", j.id), slog.Any("error", err))
+		}
+	}
 	j.feed.close()
 	a.giveBack(j)
+	if next != nil {
+		a.follow(next) //nolint:contextcheck // a job of its own
+	}
+}
+
+// end gives a job its last word in the journal, together with the attempt that
+// follows it, if one does.
+func (a *Agent) end(ctx context.Context, j *Job, end journal.Job, body []byte) *Job {
+	next := a.next(j, end)
+	if next != nil {
+		if err := a.handOn(j, next); err != nil {
+			a.log.ErrorContext(ctx, "no further attempt", slog.String("job", j.id), slog.Any("error", err))
+			next = nil
+		}
+	}
+	err := a.insist(ctx, j, func() error {
+		if next != nil {
+			return a.Journal.Retry(ctx, end, body, next.row("", plan.Sum(next.redacted)))
+		}
+		return a.Journal.End(ctx, end, body)
+	})
+	if err != nil {
+		a.log.ErrorContext(ctx, "end job", slog.String("job", j.id), slog.Any("error", err))
+		// What is kept of the job is for the next agent.
+		return nil
+	}
+	if err := a.Values.drop(j.id); err != nil {
+		a.log.WarnContext(ctx, "end job", slog.String("job", j.id), slog.Any("error", err))
+	}
+	return next
 }
 
 // Describe is a job as the API shows it.
@@ -70,6 +108,10 @@ func Describe(row journal.Job) *agentv1.Job {
 	out := &agentv1.Job{
 		Id: row.ID, Name: row.Name, PlanDigest: string(row.PlanDigest), State: string(row.State), Stage: row.Stage, Reason: row.Reason, Message: row.Message,
 		SubmittedUnix: row.Submitted.Unix(), ExitCode: int32(row.ExitCode), Submitter: row.Submitter, //nolint:gosec // an exit code fits
+		Attempt: int32(row.Attempt), RetryOf: row.RetryOf, RetriedAs: row.RetriedAs, Priority: int32(row.Priority), //nolint:gosec // small numbers
+	}
+	if !row.NotBefore.IsZero() {
+		out.NotBeforeUnix = row.NotBefore.Unix()
 	}
 	if !row.Ended.IsZero() {
 		out.EndedUnix = row.Ended.Unix()
@@ -82,7 +124,7 @@ func Describe(row journal.Job) *agentv1.Job {
 
 // gather ends the container, lets the holder finish, and builds the bundle.
 func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, finishTimeout+time.Duration(j.plan.Resources.MemoryBytes/scrubRate)*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, finishTimeout+time.Duration(j.plan.Resources.MemoryBytes/scrubRate)*time.Second+a.sendTime(j))
 	defer cancel()
 	// The container goes first: while it runs it reads, prints and keeps the
 	// holder from finishing.
@@ -95,17 +137,25 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	if gone == nil {
 		j.sandbox = nil
 		j.goneNow()
+		a.finishGPUs(ctx, j)
+	}
+	runtime, shim := a.Node.Profile().Runtime, sandbox.Shim
+	if j.plan.Reseal != nil {
+		runtime, shim = "", "" // no container
 	}
 	b := bundle.NewBuilder()
 	errs := []error{
 		b.Add(bundle.JobFile, j.redacted), b.Add(bundle.Plan, j.canonical),
 		b.Add(bundle.VerifierKeys, a.Verifier.JWKS()), b.Add(bundle.BrokerKeys, a.Broker.JWKS()),
 		b.AddJSON(bundle.AgentPart, bundle.Agent{
-			Node: a.Name, Agent: a.Version, Containerd: a.Node.ContainerdVersion(), Runtime: a.Node.Profile().Runtime, Shim: sandbox.Shim, Submitter: j.submitter,
+			Node: a.Name, Agent: a.Version, Containerd: a.Node.ContainerdVersion(), Runtime: runtime, Shim: shim, Submitter: j.submitter, Devices: j.devices(),
 		}),
 	}
 	if len(j.record.Sandbox) > 0 {
 		errs = append(errs, b.Add(bundle.Sandbox, j.record.Sandbox))
+	}
+	if len(j.record.ImageSignature) > 0 {
+		errs = append(errs, b.Add(bundle.ImageSignaturePart, j.record.ImageSignature))
 	}
 	if len(j.record.Evidence) > 0 {
 		errs = append(errs, b.Add(bundle.Evidence, j.record.Evidence))
@@ -126,15 +176,19 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	if len(j.record.Approved) > 0 {
 		errs = append(errs, b.AddJSON(bundle.Approvals, j.record.Approved))
 	}
+	if j.record.Resume != nil {
+		errs = append(errs, b.AddJSON(bundle.ResumePart, j.record.Resume))
+	}
 	last, heldErr := a.finish(ctx, j)
 	if heldErr == nil {
+		a.settle(ctx, j, last.commits)
 		// A part that is too large is missing, and verification says so; the
 		// others are not lost with it.
 		for _, p := range []struct {
 			name bundle.Part
 			body any
 		}{
-			{bundle.HolderStatus, statusOf(last.status)}, {bundle.Checkpoints, checkpointsOf(last.commits)}, {bundle.Trace, last.trace},
+			{bundle.HolderStatus, statusOf(last.status)}, {bundle.Checkpoints, j.checkpointsOf(last.commits)}, {bundle.Trace, last.trace},
 			{bundle.LogsDigest, bundle.Logs{Stdout: j.logs[0].stream(), Stderr: j.logs[1].stream(), Cut: last.status.LogCut}},
 		} {
 			if err := b.AddJSON(p.name, p.body); err != nil {
@@ -142,6 +196,7 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 			}
 		}
 	}
+	errs = append(errs, a.addEgress(ctx, j, b), j.addAlerts(b, a.Rules), a.addReseal(ctx, j, b))
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
@@ -194,7 +249,7 @@ const approvalsTimeout = 5 * time.Second
 func (a *Agent) noteApprovals(ctx context.Context, j *Job, released []receipt.Grant) {
 	ctx, cancel := context.WithTimeout(ctx, approvalsTimeout)
 	defer cancel()
-	counted := map[string][]plan.Digest{}
+	counted, policies := map[string][]plan.Digest{}, map[string][]plan.Digest{}
 	var order []string
 	for _, g := range released {
 		r := g.Release()
@@ -202,10 +257,13 @@ func (a *Agent) noteApprovals(ctx context.Context, j *Job, released []receipt.Gr
 			order = append(order, r.Grant)
 		}
 		counted[r.Grant] = r.Approvals
+		if r.Policy != "" {
+			policies[r.Grant] = append(policies[r.Grant], r.Policy)
+		}
 	}
 	var out []bundle.Approved
 	for _, id := range order {
-		one, err := a.Broker.Approved(ctx, id, counted[id])
+		one, err := a.Broker.Approved(ctx, id, counted[id], policies[id])
 		if err != nil {
 			a.Log.WarnContext(ctx, "the bundle lacks the approvals that counted", slog.String("job", j.id), slog.String("error", err.Error()))
 			return

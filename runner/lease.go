@@ -48,12 +48,13 @@ type stopError struct {
 
 func (e *stopError) Error() string { return e.code + ": " + e.reason }
 
-// stopOf turns a lease that is stopping or over into the end of its job.
-func stopOf(l holdapi.Lease) *stopError {
+// stopOf turns a lease that is stopping or over into the end of its job, which may
+// take longest for it at most.
+func stopOf(l holdapi.Lease, longest time.Duration) *stopError {
 	if l.State != holdapi.LeaseStopping && l.State != holdapi.LeaseOver {
 		return nil
 	}
-	return &stopError{code: l.Code, reason: l.Reason, grace: min(stopGrace, time.Duration(l.RemainingMillis)*time.Millisecond)}
+	return &stopError{code: l.Code, reason: l.Reason, grace: min(longest, time.Duration(l.RemainingMillis)*time.Millisecond)}
 }
 
 // release ends the renewals of a job that has ended: whatever becomes of its
@@ -189,7 +190,7 @@ func (a *Agent) heed(ctx context.Context, r *renewing) {
 	if r.err != nil {
 		return
 	}
-	if stop := stopOf(r.lease); stop != nil {
+	if stop := stopOf(r.lease, r.job.grace()); stop != nil {
 		a.tellStop(ctx, r.job, stop)
 		return
 	}
@@ -201,7 +202,7 @@ func (a *Agent) heed(ctx context.Context, r *renewing) {
 // lapsing ends a job whose lease is about to lapse, early enough for it to make a
 // last checkpoint while its keys can still be used.
 func (a *Agent) lapsing(ctx context.Context, r *renewing, why error) {
-	grace := min(stopGrace, time.Duration(r.lease.Seconds)*time.Second/4)
+	grace := min(r.job.grace(), time.Duration(r.lease.Seconds)*time.Second/4)
 	left := time.Duration(r.lease.RemainingMillis)*time.Millisecond - time.Since(r.asked)
 	if left > grace+renewEvery {
 		return
@@ -246,7 +247,7 @@ func (j *Job) ended(ctx context.Context, err error) error {
 	if serr != nil || st.Lease.State != holdapi.LeaseOver {
 		return err
 	}
-	stop = stopOf(st.Lease)
+	stop = stopOf(st.Lease, j.grace())
 	j.lease.mu.Lock()
 	defer j.lease.mu.Unlock()
 	j.lease.stop = stop

@@ -236,12 +236,12 @@ func TestRevokedJobIsTold(t *testing.T) {
 		t.Errorf("stopping %q", stopping)
 	}
 	events, _, _ := r.live["a"].feed.after(0)
-	if len(events) != 1 || events[0].GetLease().GetCode() != "revoked" || events[0].GetLease().GetGraceMillis() != stopGrace.Milliseconds() {
+	if len(events) != 1 || events[0].GetLease().GetCode() != "revoked" || events[0].GetLease().GetGraceMillis() != r.live["a"].grace().Milliseconds() {
 		t.Errorf("events %v", events)
 	}
 	// The holder has the job's own grace, the agent waits for no more than its own.
 	var stop *stopError
-	if !errors.As(r.stopped["a"](), &stop) || stop.grace != stopGrace {
+	if !errors.As(r.stopped["a"](), &stop) || stop.grace != r.live["a"].grace() {
 		t.Errorf("%+v", stop)
 	}
 	if out := r.outcome(t.Context(), r.live["a"], stop); out.Reason != "revoked" || out.State != journal.Failed || !strings.Contains(out.Message, "grant: taken back") {

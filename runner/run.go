@@ -47,6 +47,9 @@ func (a *Agent) run(ctx context.Context, j *Job) (err error) {
 	if err != nil {
 		return err
 	}
+	if j.plan.Reseal != nil {
+		return a.reseal(ctx, j, box.holder)
+	}
 	filled, err := stage(ctx, a, j, bundle.StageDecrypt, func(ctx context.Context, j *Job) (opened, string, error) {
 		return a.decrypt(ctx, j, box, grants)
 	})
@@ -91,7 +94,8 @@ func (a *Agent) attest(ctx context.Context, j *Job, box *created) (receipt.Verif
 // attestTries bounds how often one job attests while the verifier comes and goes.
 const attestTries = 5
 
-// created is a sandbox that exists and has not started, with its holder.
+// created is a sandbox that exists and has not started, with its holder. A job
+// that reseals has no sandbox.
 type created struct {
 	sandbox *sandbox.Sandbox
 	holder  *holder.Holder
@@ -99,6 +103,9 @@ type created struct {
 
 // create is stage 3: Job -> container created, not started; holder running.
 func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
+	if err := a.beginGPUs(ctx, j); err != nil {
+		return nil, "", err
+	}
 	if err := os.MkdirAll(j.runDir, 0o700); err != nil {
 		return nil, "", fmt.Errorf("make run directory: %w", err)
 	}
@@ -107,12 +114,16 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 		return nil, "", err
 	}
 	h, err := holder.Start(ctx, holder.Config{
-		Path: a.Holder, RunDir: j.runDir, JobID: j.id, UID: sandbox.UID, GID: sandbox.GID, LogBytes: j.plan.Output.LogBytes, Join: cgroup.Add, Procs: cgroup.Procs,
+		Path: a.Holder, RunDir: j.runDir, JobID: j.id, UID: sandbox.UID, GID: sandbox.GID, LogBytes: j.plan.Output.LogBytes, LogRate: j.plan.Output.LogRate(),
+		RegionBytes: regionBytes(j.plan.Resources), NearNode: j.nearNode(), WatchOpen: a.Rules.Opens(), Join: cgroup.Add, Procs: cgroup.Procs,
 	})
 	if err != nil {
 		return nil, "", err
 	}
 	j.holder = h
+	if j.plan.Reseal != nil {
+		return a.createReseal(ctx, j, h)
+	}
 	var binds []sandbox.Bind
 	for i, in := range j.plan.Inputs {
 		if err := a.handInput(ctx, j.id, h, j.spec.Inputs[i].URI, in); err != nil {
@@ -124,7 +135,7 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 		binds = append(binds, sandbox.Bind{Source: filepath.Join(j.runDir, holdapi.RegionsDir), Target: sandbox.RegionsMount})
 	}
 	if c := j.plan.Checkpoints; c != nil {
-		dir, err := source.Sink(j.spec.Checkpoints.URI, j.id)
+		dir, err := a.createSink(ctx, j)
 		if err != nil {
 			return nil, "", err
 		}
@@ -133,15 +144,20 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 		}
 		binds = append(binds, sandbox.Bind{Source: filepath.Join(j.runDir, holdapi.CheckpointsName), Target: c.Mount, Writable: true})
 	}
+	network, err := a.openEgress(ctx, j)
+	if err != nil {
+		return nil, "", err
+	}
 	box, err := a.Node.Create(ctx, sandbox.Request{
-		JobID: j.id, Plan: j.plan, Image: j.image, Env: j.env, Binds: binds, RunDir: j.runDir,
+		JobID: j.id, Plan: j.plan, Image: j.image, ImageSignature: digestOfPart(j.signature), GPUs: j.place.got, Env: j.env, Binds: binds, RunDir: j.runDir,
 		TraceSocket: filepath.Join(j.runDir, holdapi.TraceName),
 		Stdout:      filepath.Join(j.runDir, holdapi.StdoutName), Stderr: filepath.Join(j.runDir, holdapi.StderrName),
+		Network: network,
 	})
 	if err != nil {
 		return nil, "", err
 	}
-	j.sandbox, j.record.Sandbox = box, box.Description()
+	j.sandbox, j.record.Sandbox, j.record.ImageSignature = box, box.Description(), j.signature
 	if err := a.Journal.Leave(ctx, j.id, string(bundle.StageSandbox), j.record); err != nil {
 		return nil, "", err
 	}
@@ -182,9 +198,9 @@ func (a *Agent) collect(ctx context.Context, j *Job, box *created) ([]byte, stri
 		return nil, "", err
 	}
 	env, err := a.Collector.Collect(ctx, collect.Request{
-		VerifierID: a.Verifier.ID(), Nonce: nonce, JobID: j.id, Plan: j.canonical, Sandbox: box.sandbox.Description(),
+		VerifierID: a.Verifier.ID(), Nonce: nonce, JobID: j.id, Plan: j.canonical, Sandbox: j.record.Sandbox,
 		RecipientKey: box.holder.Hello.RecipientKey, SessionKey: box.holder.Hello.SessionKey, AKCredential: credential,
-		Want: collect.Want{TPM: true, SNP: true, GPUs: j.gpus},
+		Want: collect.Want{TPM: true, SNP: true, GPUs: j.place.got},
 	})
 	if err != nil {
 		return nil, "", err
@@ -214,7 +230,7 @@ func (a *Agent) verify(ctx context.Context, j *Job, env []byte) (receipt.Verifie
 	if err != nil {
 		return receipt.Verified{}, "", err
 	}
-	if err := a.setReady(ctx, j); err != nil {
+	if err := a.readyGPUs(ctx, j, v); err != nil {
 		return receipt.Verified{}, "", err
 	}
 	detail := "affirming under policy " + v.Result().Policy.Name
@@ -280,11 +296,19 @@ func (a *Agent) decrypt(ctx context.Context, j *Job, box *created, grants []rece
 	if len(grants) != len(j.assets()) {
 		return opened{}, "", fmt.Errorf("decrypt: %d keys for %d assets", len(grants), len(j.assets()))
 	}
+	resumed, err := a.resume(ctx, j, box)
+	if err != nil {
+		return opened{}, "", err
+	}
 	d, err := box.holder.Decrypt(ctx)
 	if err != nil {
 		return opened{}, "", fmt.Errorf("decrypt inputs: %w", err)
 	}
-	return opened{box}, fmt.Sprintf("%d files, %.1f MB at %.2f GB/s", d.Files, float64(d.Bytes)/1e6, float64(d.Bytes)/float64(max(d.Nanos, 1))), nil
+	detail := fmt.Sprintf("%d files, %.1f MB at %.2f GB/s", d.Files, float64(d.Bytes)/1e6, float64(d.Bytes)/float64(max(d.Nanos, 1)))
+	if resumed != "" {
+		detail += "; resumed " + resumed
+	}
+	return opened{box}, detail, nil
 }
 
 // running is a container that started and whose trace says so.
@@ -296,7 +320,13 @@ const startTimeout = 20 * time.Second
 // start is stage 8: the sandbox is compared with what was attested once more,
 // the container starts, and the trace must show it.
 func (a *Agent) start(ctx context.Context, j *Job, o opened) (running, string, error) {
+	if err := o.box.sandbox.RecheckContent(ctx, j.image); err != nil {
+		return running{}, "", err
+	}
 	if err := o.box.sandbox.Recheck(ctx, j.plan); err != nil {
+		return running{}, "", err
+	}
+	if err := j.recheckEgress(); err != nil {
 		return running{}, "", err
 	}
 	if err := o.box.sandbox.Start(ctx); err != nil {

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/check"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
@@ -22,7 +24,11 @@ func stage[T any](ctx context.Context, a *Agent, j *Job, name bundle.Stage, f fu
 		return zero, err
 	}
 	j.at = name
-	if err := a.Journal.Enter(ctx, j.id, string(name)); err != nil {
+	enter := a.Journal.Enter
+	if name == bundle.StageApproval {
+		enter = a.Journal.Wait
+	}
+	if err := enter(ctx, j.id, string(name)); err != nil {
 		return zero, err
 	}
 	a.tell(ctx, j, stageEvent(name, "started", 0, ""))
@@ -73,13 +79,19 @@ func stageEvent(name bundle.Stage, phase string, nanos int64, detail string) *ag
 var (
 	errHolderLost = errors.New("its holder process died, and with it the keys and the memory they opened")
 	errTraceLost  = errors.New("the runtime's trace went silent")
-	errRestarted  = errors.New("the agent was restarted before the job had started; submit it again")
+	errRestarted  = errors.New("the agent was restarted while the job's keys were released, before it had started; submit it again")
 )
 
 // exitError is a job that ended by itself, not well.
 type exitError struct{ code int }
 
 func (e *exitError) Error() string { return fmt.Sprintf("it exited with code %d", e.code) }
+
+// concludedError is a job that an earlier agent had begun to conclude: how it ended
+// was decided then.
+type concludedError struct{ end journal.Job }
+
+func (e *concludedError) Error() string { return "it had ended: " + e.end.Message }
 
 // outcome turns the way a job ended into its state, reason code and sentence.
 func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
@@ -91,12 +103,18 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 	var away *remote.Unavailable
 	var exit *exitError
 	var stop *stopError
+	var rule *ruleError
+	var before *concludedError
 	switch {
+	case errors.As(err, &before):
+		return before.end
 	case err == nil:
 		out.State = journal.Succeeded
 		return out
 	case errors.Is(err, errCancelled):
 		out.State, out.Reason = journal.Cancelled, "cancelled"
+	case errors.As(err, &rule):
+		out.Reason = bundle.ReasonRule + rule.id
 	case errors.As(err, &stop):
 		out.Reason = stop.code
 	case errors.As(err, &refused):
@@ -111,6 +129,14 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 		out.Reason = "trace-lost"
 	case errors.Is(err, errRestarted):
 		out.Reason = "agent-restarted"
+	case errors.Is(err, errWaited):
+		out.Reason = "waited-too-long"
+	case errors.Is(err, errValues):
+		out.Reason = "submission-lost"
+	case errors.Is(err, errChanged):
+		out.Reason = "plan-changed"
+	case errdefs.IsUnavailable(err):
+		out.Reason = "containerd-unavailable"
 	case errors.As(err, &away):
 		out.Reason = away.Service + "-unavailable"
 	default:

@@ -18,13 +18,15 @@ import (
 	"github.com/coffer-run/coffer/attest/receipt"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/holder"
+	"github.com/coffer-run/coffer/runner/jobspec"
 	"github.com/coffer-run/coffer/runner/journal"
 )
 
 // takeUp continues what an earlier agent left. A job that had started goes on if
 // its holder and its container are still there and the sandbox is still the one
-// that was attested; every other job is ended with its stage and cleaned up. The
-// journal decides none of this: it only says where to look.
+// that was attested. A job to which no key was released begins again, under the
+// plan that was submitted or not at all. Every other job is ended with its stage
+// and cleaned up. The journal decides none of this: it only says where to look.
 func (a *Agent) takeUp(ctx context.Context) error {
 	rows, err := a.Journal.Unfinished(ctx)
 	if err != nil {
@@ -39,6 +41,20 @@ func (a *Agent) takeUp(ctx context.Context) error {
 			return err
 		}
 	}
+	unfinished := map[string]bool{}
+	for _, row := range rows {
+		unfinished[row.ID] = true
+	}
+	if err := a.Values.only(unfinished); err != nil {
+		return err
+	}
+	if a.Sinks != nil {
+		if err := a.Sinks.Keep(unfinished); err != nil {
+			return err
+		}
+	}
+	// Those that run have their room before others are given any.
+	var launch []func()
 	for _, row := range rows {
 		j, started, err := a.rebuild(ctx, row)
 		if err != nil {
@@ -50,16 +66,66 @@ func (a *Agent) takeUp(ctx context.Context) error {
 			}
 			continue
 		}
-		r, err := a.adopt(ctx, j, started)
-		a.log.InfoContext(ctx, "took up job", slog.String("job", row.ID), slog.String("stage", row.Stage), slog.Bool("goes on", err == nil))
-		a.launch(j, func(ctx context.Context) error { //nolint:contextcheck // a job outlives the agent's opening
-			if err != nil {
-				return err
-			}
-			return a.watch(ctx, j, r)
-		})
+		work, how := a.takeUpOne(ctx, j, started)
+		a.log.InfoContext(ctx, "took up job", slog.String("job", row.ID), slog.String("stage", row.Stage), slog.String("how", how))
+		launch = append(launch, func() { a.launch(j, work) }) //nolint:contextcheck // a job outlives the agent's opening
+	}
+	for _, f := range launch {
+		f()
 	}
 	return nil
+}
+
+// takeUpOne says how a job goes on that an earlier agent left.
+func (a *Agent) takeUpOne(ctx context.Context, j *Job, started bool) (work func(context.Context) error, how string) {
+	if kept, err := a.Values.get(j.id, j.digest); err == nil && kept.Outcome != nil && kept.Outcome.ID == j.id && kept.Outcome.State.Final() {
+		// It had ended: what is left is to conclude it.
+		if _, err := a.adopt(ctx, j, started); err != nil {
+			a.log.InfoContext(ctx, "of a job that had ended", slog.String("job", j.id), slog.Any("error", err))
+		}
+		return func(context.Context) error {
+			if j.holder != nil {
+				a.pump(j) //nolint:contextcheck // the last lines come after the run
+			}
+			return &concludedError{*kept.Outcome}
+		}, "is concluded"
+	}
+	if !started && !j.mayHaveKeys() {
+		// Nothing was released to the holder that is left over: it goes, with all that
+		// was made for it, and the job begins again.
+		return func(ctx context.Context) error {
+			if h, err := holder.Attach(ctx, j.runDir, j.id); err == nil {
+				j.holder = h
+			}
+			if err := a.cleanUp(ctx, j); err != nil {
+				return err
+			}
+			j.holder, j.sandbox, j.record, j.at = nil, nil, record{}, ""
+			j.timeline = slices.DeleteFunc(j.timeline, func(s bundle.Step) bool { return !slices.Contains(beforeSandbox, s.Stage) })
+			return a.begin(ctx, j)
+		}, "begins again"
+	}
+	if j.plan.Reseal != nil && len(j.record.Releases) > 0 {
+		work, err := a.adoptReseal(ctx, j)
+		if err != nil {
+			return func(context.Context) error { return err }, "ends"
+		}
+		return work, "goes on"
+	}
+	r, err := a.adopt(ctx, j, started)
+	if err != nil {
+		return func(context.Context) error { return err }, "ends"
+	}
+	return func(ctx context.Context) error { return a.watch(ctx, j, r) }, "goes on"
+}
+
+// beforeSandbox are the stages that nothing of a holder's is bound to.
+var beforeSandbox = []bundle.Stage{bundle.StageJobspec, bundle.StageAdmit, bundle.StageApproval}
+
+// mayHaveKeys reports whether the broker may have released keys to the job.
+func (j *Job) mayHaveKeys() bool {
+	before := []bundle.Stage{bundle.StageJobspec, bundle.StageAdmit, bundle.StageApproval, queueStage, bundle.StageSandbox, bundle.StageCollect, bundle.StageVerify}
+	return len(j.record.Releases) > 0 || !slices.Contains(before, j.at)
 }
 
 // rebuild makes a Job from its row, and says whether it had started.
@@ -73,11 +139,15 @@ func (a *Agent) rebuild(ctx context.Context, row journal.Job) (*Job, bool, error
 		return nil, false, err
 	}
 	j := newJob(row.ID, row.Submitter)
+	j.submitted, j.attempt, j.retryOf, j.notBefore = row.Submitted, row.Attempt, row.RetryOf, row.NotBefore
+	if j.spec, err = jobspec.Parse(row.JobFile); err != nil {
+		return nil, false, err
+	}
 	j.plan, j.canonical, j.digest, j.redacted, j.at = p, row.Plan, plan.Sum(row.Plan), row.JobFile, bundle.Stage(row.Stage)
 	j.runDir = a.jobDir(row.ID)
 	j.feed = newFeed(row.ID, a.Journal)
 	started := false
-	for _, s := range []bundle.Stage{bundle.StageStart, bundle.StageRelease, bundle.StageVerify, bundle.StageCollect, bundle.StageSandbox} {
+	for _, s := range []bundle.Stage{bundle.StageReseal, bundle.StageStart, bundle.StageRelease, bundle.StageVerify, bundle.StageCollect, bundle.StageSandbox} {
 		err := a.Journal.Entry(ctx, row.ID, string(s), &j.record)
 		if errors.Is(err, journal.ErrNotFound) {
 			continue
@@ -93,6 +163,12 @@ func (a *Agent) rebuild(ctx context.Context, row journal.Job) (*Job, bool, error
 	}
 	if err := a.replay(ctx, j); err != nil {
 		return nil, false, err
+	}
+	// The journal has the job before its first events.
+	for i, s := range beforeSandbox[:2] {
+		if len(j.timeline) <= i || j.timeline[i].Stage != s {
+			j.timeline = slices.Insert(j.timeline, i, bundle.Step{Stage: s, StartUnixNano: j.submitted.UnixNano(), Outcome: bundle.StepDone})
+		}
 	}
 	// The journal's entry is the promise that the job had started; the event that
 	// tells of it may have been lost with the agent.
@@ -117,13 +193,16 @@ func (a *Agent) replay(ctx context.Context, j *Job) error {
 		if err := proto.Unmarshal(e.Body, &w); err != nil {
 			return fmt.Errorf("event %d: %w", e.Sequence, err)
 		}
-		if s := w.GetStage(); s != nil && s.GetPhase() != "started" {
+		if s := w.GetStage(); s != nil && (s.GetPhase() == bundle.StepDone || s.GetPhase() == bundle.StepFailed) {
 			j.step(bundle.Step{
 				Stage: bundle.Stage(s.GetStage()), StartUnixNano: w.GetTimeUnixNano() - s.GetDurationNanos(), Nanos: s.GetDurationNanos(), Outcome: s.GetPhase(),
 			})
 		}
 		if c := w.GetCheckpoint(); c != nil {
 			j.seen = max(j.seen, c.GetSequence())
+		}
+		if f := w.GetAlert(); f != nil {
+			j.restoreFinding(f, w.GetTimeUnixNano())
 		}
 		j.feed.events = append(j.feed.events, &w)
 		j.feed.last = w.GetSequence()
@@ -154,21 +233,6 @@ func (a *Agent) attested(j *Job) (*evidence.Envelope, error) {
 	return env, nil
 }
 
-// take gives a job the GPUs that it had.
-func (a *Agent) take(j *Job, gpus []evidence.GPU) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for _, g := range gpus {
-		i := slices.Index(a.free, g.UUID)
-		if i < 0 {
-			return fmt.Errorf("GPU %.80s of the job is gone or another job's", g.UUID)
-		}
-		a.free = slices.Delete(slices.Clone(a.free), i, i+1)
-		j.gpus = append(j.gpus, g.UUID)
-	}
-	return nil
-}
-
 // adopt attaches to what of a job still runs, and takes a slot and the very GPUs
 // whose evidence the job has.
 func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error) {
@@ -186,16 +250,20 @@ func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error
 	if err != nil {
 		return running{}, err
 	}
-	select {
-	case a.slots <- struct{}{}:
-		j.slot = true
-	default:
-		return running{}, errors.New("more jobs are left over than this agent runs")
+	gpus := make([]string, 0, len(env.GPUs))
+	for _, g := range env.GPUs {
+		gpus = append(gpus, g.UUID)
 	}
-	if err := a.take(j, env.GPUs); err != nil {
+	j.place = newPlace(j.id, j.spec.Priority, j.submitted, j.plan.Resources)
+	if err := a.queue.adopt(j.place, gpus); err != nil {
 		return running{}, err
 	}
-	if err := a.setReady(ctx, j); err != nil {
+	j.placed = true
+	if err := a.resumeGPUs(ctx, j); err != nil {
+		return running{}, err
+	}
+	j.watching.adopted = true
+	if err := a.attachEgress(ctx, j); err != nil {
 		return running{}, err
 	}
 	box, err := a.Node.Adopt(ctx, j.id, j.runDir, j.record.Sandbox)

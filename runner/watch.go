@@ -12,19 +12,16 @@ import (
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
-	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/logs"
+	"github.com/coffer-run/coffer/runner/rules"
 	"github.com/coffer-run/coffer/runner/sandbox"
 )
 
 const (
-	// stopGrace is how long a job that must end may take for it.
-	stopGrace = 5 * time.Second
 	// askTimeout is how long a holder may take to show that it is alive.
 	askTimeout = 5 * time.Second
 	// pollWait bounds one wait for log lines or events.
 	pollWait = time.Second
-	// logPace is the least time between two chunks of a log.
-	logPace = 20 * time.Millisecond
 	// maxTrace bounds the trace in a bundle, in bytes of JSON before escapes.
 	maxTrace = 4 << 20
 )
@@ -35,7 +32,8 @@ func (a *Agent) watch(ctx context.Context, j *Job, r running) error {
 	_, err := stage(ctx, a, j, bundle.StageRun, func(ctx context.Context, j *Job) (struct{}, string, error) {
 		ctx, cancel := context.WithDeadlineCause(ctx, j.began().Add(time.Duration(j.plan.Resources.MaxSeconds)*time.Second), errDeadline)
 		defer cancel()
-		a.pump(j) //nolint:contextcheck // the last lines come after the run
+		a.followCheckpoints(j) //nolint:contextcheck // the last checkpoints come after the run
+		a.pump(j)              //nolint:contextcheck // the last lines come after the run
 		code, err := a.wait(ctx, j, r)
 		j.exitCode = code
 		return struct{}{}, fmt.Sprintf("exit code %d", code), err
@@ -57,17 +55,19 @@ func (j *Job) began() time.Time {
 // wait waits for the first of the ways in which a job ends.
 func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 	end := func(reason error) (int, error) {
-		grace := stopGrace
+		grace := j.grace()
 		if stop := (*stopError)(nil); errors.As(reason, &stop) {
 			grace = stop.grace
 		}
 		j.toldNow()
+		a.closeEgress(ctx, j, stopWord(reason))
 		if err := r.box.sandbox.Stop(context.WithoutCancel(ctx), grace); err != nil {
 			return 0, errors.Join(reason, err)
 		}
 		return 0, reason
 	}
 	kill := func(reason error) (int, error) {
+		a.closeEgress(ctx, j, stopWord(reason))
 		return 0, errors.Join(reason, r.box.sandbox.Stop(context.WithoutCancel(ctx), 0))
 	}
 	// The death of the holder shows in several ways, the job's own failure among
@@ -83,31 +83,43 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 		if err != nil && !alive() {
 			err = errHolderLost
 		}
+		if rule := j.settled(ctx); rule != nil {
+			err = rule
+		}
 		return code, err
 	}
-	select {
-	case st := <-r.box.sandbox.Exited():
-		return ended(st)
-	case <-r.box.holder.Lost():
-		// A job whose keeper died may be reading half a file; it gets no grace.
-		return kill(errHolderLost)
-	case <-j.traceLost:
-		if !alive() {
-			return kill(errHolderLost)
-		}
-		// The runtime closes its trace when it ends, so an end comes first.
+	for lost := j.traceLost; ; {
 		select {
 		case st := <-r.box.sandbox.Exited():
 			return ended(st)
-		case <-time.After(2 * time.Second):
-			return kill(errTraceLost)
+		case <-r.box.holder.Lost():
+			// A job whose keeper died may be reading half a file; it gets no grace.
+			return kill(errHolderLost)
+		case <-lost:
+			if !alive() {
+				return kill(errHolderLost)
+			}
+			// The runtime closes its trace when it ends, so an end comes first.
+			select {
+			case st := <-r.box.sandbox.Exited():
+				return ended(st)
+			case <-time.After(2 * time.Second):
+			}
+			if a.Rules.Stops(rules.TraceLost) {
+				return kill(errTraceLost)
+			}
+			lost = nil
+		case <-ctx.Done():
+			cause := context.Cause(ctx)
+			if errors.Is(cause, errShutdown) {
+				return 0, cause
+			}
+			if rule := (*ruleError)(nil); errors.As(cause, &rule) {
+				// Whatever it is up to, it gets no time for more.
+				return kill(cause)
+			}
+			return end(cause)
 		}
-	case <-ctx.Done():
-		cause := context.Cause(ctx)
-		if errors.Is(cause, errShutdown) {
-			return 0, cause
-		}
-		return end(cause)
 	}
 }
 
@@ -128,7 +140,10 @@ func (a *Agent) pump(j *Job) {
 	// The pumps outlive the run: the last lines come after it. Only a shutdown
 	// of the agent, or the holder's end, ends them early.
 	ctx := a.ctx
-	for _, stream := range []string{"stdout", "stderr"} {
+	a.beginWatching(ctx, j)
+	a.followEgress(j)
+	j.feed.keep(a.openLog(ctx, j))
+	for _, stream := range []string{logs.Stdout, logs.Stderr} {
 		j.pumps.Go(func() {
 			if err := a.pumpLog(ctx, j, stream); err != nil && ctx.Err() == nil {
 				a.log.WarnContext(ctx, "follow log", slog.String("job", j.id), slog.String("stream", stream), slog.Any("error", err))
@@ -142,36 +157,6 @@ func (a *Agent) pump(j *Job) {
 			j.loseTrace()
 		}
 	})
-}
-
-func (a *Agent) pumpLog(ctx context.Context, j *Job, stream string) error {
-	c, err := holdapi.Dial(ctx, j.runDir)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	d := &j.logs[0]
-	if stream == "stderr" {
-		d = &j.logs[1]
-	}
-	for {
-		chunk, err := c.Logs(ctx, holdapi.Logs{Stream: stream, Offset: d.bytes, WaitMillis: pollWait.Milliseconds()})
-		if err != nil {
-			return err
-		}
-		if len(chunk.Data) > 0 {
-			a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Log{Log: &agentv1.LogEvent{Stream: stream, Data: chunk.Data, Offset: chunk.Offset}}})
-			d.add(chunk.Data)
-		}
-		if chunk.EOF {
-			return nil
-		}
-		// Lines are passed on as fast as people read, not byte by byte.
-		select {
-		case <-time.After(logPace):
-		case <-j.finished:
-		}
-	}
 }
 
 func (a *Agent) pumpEvents(ctx context.Context, j *Job) error {
@@ -203,12 +188,13 @@ func (a *Agent) pumpEvents(ctx context.Context, j *Job) error {
 }
 
 func (a *Agent) event(ctx context.Context, j *Job, e holdapi.Event) {
+	a.sawEgress(ctx, j, e)
+	a.lookAt(ctx, j, e)
 	if c := e.Checkpoint; c != nil {
+		j.anchors.note(*c)
 		if j.seen < c.Sequence {
 			j.seen = c.Sequence
-			a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Checkpoint{Checkpoint: &agentv1.CheckpointEvent{
-				Sequence: c.Sequence, Name: c.Name, Digest: string(c.Digest), Bytes: c.Bytes,
-			}}})
+			a.tell(ctx, j, checkpointEvent(*c, false))
 			// One row for all commits: when the first was made, and what all took.
 			if j.checkpoints.StartUnixNano == 0 {
 				j.checkpoints = bundle.Step{Stage: bundle.StageCheckpoint, StartUnixNano: e.UnixNano - c.Nanos, Outcome: bundle.StepDone}
@@ -250,7 +236,7 @@ func history(ctx context.Context, c *holdapi.Client) (trace []bundle.Event, comm
 				commits = append(commits, *e.Checkpoint)
 			}
 			size += 160 + len(e.Detail) + len(e.Process) + len(e.Digest)
-			rare := e.Kind != "exec" && e.Kind != "connect" && e.Kind != "ptrace" && e.Kind != bundle.EventInputError
+			rare := e.Kind != "exec" && e.Kind != "open" && e.Kind != "connect" && e.Kind != "ptrace" && e.Kind != bundle.EventInputError
 			if size <= maxTrace || rare {
 				trace = append(trace, bundle.Event{Sequence: e.Sequence, UnixNano: e.UnixNano, Kind: e.Kind, Detail: e.Detail, Process: e.Process, Digest: e.Digest})
 			}
@@ -276,7 +262,9 @@ func (d *logDigest) stream() bundle.Stream {
 func checkpointsOf(commits []holdapi.Checkpoint) []bundle.Checkpoint {
 	out := make([]bundle.Checkpoint, 0, len(commits))
 	for _, c := range commits {
-		out = append(out, bundle.Checkpoint(c))
+		out = append(out, bundle.Checkpoint{
+			Sequence: c.Sequence, Name: c.Name, Digest: c.Digest, Parent: c.Parent, Bytes: c.Bytes, Nanos: c.Nanos, Record: c.Record, Signature: c.Signature,
+		})
 	}
 	return out
 }

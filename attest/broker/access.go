@@ -62,6 +62,7 @@ const (
 	ActionRenew           Action = "Renew"
 	ActionReportStopped   Action = "ReportStopped"
 	ActionCountersign     Action = "CountersignCheckpoint"
+	ActionCommitReseal    Action = "CommitReseal"
 	ActionLogBundle       Action = "LogBundle"
 	ActionEntries         Action = "Entries"
 	// ActionReadLog is to read the entries of every job.
@@ -83,7 +84,7 @@ func Actions() []Action {
 	return []Action{
 		ActionInfo, ActionCreateAsset, ActionReadAsset, ActionUpdateAssetPolicy, ActionCreateGrant, ActionRequestGrant, ActionApproveGrant, ActionConsentGrant,
 		ActionDenyGrant, ActionReadGrant, ActionListGrants, ActionRevoke, ActionRevokeAny, ActionListRevocations, ActionLiftRevocation, ActionRewrapKeys, ActionRelease,
-		ActionRenew, ActionReportStopped, ActionCountersign, ActionLogBundle, ActionEntries, ActionReadLog,
+		ActionRenew, ActionReportStopped, ActionCountersign, ActionCommitReseal, ActionLogBundle, ActionEntries, ActionReadLog,
 	}
 }
 
@@ -111,7 +112,7 @@ func MayEver(role string, a Action) bool {
 		return role == roleOwner || role == roleOperator || role == roleAuditor
 	case ActionRevokeAny, ActionLiftRevocation, ActionRewrapKeys:
 		return role == roleOperator
-	case ActionRelease, ActionRenew, ActionReportStopped, ActionCountersign, ActionLogBundle:
+	case ActionRelease, ActionRenew, ActionReportStopped, ActionCountersign, ActionCommitReseal, ActionLogBundle:
 		return role == roleAgent
 	case ActionReadLog:
 		return role == roleAuditor

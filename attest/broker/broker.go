@@ -159,7 +159,8 @@ type NewAsset struct {
 	Digest plan.Digest
 	// Enc and Ciphertext are the data key, sealed to the broker's owner key with
 	// info receipt.OwnerWrapInfo and the name as associated data. Both are empty
-	// for checkpoints, whose key the broker makes.
+	// for checkpoints, and for what a job is to seal anew (CommitReseal), which has
+	// no digest either: the broker makes their keys.
 	Enc        []byte
 	Ciphertext []byte
 	Labels     Labels
@@ -167,12 +168,24 @@ type NewAsset struct {
 	Policy *Policy
 	// KeyStore is empty for the broker's default.
 	KeyStore string
+	// Signed is the owner's receipt.PolicyStatement of revision 1, which an owner
+	// whose keys the Directory knows must make. Without Policy and Labels it says
+	// them.
+	Signed *Signed
 }
 
 // CreateAsset registers a sealed object of owner.
 func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asset, error) {
 	if !assetForm.MatchString(n.Name) {
 		return Asset{}, fmt.Errorf("%w: asset name %.80q: want lower-case letters, digits, '-' and '.', at most 63", ErrInvalid, n.Name)
+	}
+	if n.Policy == nil && n.Signed != nil {
+		s, err := receipt.ParsePolicyStatement(n.Signed.Document)
+		if err != nil {
+			return Asset{}, fmt.Errorf("%w: asset %s: %w", ErrInvalid, n.Name, err)
+		}
+		p := Policy(s.Policy)
+		n.Policy, n.Labels = &p, Labels(s.Labels)
 	}
 	if n.Policy == nil {
 		p := DefaultPolicy()
@@ -195,6 +208,9 @@ func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asse
 	if err := b.may(ctx, owner, ActionCreateAsset, a.resource()); err != nil {
 		return Asset{}, err
 	}
+	if err := b.sign(ctx, &a, n.Signed); err != nil {
+		return Asset{}, err
+	}
 	var key *DataKey
 	switch n.Kind {
 	case KindCheckpoints:
@@ -203,6 +219,10 @@ func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asse
 		}
 		key = GenerateDataKey()
 	case KindDataset, KindWeights:
+		if a.open() && len(n.Enc) == 0 && len(n.Ciphertext) == 0 {
+			key = GenerateDataKey()
+			break
+		}
 		if _, err := plan.ParseDigest(string(n.Digest)); err != nil {
 			return Asset{}, fmt.Errorf("%w: asset %s: %w", ErrInvalid, n.Name, err)
 		}

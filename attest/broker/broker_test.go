@@ -113,7 +113,7 @@ func TestCreateGrantRefuses(t *testing.T) {
 		"end before its beginning":             {func(n *broker.NewGrant) { n.NotBefore = n.NotAfter }, ""},
 		"too long":                             {func(n *broker.NewGrant) { n.NotAfter = w.clock().Add(broker.MaxGrantDuration + time.Hour) }, ""},
 		"too long from far back":               {func(n *broker.NewGrant) { n.NotBefore = w.clock().Add(-broker.MaxGrantDuration) }, ""},
-		"no releases":                          {func(n *broker.NewGrant) { n.MaxReleases = 0 }, ""},
+		"a plan that is none":                  {func(n *broker.NewGrant) { n.Document = []byte("{}") }, ""},
 		"negative releases":                    {func(n *broker.NewGrant) { n.MaxReleases = -1 }, ""},
 		"too many releases":                    {func(n *broker.NewGrant) { n.MaxReleases = broker.MaxGrantReleases + 1 }, ""},
 		"simulation where the broker has none": {func(n *broker.NewGrant) { n.AllowSimulated = true }, ""},

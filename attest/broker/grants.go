@@ -58,8 +58,11 @@ type NewGrant struct {
 	// NotBefore may be zero, which is now.
 	NotBefore time.Time
 	NotAfter  time.Time
-	// MaxReleases may be 0 in a request, which is 1.
-	MaxReleases    int
+	// MaxReleases may be 0: one release for each attempt that Document allows, or 1
+	// without it.
+	MaxReleases int
+	// Document is the canonical plan, or empty.
+	Document       []byte
 	AllowSimulated bool
 	Principals     []string
 	Purpose        string
@@ -79,20 +82,16 @@ type GrantView struct {
 }
 
 // CreateGrant makes a grant over assets that owner owns, with the owner's
-// consent. It is active at once unless a policy of the assets asks for approvals.
+// consent. It is active at once unless a policy of the assets asks for approvals. The
+// consent of an owner whose keys the Directory knows is a signature: it is given
+// by ConsentGrant.
 func (b *Broker) CreateGrant(ctx context.Context, owner Actor, n NewGrant) (Grant, error) {
-	if n.MaxReleases < 1 {
-		return Grant{}, fmt.Errorf("%w: a grant allows 1 to %d releases", ErrInvalid, MaxGrantReleases)
-	}
 	return b.request(ctx, owner, ActionCreateGrant, n)
 }
 
 // RequestGrant asks for a grant. It lacks the approvals that the policies of the
 // assets ask for, and the owner's consent if one of them asks for none.
 func (b *Broker) RequestGrant(ctx context.Context, requester Actor, n NewGrant) (Grant, error) {
-	if n.MaxReleases == 0 {
-		n.MaxReleases = 1
-	}
 	return b.request(ctx, requester, ActionRequestGrant, n)
 }
 
@@ -100,6 +99,9 @@ func (b *Broker) request(ctx context.Context, who Actor, action Action, n NewGra
 	now := b.now().UTC().Truncate(time.Second)
 	if n.NotBefore.IsZero() {
 		n.NotBefore = now
+	}
+	if err := n.settle(); err != nil {
+		return Grant{}, err
 	}
 	if err := b.checkNew(n, now); err != nil {
 		return Grant{}, err
@@ -125,6 +127,14 @@ func (b *Broker) request(ctx context.Context, who Actor, action Action, n NewGra
 		assets, err := b.assets(ctx, tx, g.Assets)
 		if err != nil {
 			return err
+		}
+		// An owner who signs consents to the terms once they are there.
+		if g.Consented {
+			keys, _, err := b.approver(ctx, who.Name)
+			if err != nil {
+				return err
+			}
+			g.Consented = len(keys) == 0
 		}
 		if err := b.checkRequest(ctx, who, action, &g, assets); err != nil {
 			return err
@@ -157,6 +167,26 @@ func (b *Broker) request(ctx context.Context, who Actor, action Action, n NewGra
 		return Grant{}, err
 	}
 	return g, nil
+}
+
+// settle fills in the number of releases: a release is one recipient key, and each
+// attempt of a job has its own.
+func (n *NewGrant) settle() error {
+	attempts := 1
+	if len(n.Document) > 0 {
+		p, err := plan.Parse(n.Document)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrInvalid, err)
+		}
+		if got := plan.Sum(n.Document); got != n.Plan {
+			return fmt.Errorf("%w: the plan has digest %s, and the grant names %s", ErrInvalid, got, trim(string(n.Plan)))
+		}
+		attempts = p.Attempts()
+	}
+	if n.MaxReleases == 0 {
+		n.MaxReleases = attempts
+	}
+	return nil
 }
 
 func (b *Broker) checkNew(n NewGrant, now time.Time) error {
@@ -244,6 +274,9 @@ func (b *Broker) assets(ctx context.Context, r Reader, names []string) ([]Asset,
 // standing is what a grant lacks, and which approvals count.
 type standing struct {
 	missing []string
+	// unsigned are the policies that their owner should have signed and did not.
+	unsigned []string
+	// counted are the digests of the approvals, and of the owner's consent.
 	counted []plan.Digest
 	// until is when the first approval that counts expires; zero without any.
 	until time.Time
@@ -264,17 +297,41 @@ func (b *Broker) stand(ctx context.Context, r Reader, g Grant, assets []Asset) (
 			rules[rule.Group] = max(rules[rule.Group], rule.Count)
 		}
 	}
-	// Approvals that one asset's policy asks for are no word on another: whoever
-	// asks chooses which assets stand in one grant.
-	if len(plain) > 0 && !g.Consented {
-		s.missing = append(s.missing, "the consent of "+g.Owner+", who owns "+strings.Join(plain, ", "))
+	keys, _, err := b.approver(ctx, g.Owner)
+	if err != nil {
+		return standing{}, err
 	}
-	if len(rules) == 0 {
+	s.unsigned = b.unsigned(assets, g.Owner, keys)
+	if len(rules) == 0 && len(keys) == 0 {
+		if !g.Consented {
+			s.missing = append(s.missing, lacksConsent(g, plain))
+		}
 		return s, nil
 	}
 	approvals, err := r.Approvals(ctx, g.ID)
 	if err != nil {
 		return standing{}, err
+	}
+	// Approvals that one asset's policy asks for are no word on another: whoever
+	// asks chooses which assets stand in one grant. Where the owner's keys are known
+	// the store's word on the consent counts for nothing.
+	if len(plain) > 0 {
+		consented := g.Consented
+		if len(keys) > 0 {
+			consent, expires, err := b.consent(ctx, g, approvals)
+			if err != nil {
+				return standing{}, err
+			}
+			if consented = consent != ""; consented {
+				s.counted, s.until = append(s.counted, consent), expires
+			}
+		}
+		if !consented {
+			s.missing = append(s.missing, lacksConsent(g, plain))
+		}
+	}
+	if len(rules) == 0 {
+		return s, nil
 	}
 	revoked, err := revokedApprovers(ctx, r, g, approvals)
 	if err != nil {
@@ -290,7 +347,7 @@ func (b *Broker) stand(ctx context.Context, r Reader, g Grant, assets []Asset) (
 		if _, gone := revoked[a.Approver]; gone {
 			continue
 		}
-		key, groups, expires, err := b.approve(ctx, g, a)
+		key, groups, expires, err := b.approve(ctx, g, a, receipt.DecisionApprove)
 		if errors.Is(err, ErrUnavailable) {
 			return standing{}, err
 		}
@@ -324,8 +381,12 @@ func (b *Broker) stand(ctx context.Context, r Reader, g Grant, assets []Asset) (
 			s.missing = append(s.missing, text)
 		}
 	}
-	s.counted = slices.Sorted(maps.Keys(used))
+	s.counted = slices.Sorted(slices.Values(append(s.counted, slices.Collect(maps.Keys(used))...)))
 	return s, nil
+}
+
+func lacksConsent(g Grant, assets []string) string {
+	return "the consent of " + g.Owner + ", who owns " + strings.Join(assets, ", ")
 }
 
 // revokedApprovers are the names, among those of approvals, of people who were
@@ -352,10 +413,10 @@ func revokedApprovers(ctx context.Context, r Reader, g Grant, approvals []Stored
 	return out, nil
 }
 
-// approve checks one approval of g from scratch and returns the key that signed
-// it, the groups that its maker is in, and when it expires. Only an error that is
-// ErrUnavailable is worth asking again.
-func (b *Broker) approve(ctx context.Context, g Grant, s StoredApproval) (key ssh.PublicKey, groups []string, expires time.Time, err error) {
+// approve checks one signed decision on g from scratch and returns the key that
+// signed it, the groups that its maker is in, and when it expires. Only an error
+// that is ErrUnavailable is worth asking again.
+func (b *Broker) approve(ctx context.Context, g Grant, s StoredApproval, decision string) (key ssh.PublicKey, groups []string, expires time.Time, err error) {
 	a, err := receipt.ParseApproval(s.Document)
 	if err != nil {
 		return nil, nil, expires, fmt.Errorf("%w: %w", ErrInvalid, err)
@@ -366,13 +427,16 @@ func (b *Broker) approve(ctx context.Context, g Grant, s StoredApproval) (key ss
 	}
 	var l check.List
 	now := b.now()
+	l.Equal("approval.decision", decision, a.Decision, "a signature stands for what it says")
 	l.Equal("approval.broker", b.id, trim(a.Broker), "sign an approval for this broker")
 	l.Equal("approval.grant", g.ID, trim(a.Grant), "sign an approval of this grant")
 	l.Equal("approval.plan", string(g.Plan), string(a.Plan), "an approval is for one plan")
 	l.Equal("approval.assets", strings.Join(g.Assets, ","), trim(strings.Join(a.Assets, ",")), "an approval is for the grant's assets")
 	l.Equal("approval.terms", string(plan.Sum(terms)), string(a.Terms), "sign an approval of the grant as it is")
 	l.Equal("approval.approver", s.Approver, trim(a.Approver), "sign under your own name")
-	if _, requester, _ := strings.Cut(g.Requester, "/"); requester == a.Approver {
+	_, requester, _ := strings.Cut(g.Requester, "/")
+	others := decision == receipt.DecisionApprove
+	if others && requester == a.Approver {
 		l.Fail("approval.own", "an approver who is not the requester", a.Approver, "nobody approves their own request")
 	}
 	if !now.Before(time.Unix(a.Expires, 0)) {
@@ -385,12 +449,12 @@ func (b *Broker) approve(ctx context.Context, g Grant, s StoredApproval) (key ss
 	if err != nil {
 		return nil, nil, expires, err
 	}
-	key, err = b.signatures.verify(s.Signature, s.Document, keys)
+	key, err = b.signatures.verify(s.Signature, s.Document, receipt.ApprovalNamespace, keys)
 	if err != nil {
 		l.Fail("approval.signature", "a signature by a key of "+a.Approver, trim(err.Error()), "sign with a key that the broker knows you by")
 		return nil, nil, expires, check.Refuse("approve", l)
 	}
-	if _, requester, ok := strings.Cut(g.Requester, "/"); ok && requester != a.Approver {
+	if others && requester != a.Approver {
 		own, _, err := b.approver(ctx, requester)
 		if err != nil {
 			return nil, nil, expires, err
@@ -436,7 +500,7 @@ func (b *Broker) ApproveGrant(ctx context.Context, who Actor, id string, documen
 			return err
 		}
 		s := StoredApproval{Grant: g.ID, Approver: who.Name, Document: document, Signature: signature, Digest: plan.Sum(document)}
-		key, groups, _, err := b.approve(ctx, g, s)
+		key, groups, _, err := b.approve(ctx, g, s, receipt.DecisionApprove)
 		if err != nil {
 			return err
 		}
@@ -448,18 +512,11 @@ func (b *Broker) ApproveGrant(ctx context.Context, who Actor, id string, documen
 			l.Fail("approval.group", "an approver in a group that the assets' policies name", fmt.Sprint(groups), "ask a member of such a group")
 			return check.Refuse("approve", l)
 		}
-		old, err := tx.Approvals(ctx, g.ID)
+		added, err := addSigned(ctx, tx, s)
 		if err != nil {
 			return err
 		}
-		if !slices.ContainsFunc(old, func(o StoredApproval) bool { return o.Digest == s.Digest }) {
-			own := slices.DeleteFunc(slices.Clone(old), func(o StoredApproval) bool { return o.Approver != who.Name })
-			if len(own) >= MaxGrantApprovals {
-				return fmt.Errorf("%w: grant %s has %d approvals by %s, which is as many as one may give", ErrTooMany, g.ID, len(own), who.Name)
-			}
-			if err := tx.InsertApproval(ctx, s); err != nil {
-				return err
-			}
+		if added {
 			if _, err := b.log(ctx, tx, translog.Body{Kind: translog.KindApproval, Actor: who.String(), Approval: &translog.Approval{
 				Grant: g.ID, Plan: g.Plan, Approver: who.Name, Document: s.Digest, Key: ssh.FingerprintSHA256(key),
 			}}); err != nil {
@@ -472,9 +529,13 @@ func (b *Broker) ApproveGrant(ctx context.Context, who Actor, id string, documen
 	return v, err
 }
 
-// ConsentGrant is the owner's yes to a request by another. Where the policies ask
-// for approvals it stands for none of them.
-func (b *Broker) ConsentGrant(ctx context.Context, owner Actor, id string) (GrantView, error) {
+// ConsentGrant is the owner's yes to a grant. Where the policies ask for approvals
+// it stands for none of them. An owner whose keys the Directory knows signs it: a
+// receipt.Approval that decides "consent". Others leave signed nil.
+func (b *Broker) ConsentGrant(ctx context.Context, owner Actor, id string, signed *Signed) (GrantView, error) {
+	if err := signed.bounds(); err != nil {
+		return GrantView{}, err
+	}
 	var v GrantView
 	err := b.update(ctx, func(ctx context.Context, tx Tx) error {
 		g, assets, err := b.open(ctx, tx, "consent", id)
@@ -489,12 +550,17 @@ func (b *Broker) ConsentGrant(ctx context.Context, owner Actor, id string) (Gran
 			l.Fail("grant.owner", "a grant over assets of "+owner.Name, "assets of "+g.Owner, "ask "+g.Owner)
 			return check.Refuse("consent", l)
 		}
-		if !g.Consented {
+		entry := translog.Approval{Grant: g.ID, Plan: g.Plan, Approver: owner.Name}
+		added, err := b.decided(ctx, tx, "consent", owner, g, signed, receipt.DecisionConsent, &entry)
+		if err != nil {
+			return err
+		}
+		if !g.Consented || added {
 			g.Consented = true
 			if err := tx.SetGrant(ctx, g); err != nil {
 				return err
 			}
-			if _, err := b.log(ctx, tx, translog.Body{Kind: translog.KindApproval, Actor: owner.String(), Approval: &translog.Approval{Grant: g.ID, Plan: g.Plan, Approver: owner.Name}}); err != nil {
+			if _, err := b.log(ctx, tx, translog.Body{Kind: translog.KindApproval, Actor: owner.String(), Approval: &entry}); err != nil {
 				return err
 			}
 		}
@@ -504,9 +570,40 @@ func (b *Broker) ConsentGrant(ctx context.Context, owner Actor, id string) (Gran
 	return v, err
 }
 
+// decided takes a signed decision of somebody who is not counted by groups, and
+// notes in entry what was signed by which key. Without a signature it refuses
+// those whose keys the directory knows.
+func (b *Broker) decided(ctx context.Context, tx Tx, stage string, who Actor, g Grant, signed *Signed, decision string, entry *translog.Approval) (added bool, err error) {
+	if signed == nil {
+		keys, _, err := b.approver(ctx, who.Name)
+		if err != nil {
+			return false, err
+		}
+		return false, mustSign(stage, who, keys)
+	}
+	s := StoredApproval{Grant: g.ID, Approver: who.Name, Document: signed.Document, Signature: signed.Signature, Digest: plan.Sum(signed.Document)}
+	key, _, _, err := b.approve(ctx, g, s, decision)
+	if err != nil {
+		return false, err
+	}
+	entry.Document, entry.Key = s.Digest, ssh.FingerprintSHA256(key)
+	return addSigned(ctx, tx, s)
+}
+
 // DenyGrant ends a grant that was asked for. Who may approve it or owns the
-// assets may deny it, once and for all.
-func (b *Broker) DenyGrant(ctx context.Context, who Actor, id, reason string) (GrantView, error) {
+// assets may deny it, once and for all. Whose keys the Directory knows signs it: a
+// receipt.Approval that decides "deny" and has the reason. Others leave signed nil.
+func (b *Broker) DenyGrant(ctx context.Context, who Actor, id, reason string, signed *Signed) (GrantView, error) {
+	if err := signed.bounds(); err != nil {
+		return GrantView{}, err
+	}
+	if signed != nil {
+		a, err := receipt.ParseApproval(signed.Document)
+		if err != nil {
+			return GrantView{}, fmt.Errorf("%w: %w", ErrInvalid, err)
+		}
+		reason = a.Reason
+	}
 	if reason == "" || len(reason) > MaxReason {
 		return GrantView{}, fmt.Errorf("%w: a denial has a reason of at most %d bytes", ErrInvalid, MaxReason)
 	}
@@ -539,11 +636,15 @@ func (b *Broker) DenyGrant(ctx context.Context, who Actor, id, reason string) (G
 		if len(l) > 0 {
 			return check.Refuse("deny", l)
 		}
+		var entry translog.Approval
+		if _, err := b.decided(ctx, tx, "deny", who, g, signed, receipt.DecisionDeny, &entry); err != nil {
+			return err
+		}
 		g.Denied, g.Reason, g.EndedBy = b.now().UTC().Truncate(time.Second), reason, who.String()
 		if err := tx.SetGrant(ctx, g); err != nil {
 			return err
 		}
-		if _, err := b.log(ctx, tx, translog.Body{Kind: translog.KindDeny, Actor: who.String(), Deny: &translog.Deny{Grant: g.ID, Reason: reason}}); err != nil {
+		if _, err := b.log(ctx, tx, translog.Body{Kind: translog.KindDeny, Actor: who.String(), Deny: &translog.Deny{Grant: g.ID, Reason: reason, Document: entry.Document, Key: entry.Key}}); err != nil {
 			return err
 		}
 		v, err = b.look(ctx, tx, g, assets)
@@ -588,8 +689,8 @@ func (b *Broker) look(ctx context.Context, r Reader, g Grant, assets []Asset) (G
 	if err != nil {
 		return v, err
 	}
-	v.Missing = s.missing
-	v.State = g.State(b.now(), len(s.missing) > 0)
+	v.Missing = append(s.unsigned, s.missing...)
+	v.State = g.State(b.now(), len(v.Missing) > 0)
 	if v.Terms, err = b.terms(g); err != nil {
 		return v, err
 	}
@@ -681,7 +782,8 @@ func (b *Broker) ListGrants(ctx context.Context, who Actor, f Listing) (out []Gr
 			if err != nil {
 				return err
 			}
-			v := GrantView{Grant: g, State: g.State(b.now(), len(s.missing) > 0), Missing: s.missing}
+			v := GrantView{Grant: g, Missing: append(s.unsigned, s.missing...)}
+			v.State = g.State(b.now(), len(v.Missing) > 0)
 			if f.State == "" || f.State == v.State {
 				out = append(out, v)
 			}
@@ -694,7 +796,7 @@ func (b *Broker) ListGrants(ctx context.Context, who Actor, f Listing) (out []Gr
 	return out, next, nil
 }
 
-// signatures remembers which approvals have a good signature by which key.
+// signatures remembers which documents have a good signature by which key.
 // Whether that key still counts is asked every time.
 type signatures struct {
 	mu   sync.Mutex
@@ -704,16 +806,16 @@ type signatures struct {
 // maxSignatures bounds what is remembered; then all of it is forgotten.
 const maxSignatures = 4096
 
-func (s *signatures) verify(signature, document []byte, keys []ssh.PublicKey) (ssh.PublicKey, error) {
+func (s *signatures) verify(signature, document []byte, namespace string, keys []ssh.PublicKey) (ssh.PublicKey, error) {
 	d := sha512.Sum384(document)
-	id := sha512.Sum384(append(d[:], signature...))
+	id := sha512.Sum384(slices.Concat(d[:], signature, []byte(namespace)))
 	s.mu.Lock()
 	key := s.good[id]
 	s.mu.Unlock()
 	if key != nil && slices.ContainsFunc(keys, func(k ssh.PublicKey) bool { return sshsig.Same(k, key) }) {
 		return key, nil
 	}
-	key, err := sshsig.Verify(signature, document, receipt.ApprovalNamespace, keys)
+	key, err := sshsig.Verify(signature, document, namespace, keys)
 	if err != nil {
 		return nil, err
 	}

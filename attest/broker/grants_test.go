@@ -98,7 +98,7 @@ func (w *world) policy(t testing.TB, asset string, change func(*broker.Policy)) 
 	t.Helper()
 	a := must[broker.Asset](t)(w.ReadAsset(t.Context(), alice, asset))
 	change(&a.Policy)
-	must[broker.Asset](t)(w.UpdateAssetPolicy(t.Context(), alice, asset, a.Policy, a.Labels, a.Revision))
+	must[broker.Asset](t)(w.UpdateAssetPolicy(t.Context(), alice, asset, a.Policy, a.Labels, a.Revision, nil))
 }
 
 func (w *world) requested(t testing.TB, change func(*broker.NewGrant)) broker.Grant {
@@ -236,7 +236,8 @@ func TestApprovalRefused(t *testing.T) {
 		"approver nobody knows":     {who: broker.Actor{Role: "approver", Name: "zoe"}, want: "approval.signature"},
 		"no approver by role":       {who: broker.Actor{Role: "engineer", Name: "ann"}, want: "role"},
 		"no reason":                 {change: func(a *receipt.Approval) { a.Reason = "" }},
-		"another decision":          {change: func(a *receipt.Approval) { a.Decision = "deny" }},
+		"another decision":          {change: func(a *receipt.Approval) { a.Decision = receipt.DecisionDeny }, want: "approval.decision"},
+		"no decision":               {change: func(a *receipt.Approval) { a.Decision = "perhaps" }},
 		"another version":           {change: func(a *receipt.Approval) { a.Version = "coffer.run/approval/v2" }},
 		"expiry before it was made": {change: func(a *receipt.Approval) { a.Expires = a.Time }},
 	} {
@@ -383,13 +384,13 @@ func TestConsent(t *testing.T) {
 	j := newJob(t, w, nil)
 	a, err := j.release(t, w.Broker, g, "weights")
 	wantRefused(t, a, err, "grant.approvals")
-	if _, err := w.ConsentGrant(t.Context(), bob, g.ID); !refusedWith(err, "grant.owner") {
+	if _, err := w.ConsentGrant(t.Context(), bob, g.ID, nil); !refusedWith(err, "grant.owner") {
 		t.Error(err)
 	}
-	if _, err := w.ConsentGrant(t.Context(), broker.Actor{Role: "engineer", Name: "alice"}, g.ID); !refusedWith(err, "role") {
+	if _, err := w.ConsentGrant(t.Context(), broker.Actor{Role: "engineer", Name: "alice"}, g.ID, nil); !refusedWith(err, "role") {
 		t.Error(err)
 	}
-	if v := must[broker.GrantView](t)(w.ConsentGrant(t.Context(), alice, g.ID)); v.State != broker.StateActive {
+	if v := must[broker.GrantView](t)(w.ConsentGrant(t.Context(), alice, g.ID, nil)); v.State != broker.StateActive {
 		t.Errorf("%s", v.State)
 	}
 	must[broker.Answer](t)(j.release(t, w.Broker, g, "weights"))
@@ -412,11 +413,11 @@ func TestConsent(t *testing.T) {
 		a, err = newJob(t, ww, nil).release(t, ww.Broker, both, asset)
 		wantRefused(t, a, err, "grant.approvals")
 	}
-	must[broker.GrantView](t)(ww.ConsentGrant(t.Context(), alice, both.ID))
+	must[broker.GrantView](t)(ww.ConsentGrant(t.Context(), alice, both.ID, nil))
 	must[broker.Answer](t)(newJob(t, ww, nil).release(t, ww.Broker, both, "data"))
 	g = ww.requested(t, nil)
 	ww.approve(t, p, ann, g.ID)
-	must[broker.GrantView](t)(ww.ConsentGrant(t.Context(), alice, g.ID))
+	must[broker.GrantView](t)(ww.ConsentGrant(t.Context(), alice, g.ID, nil))
 	a, err = newJob(t, ww, nil).release(t, ww.Broker, g, "weights")
 	wantRefused(t, a, err, "grant.approvals")
 }
@@ -437,7 +438,7 @@ func TestDeny(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			g := w.requested(t, nil)
 			w.approve(t, p, ben, g.ID)
-			v, err := w.DenyGrant(t.Context(), tc.who, g.ID, tc.reason)
+			v, err := w.DenyGrant(t.Context(), tc.who, g.ID, tc.reason, w.decision(t, p, tc.who, g.ID, receipt.DecisionDeny, tc.reason))
 			if tc.want != "" {
 				if !refusedWith(err, tc.want) {
 					t.Error(err)
@@ -458,10 +459,10 @@ func TestDeny(t *testing.T) {
 	g := w.requested(t, nil)
 	w.approve(t, p, ann, g.ID)
 	w.approve(t, p, ben, g.ID)
-	if _, err := w.DenyGrant(t.Context(), cleo, g.ID, "late"); !refusedWith(err, "grant.state") {
+	if _, err := w.DenyGrant(t.Context(), cleo, g.ID, "late", nil); !refusedWith(err, "grant.state") {
 		t.Errorf("denied an active grant: %v", err)
 	}
-	if _, err := w.DenyGrant(t.Context(), cleo, g.ID, ""); !errors.Is(err, broker.ErrInvalid) {
+	if _, err := w.DenyGrant(t.Context(), cleo, g.ID, "", nil); !errors.Is(err, broker.ErrInvalid) {
 		t.Error(err)
 	}
 }
@@ -629,7 +630,7 @@ func TestRolesBoundEveryPolicy(t *testing.T) {
 			_, err := w.CreateGrant(t.Context(), node, broker.NewGrant{Assets: []string{"data"}, Plan: w.plan, NotAfter: w.clock().Add(time.Hour), MaxReleases: 1})
 			return err
 		},
-		"an agent consents": func() error { _, err := w.ConsentGrant(t.Context(), node, g.ID); return err },
+		"an agent consents": func() error { _, err := w.ConsentGrant(t.Context(), node, g.ID, nil); return err },
 		"an owner approves": func() error { _, err := w.ApproveGrant(t.Context(), alice, g.ID, nil, nil); return err },
 		"a person gets a key": func() error {
 			_, err := w.Release(t.Context(), alice, broker.Ask{Result: j.token, Request: req, Signature: sig})

@@ -130,7 +130,7 @@ func (b *Broker) ReleaseKBS(ctx context.Context, s KBSSession, token, owner stri
 		ReleaseKey: c.key(), ID: newID("release"), Attempt: 1, JobID: c.result.JobID, Plan: c.result.PlanDigest, AssetDigest: v.asset.Digest,
 		Request: c.digest, Enc: []byte{}, Simulated: c.result.Simulated,
 	}
-	if rel.Ciphertext, err = b.encryptKBS(ctx, s.Key, v.asset); err != nil {
+	if rel.Ciphertext, rel.Held, err = b.encryptKBS(ctx, s.Key, v.asset); err != nil {
 		return nil, err
 	}
 	err = b.update(ctx, func(ctx context.Context, tx Tx) error {
@@ -223,7 +223,7 @@ func (b *Broker) weighKBS(ctx context.Context, r Reader, c claim, a Asset, again
 	if err != nil {
 		return verdict{}, err
 	}
-	for _, missing := range s.missing {
+	for _, missing := range append(s.unsigned, s.missing...) {
 		l.Fail("grant.approvals", "a grant with every approval that its assets ask for", "it lacks "+missing, "ask them: coffer grant approve "+g.ID)
 	}
 	results := c.results()
@@ -280,19 +280,19 @@ func (b *Broker) countKBS(ctx context.Context, r Reader, l *check.List, c claim,
 }
 
 // encryptKBS opens the stored data key and encrypts it to k.
-func (b *Broker) encryptKBS(ctx context.Context, k *jose.JSONWebKey, a Asset) ([]byte, error) {
+func (b *Broker) encryptKBS(ctx context.Context, k *jose.JSONWebKey, a Asset) ([]byte, *receipt.Held, error) {
 	e, err := jose.NewEncrypter(jose.A256GCM, jose.Recipient{Algorithm: kbsAlgorithm(k), Key: k.Key}, nil)
 	if err != nil {
-		return nil, fmt.Errorf("%w: tee-pubkey: %w", ErrInvalid, err)
+		return nil, nil, fmt.Errorf("%w: tee-pubkey: %w", ErrInvalid, err)
 	}
-	key, err := b.unwrap(ctx, a)
+	key, held, err := b.unwrap(ctx, a)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer key.Destroy()
 	jwe, err := e.Encrypt(key.Reveal())
 	if err != nil {
-		return nil, fmt.Errorf("encrypt key of asset %s: %w", a.Name, err)
+		return nil, nil, fmt.Errorf("encrypt key of asset %s: %w", a.Name, err)
 	}
-	return []byte(jwe.FullSerialize()), nil
+	return []byte(jwe.FullSerialize()), held, nil
 }

@@ -6,9 +6,12 @@ import (
 	"crypto/cipher"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
+
+	"github.com/coffer-run/coffer/attest/receipt"
 )
 
 // DataKeySize is the size of every data key, in bytes.
@@ -94,6 +97,16 @@ type KeyStore interface {
 	Unwrap(ctx context.Context, wrapped, associated []byte) (*DataKey, error)
 }
 
+// Keeper is a KeyStore that says where it had a key.
+type Keeper interface {
+	KeyStore
+	// UnwrapHeld is Unwrap, and names the store and the version of the key.
+	UnwrapHeld(ctx context.Context, wrapped, associated []byte) (*DataKey, receipt.Held, error)
+}
+
+// ownStore is what a receipt calls the store of a broker's own key-encryption key.
+const ownStore = "broker"
+
 // LocalKeys is a KeyStore over a key-encryption key in memory: AES-256-GCM with
 // random nonces, good for 2^32 keys (NIST SP 800-38D, section 8.3).
 type LocalKeys struct {
@@ -136,6 +149,11 @@ func (l *LocalKeys) Wrap(_ context.Context, key *DataKey, associated []byte) ([]
 	_, _ = rand.Read(nonce) // never fails (crypto/rand)
 	out = append(out, nonce...)
 	return l.aead.Seal(out, nonce, key.b, append(head, associated...)), nil
+}
+
+// held names the one key of the store, by the first 8 bytes of a SHA-256 over it.
+func (l *LocalKeys) held() *receipt.Held {
+	return &receipt.Held{Store: ownStore, Key: hex.EncodeToString(l.id[:])}
 }
 
 // Unwrap decrypts what Wrap made.

@@ -300,13 +300,10 @@ func (b *Broker) CountersignCheckpoint(ctx context.Context, agent Actor, job str
 			return check.Refuse("checkpoint", l)
 		}
 		digest := plan.Sum(record)
-		head, err = tx.CheckpointHead(ctx, job, r.Asset)
-		switch {
-		case errors.Is(err, ErrNotFound):
-			head = Head{JobID: job, Asset: r.Asset}
-		case err != nil:
+		if head, err = headOn(ctx, tx, lease, r.Asset, &l); err != nil {
 			return err
-		case head.Record == digest:
+		}
+		if head.Record == digest {
 			return nil
 		}
 		switch {

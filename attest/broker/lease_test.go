@@ -714,26 +714,28 @@ func TestUpdateAssetPolicyRefuses(t *testing.T) {
 		is     error
 		want   string
 	}{
-		"another owner":           {who: bob, want: "asset.owner"},
-		"an engineer":             {who: erin, want: "role"},
-		"an old revision":         {change: func(_ *broker.Policy, _ *broker.Labels, r *int64) { *r-- }, is: broker.ErrExists},
-		"label in capitals":       {change: func(_ *broker.Policy, l *broker.Labels, _ *int64) { l.Region = "EU" }, is: broker.ErrInvalid},
-		"long label":              {change: func(_ *broker.Policy, l *broker.Labels, _ *int64) { l.Project = strings.Repeat("x", 64) }, is: broker.ErrInvalid},
-		"rule for nobody":         {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Approvals = []broker.Rule{{Count: 1}} }, is: broker.ErrInvalid},
-		"rule of no approval":     {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Approvals = []broker.Rule{{Group: "a"}} }, is: broker.ErrInvalid},
-		"two rules for one group": {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Approvals = []broker.Rule{{"a", 1}, {"a", 2}} }, is: broker.ErrInvalid},
-		"verifier unknown here":   {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Verifiers = []string{"x"} }, is: broker.ErrInvalid},
-		"two of one verifier":     {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Threshold = 2 }, is: broker.ErrInvalid},
-		"negative threshold":      {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Threshold = -1 }, is: broker.ErrInvalid},
-		"unknown KEM":             {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.KEMs = []string{"rsa"} }, is: broker.ErrInvalid},
-		"unknown protocol":        {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Protocols = []string{"ftp"} }, is: broker.ErrInvalid},
-		"unknown claim":           {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Affirming = []string{"luck"} }, is: broker.ErrInvalid},
-		"lease of a second":       {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.LeaseSeconds = 1 }, is: broker.ErrInvalid},
-		"lease of a day":          {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.LeaseSeconds = 86400 }, is: broker.ErrInvalid},
-		"lease without end":       {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.LeaseSeconds = 1 << 62 }, is: broker.ErrInvalid},
-		"grace of a day":          {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.GraceSeconds = 86400 }, is: broker.ErrInvalid},
-		"negative grace":          {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.GraceSeconds = -1 }, is: broker.ErrInvalid},
-		"duration without end":    {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.MaxDurationSeconds = 1 << 62 }, is: broker.ErrInvalid},
+		"another owner":       {who: bob, want: "asset.owner"},
+		"an engineer":         {who: erin, want: "role"},
+		"an old revision":     {change: func(_ *broker.Policy, _ *broker.Labels, r *int64) { *r-- }, is: broker.ErrExists},
+		"label in capitals":   {change: func(_ *broker.Policy, l *broker.Labels, _ *int64) { l.Region = "EU" }, is: broker.ErrInvalid},
+		"long label":          {change: func(_ *broker.Policy, l *broker.Labels, _ *int64) { l.Project = strings.Repeat("x", 64) }, is: broker.ErrInvalid},
+		"rule for nobody":     {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Approvals = []broker.Rule{{Count: 1}} }, is: broker.ErrInvalid},
+		"rule of no approval": {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Approvals = []broker.Rule{{Group: "a"}} }, is: broker.ErrInvalid},
+		"two rules for one group": {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) {
+			p.Approvals = []broker.Rule{{Group: "a", Count: 1}, {Group: "a", Count: 2}}
+		}, is: broker.ErrInvalid},
+		"verifier unknown here": {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Verifiers = []string{"x"} }, is: broker.ErrInvalid},
+		"two of one verifier":   {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Threshold = 2 }, is: broker.ErrInvalid},
+		"negative threshold":    {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Threshold = -1 }, is: broker.ErrInvalid},
+		"unknown KEM":           {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.KEMs = []string{"rsa"} }, is: broker.ErrInvalid},
+		"unknown protocol":      {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Protocols = []string{"ftp"} }, is: broker.ErrInvalid},
+		"unknown claim":         {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.Affirming = []string{"luck"} }, is: broker.ErrInvalid},
+		"lease of a second":     {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.LeaseSeconds = 1 }, is: broker.ErrInvalid},
+		"lease of a day":        {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.LeaseSeconds = 86400 }, is: broker.ErrInvalid},
+		"lease without end":     {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.LeaseSeconds = 1 << 62 }, is: broker.ErrInvalid},
+		"grace of a day":        {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.GraceSeconds = 86400 }, is: broker.ErrInvalid},
+		"negative grace":        {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.GraceSeconds = -1 }, is: broker.ErrInvalid},
+		"duration without end":  {change: func(p *broker.Policy, _ *broker.Labels, _ *int64) { p.MaxDurationSeconds = 1 << 62 }, is: broker.ErrInvalid},
 	} {
 		t.Run(name, func(t *testing.T) {
 			who := alice
@@ -744,7 +746,7 @@ func TestUpdateAssetPolicyRefuses(t *testing.T) {
 			if tc.change != nil {
 				tc.change(&a.Policy, &a.Labels, &a.Revision)
 			}
-			_, err := w.UpdateAssetPolicy(t.Context(), who, "data", a.Policy, a.Labels, a.Revision)
+			_, err := w.UpdateAssetPolicy(t.Context(), who, "data", a.Policy, a.Labels, a.Revision, nil)
 			if tc.is != nil && !errors.Is(err, tc.is) || tc.want != "" && !refusedWith(err, tc.want) || err == nil {
 				t.Errorf("got %v, want %v%s", err, tc.is, tc.want)
 			}

@@ -47,10 +47,7 @@ type Labels struct {
 }
 
 // Rule asks for approvals by Count members of Group.
-type Rule struct {
-	Group string `json:"group"`
-	Count int    `json:"count"`
-}
+type Rule = receipt.Rule
 
 // Policy says under what an asset's key is released. The zero Policy stands for
 // DefaultPolicy.
@@ -78,6 +75,9 @@ type Policy struct {
 	Affirming []string `json:"affirming,omitempty"`
 	// StopAtExpiry stops running jobs when their grant ends.
 	StopAtExpiry bool `json:"stopAtExpiry,omitempty"`
+	// StopAtKeyDisabled stops running jobs when the key-encryption key of the asset
+	// is disabled at its store.
+	StopAtKeyDisabled bool `json:"stopAtKeyDisabled,omitempty"`
 }
 
 // DefaultPolicy is what an asset has that names none.
@@ -235,8 +235,10 @@ func (a Asset) document() ([]byte, error) {
 
 // UpdateAssetPolicy replaces the policy and the labels of an asset of owner. It
 // holds from the next release on, under old grants too. A revision that is not
-// the asset's is ErrExists: someone else changed it.
-func (b *Broker) UpdateAssetPolicy(ctx context.Context, owner Actor, name string, p Policy, labels Labels, revision int64) (Asset, error) {
+// the asset's is ErrExists: someone else changed it. signed is the owner's
+// statement of the next revision, which an owner whose keys the Directory knows
+// must make.
+func (b *Broker) UpdateAssetPolicy(ctx context.Context, owner Actor, name string, p Policy, labels Labels, revision int64, signed *Signed) (Asset, error) {
 	p, err := b.settled(p)
 	if err != nil {
 		return Asset{}, err
@@ -261,6 +263,9 @@ func (b *Broker) UpdateAssetPolicy(ctx context.Context, owner Actor, name string
 			return fmt.Errorf("asset %s: %w: its revision is %d, not %d: read it again", a.Name, ErrExists, a.Revision, revision)
 		}
 		a.Policy, a.Labels, a.Revision = p, labels, a.Revision+1
+		if err := b.sign(ctx, &a, signed); err != nil {
+			return err
+		}
 		doc, err := a.document()
 		if err != nil {
 			return err

@@ -55,6 +55,8 @@ type claim struct {
 	digest    plan.Digest // of the request's bytes
 	recipient plan.Digest
 	image     string
+	// reseal is what the plan reseals, if anything and if it was shown.
+	reseal *plan.Reseal
 	// protocol is ProtocolCoffer or ProtocolKBS.
 	protocol string
 }
@@ -125,7 +127,7 @@ func (b *Broker) Release(ctx context.Context, agent Actor, ask Ask) (Answer, err
 	}
 	// The wrapped key exists before the transaction, so that what commits is
 	// the complete answer.
-	if rel.Enc, rel.Ciphertext, err = b.wrap(ctx, c, v.asset, rel.LeaseSeconds); err != nil {
+	if rel.Enc, rel.Ciphertext, rel.Held, err = b.wrap(ctx, c, v.asset, rel.LeaseSeconds); err != nil {
 		return Answer{}, err
 	}
 	err = b.update(ctx, func(ctx context.Context, tx Tx) error {
@@ -189,7 +191,7 @@ func (b *Broker) authenticate(agent Actor, ask Ask) (claim, error) {
 		case plan.Sum(ask.Plan) != res.PlanDigest:
 			l.Fail("release.plan", string(res.PlanDigest), string(plan.Sum(ask.Plan)), "send the plan that the evidence binds")
 		default:
-			c.image = p.Image
+			c.image, c.reseal = p.Image, p.Reseal
 		}
 	}
 	if len(l.Failed()) > 0 {
@@ -320,6 +322,9 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 	if err != nil {
 		return verdict{}, err
 	}
+	if len(s.unsigned) > 0 {
+		l.Fail("asset.policy-signature", "policies that their owner signed", "it lacks "+strings.Join(s.unsigned, "; "), "ask "+g.Owner+": coffer assets policy NAME --key FILE")
+	}
 	if v.approvals, v.until = s.counted, earlier(s.until, ends(g, v.asset)); len(s.missing) > 0 {
 		l.Fail("grant.approvals", "a grant with every approval that its assets ask for", "it lacks "+strings.Join(s.missing, "; "), "ask them: coffer grant approve "+g.ID)
 	}
@@ -395,6 +400,7 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 		l.Fail("grant.exhausted", "a grant with releases left", fmt.Sprintf("%d of %d used", g.Used, most), "ask the owner for a new grant")
 	}
 	v.asset.Policy.checkResults(&l, c)
+	c.checkOpen(&l, v.asset)
 	if kem := kemOf(c.result.Confirmation.Recipient); kem != nil && !v.asset.Policy.accepts(kem.name) {
 		l.Fail("asset.kem", "a recipient key of "+fmt.Sprint(v.asset.Policy.kems()), kem.name, "the job's holder makes the recipient key: ask the owner which kinds the asset's policy allows")
 	}
@@ -488,29 +494,41 @@ func kemOf(key []byte) *namedKEM {
 
 // unwrap asks the asset's key store for its data key, each time anew. A key that
 // its owner disabled is a refusal: the owner said no, and the store is well.
-func (b *Broker) unwrap(ctx context.Context, a Asset) (*DataKey, error) {
+func (b *Broker) unwrap(ctx context.Context, a Asset) (*DataKey, *receipt.Held, error) {
 	store, ok := b.keys[a.KeyStore]
 	if !ok {
-		return nil, fmt.Errorf("%w: key of asset %s is in key store %q, which is not configured", ErrUnavailable, a.Name, a.KeyStore)
+		return nil, nil, fmt.Errorf("%w: key of asset %s is in key store %q, which is not configured", ErrUnavailable, a.Name, a.KeyStore)
 	}
 	ad, err := a.associated()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	key, err := store.Unwrap(ctx, a.Wrapped, ad)
+	var key *DataKey
+	var held *receipt.Held
+	switch s := store.(type) {
+	case Keeper:
+		var h receipt.Held
+		key, h, err = s.UnwrapHeld(ctx, a.Wrapped, ad)
+		held = &h
+	case *LocalKeys:
+		held = s.held()
+		key, err = s.Unwrap(ctx, a.Wrapped, ad)
+	default:
+		key, err = s.Unwrap(ctx, a.Wrapped, ad)
+	}
 	switch {
 	case errors.Is(err, ErrKeyDisabled):
 		var l check.List
 		l.Fail("asset.key-disabled", "an enabled key-encryption key for asset "+a.Name, "one in "+a.keyStore()+" that its owner disabled or removed", "ask "+a.Owner+", who owns the asset, to have it enabled")
-		return nil, check.Refuse(stage, l)
+		return nil, nil, check.Refuse(stage, l)
 	case err != nil:
-		return nil, fmt.Errorf("%w: key of asset %s: %w", ErrUnavailable, a.Name, err)
+		return nil, nil, fmt.Errorf("%w: key of asset %s: %w", ErrUnavailable, a.Name, err)
 	}
-	return key, nil
+	return key, held, nil
 }
 
 // wrap opens the stored data key and seals it to the recipient key.
-func (b *Broker) wrap(ctx context.Context, c claim, a Asset, leaseSeconds int64) (enc, ciphertext []byte, err error) {
+func (b *Broker) wrap(ctx context.Context, c claim, a Asset, leaseSeconds int64) (enc, ciphertext []byte, held *receipt.Held, err error) {
 	_, kdf, aead := Suite()
 	var pub hpke.PublicKey
 	if kem := kemOf(c.result.Confirmation.Recipient); kem != nil {
@@ -519,15 +537,15 @@ func (b *Broker) wrap(ctx context.Context, c claim, a Asset, leaseSeconds int64)
 	if pub == nil || err != nil {
 		var l check.List
 		l.Fail("release.recipient-key", "an ML-KEM-768+X25519 public key", "another key", "the job's holder makes the recipient key")
-		return nil, nil, check.Refuse(stage, l)
+		return nil, nil, nil, check.Refuse(stage, l)
 	}
 	info, err := receipt.WrapInfo(c.request.Grant, c.result.PlanDigest, c.request.Asset, c.result.ID, b.signer.LeaseTerms(leaseSeconds))
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	key, err := b.unwrap(ctx, a)
+	key, held, err := b.unwrap(ctx, a)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	defer key.Destroy()
 	enc, s, err := hpke.NewSender(pub, kdf, aead, info)
@@ -535,13 +553,13 @@ func (b *Broker) wrap(ctx context.Context, c claim, a Asset, leaseSeconds int64)
 		// X25519 keys of small order are found here (RFC 7748, section 6.1).
 		var l check.List
 		l.Fail("release.recipient-key", "a public key that can be encrypted to", trim(err.Error()), "the job's holder makes the recipient key")
-		return nil, nil, check.Refuse(stage, l)
+		return nil, nil, nil, check.Refuse(stage, l)
 	}
 	ciphertext, err = s.Seal([]byte(a.Name), key.Reveal())
 	if err != nil {
-		return nil, nil, fmt.Errorf("wrap key of asset %s: %w", a.Name, err)
+		return nil, nil, nil, fmt.Errorf("wrap key of asset %s: %w", a.Name, err)
 	}
-	return enc, ciphertext, nil
+	return enc, ciphertext, held, nil
 }
 
 // record spends the grant, the nonce and the result, and writes the log entry
@@ -571,7 +589,7 @@ func (b *Broker) record(ctx context.Context, tx Tx, c claim, v verdict, rel Rele
 	if rel.LeaseSeconds != v.lease.Seconds {
 		return Release{}, fmt.Errorf("%w: the lease of job %s changed meanwhile", ErrUnavailable, rel.JobID)
 	}
-	rel.Approvals = v.approvals
+	rel.Approvals, rel.Policy = v.approvals, v.asset.policyDigest()
 	var more []translog.Result
 	for _, m := range c.more {
 		more = append(more, translog.Result{Verifier: m.verifier, ResultID: m.result.ID, Evidence: m.result.EvidenceDigest})
@@ -595,7 +613,7 @@ func (b *Broker) answer(r Release) (Answer, error) {
 	token, err := b.signer.Sign(receipt.TypeRelease, receipt.Release{
 		Issuer: b.id, ID: r.ID, IssuedAt: r.Time.Unix(), Grant: r.Grant, Attempt: r.Attempt, JobID: r.JobID, Plan: r.Plan, Asset: r.Asset,
 		AssetDigest: r.AssetDigest, ResultID: r.ResultID, WrappedDigest: r.wrapped(), NotAfter: r.NotAfter.Unix(), Simulated: r.Simulated,
-		LeaseSeconds: r.LeaseSeconds, LeaseKey: r.LeaseKey, Approvals: r.Approvals, LogIndex: r.LogIndex, LogHash: r.LogHash,
+		LeaseSeconds: r.LeaseSeconds, LeaseKey: r.LeaseKey, Approvals: r.Approvals, Policy: r.Policy, Held: r.Held, LogIndex: r.LogIndex, LogHash: r.LogHash,
 	})
 	if err != nil {
 		return Answer{}, fmt.Errorf("%w: sign receipt: %w", ErrUnavailable, err)

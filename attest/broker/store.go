@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/translog"
 )
 
@@ -39,7 +40,8 @@ const (
 type Asset struct {
 	Name string
 	Kind Kind
-	// Digest is that of the sealed manifest; empty for checkpoints.
+	// Digest is that of the sealed manifest; empty for checkpoints, and for what a
+	// job is to seal (CommitReseal).
 	Digest  plan.Digest
 	Owner   string
 	Created time.Time
@@ -51,6 +53,9 @@ type Asset struct {
 	Policy   Policy
 	// Revision counts the changes of Labels and Policy, from 1.
 	Revision int64
+	// Statement is the owner's signed receipt.PolicyStatement; empty if nobody
+	// signed.
+	Statement Signed
 }
 
 // Grant lets one plan use assets of one owner, once it has the approvals that
@@ -130,7 +135,8 @@ type GrantFilter struct {
 	Limit int
 }
 
-// StoredApproval is a signed approval of a grant.
+// StoredApproval is a signed decision on a grant: an approval, a consent or a
+// denial.
 type StoredApproval struct {
 	Grant     string
 	Approver  string
@@ -249,8 +255,12 @@ type Release struct {
 	// LeaseKey is the id of the key that signs the job's leases.
 	LeaseKey  string
 	Approvals []plan.Digest
-	LogIndex  uint64
-	LogHash   []byte
+	// Policy is the digest of the signed policy statement, if there was one, and
+	// Held says where the key was.
+	Policy   plan.Digest
+	Held     *receipt.Held
+	LogIndex uint64
+	LogHash  []byte
 }
 
 // Use records which result spent a nonce, and for which recipient key.
@@ -290,6 +300,8 @@ type Reader interface {
 	// Revocations returns at most limit revocations.
 	Revocations(ctx context.Context, limit int) ([]Revocation, error)
 	CheckpointHead(ctx context.Context, job, asset string) (Head, error)
+	// Line returns the line of checkpoints of a plan under an asset.
+	Line(ctx context.Context, p plan.Digest, asset string) (Line, error)
 	// PolicySet returns the set of access policies that was put last.
 	PolicySet(ctx context.Context) (translog.Policy, error)
 	Release(ctx context.Context, k ReleaseKey) (Release, error)
@@ -313,10 +325,14 @@ type Reader interface {
 type Tx interface {
 	Reader
 	InsertAsset(ctx context.Context, a Asset) error
-	// SetAssetPolicy changes Policy, Labels and Revision of the asset a.Name.
+	// SetAssetPolicy changes Policy, Labels, Revision and Statement of the asset
+	// a.Name.
 	SetAssetPolicy(ctx context.Context, a Asset) error
 	// SetAssetKey changes Wrapped and KeyStore of the asset a.Name.
 	SetAssetKey(ctx context.Context, a Asset) error
+	// SetAssetDigest changes Digest and Wrapped of the asset a.Name, whose Digest is
+	// empty; otherwise it is ErrNotFound.
+	SetAssetDigest(ctx context.Context, a Asset) error
 	InsertGrant(ctx context.Context, g Grant) error
 	// SetGrant changes Used, Consented, Revoked, Denied, Reason and EndedBy of
 	// the grant g.ID.
@@ -329,6 +345,8 @@ type Tx interface {
 	DeleteRevocation(ctx context.Context, t Target, scope string) error
 	// PutCheckpointHead makes or replaces the head of h.JobID and h.Asset.
 	PutCheckpointHead(ctx context.Context, h Head) error
+	// PutLine makes or replaces the line of l.Plan and l.Asset.
+	PutLine(ctx context.Context, l Line) error
 	PutPolicySet(ctx context.Context, p translog.Policy) error
 	InsertRelease(ctx context.Context, r Release) error
 	InsertUse(ctx context.Context, u Use) error

@@ -66,6 +66,8 @@ const (
 	Approvals Part = "approvals"
 	// Checkpoints is a JSON list of Checkpoint, in the order of commit.
 	Checkpoints Part = "checkpoints"
+	// ResumePart is a Resume: what the job went on from.
+	ResumePart Part = "resume"
 	// HolderStatus is the holder's last Status.
 	HolderStatus Part = "holder-status"
 	// Trace is a JSON list of Event.
@@ -78,7 +80,7 @@ const (
 
 // Parts lists every part there is.
 func Parts() []Part {
-	return []Part{JobFile, Plan, Sandbox, Evidence, Result, Endorsements, VerifierKeys, BrokerKeys, Releases, Approvals, Checkpoints, HolderStatus, Trace, AgentPart, LogsDigest}
+	return []Part{JobFile, Plan, Sandbox, Evidence, Result, Endorsements, VerifierKeys, BrokerKeys, Releases, Approvals, Checkpoints, ResumePart, HolderStatus, Trace, AgentPart, LogsDigest, EgressPart, AlertsPart, ImageSignaturePart, ResealPart}
 }
 
 // Stage names one step of a job's way.
@@ -103,7 +105,7 @@ const (
 
 // Stages lists every stage in order.
 func Stages() []Stage {
-	return []Stage{StageJobspec, StageAdmit, StageApproval, StageSandbox, StageCollect, StageVerify, StageRelease, StageDecrypt, StageStart, StageRun, StageCheckpoint, StageEvidence}
+	return []Stage{StageJobspec, StageAdmit, StageApproval, StageSandbox, StageCollect, StageVerify, StageRelease, StageDecrypt, StageStart, StageRun, StageCheckpoint, StageReseal, StageEvidence}
 }
 
 // State is how a job ended.

@@ -18,6 +18,8 @@ type Agent struct {
 	Shim    string `json:"shim"`
 	// Submitter is who submitted the job, as the agent authenticated it.
 	Submitter string `json:"submitter"`
+	// Devices are the job's GPUs; absent for a job without.
+	Devices *Devices `json:"devices,omitempty"`
 }
 
 // Logs are the digests of what the job printed, and how much of it.
@@ -42,8 +44,11 @@ type Approved struct {
 	// Rules are those of its assets, as the broker told the agent right after the
 	// release.
 	Rules []ApprovalRule `json:"rules,omitempty"`
-	// Approvals are those that counted.
+	// Approvals are those that counted, and the owner's consent.
 	Approvals []SignedApproval `json:"approvals,omitempty"`
+	// Policies are the policy statements that the receipts name: canonical
+	// receipt.PolicyStatement with their SSHSIG signatures.
+	Policies []SignedApproval `json:"policies,omitempty"`
 }
 
 // ApprovalRule asks for the approvals of Count members of Group before the key of
@@ -54,7 +59,8 @@ type ApprovalRule struct {
 	Count int    `json:"count"`
 }
 
-// SignedApproval is a canonical receipt.Approval with its SSHSIG signature.
+// SignedApproval is a canonical receipt.Approval, or another document, with its
+// SSHSIG signature.
 type SignedApproval struct {
 	Document  []byte `json:"document"`
 	Signature []byte `json:"signature"`
@@ -84,6 +90,23 @@ type Checkpoint struct {
 	Nanos     int64       `json:"nanos"`
 	Record    []byte      `json:"record"`
 	Signature []byte      `json:"signature"`
+	// Anchor is the broker's countersignature (receipt.CheckpointHead). A checkpoint
+	// without is unanchored.
+	Anchor string `json:"anchor,omitempty"`
+}
+
+// Resume is what the job went on from, as its plan says it.
+type Resume struct {
+	// Point is the broker's word (receipt.ResumePoint) where the plan resumes from
+	// the latest.
+	Point string `json:"point,omitempty"`
+	// Record is the record of the checkpoint and Signature the one by SessionKey, of
+	// the job that made it. All are absent where there was none to go on from.
+	Record     []byte `json:"record,omitempty"`
+	Signature  []byte `json:"signature,omitempty"`
+	SessionKey []byte `json:"sessionKey,omitempty"`
+	// Anchor is the countersignature of a checkpoint that the plan names.
+	Anchor string `json:"anchor,omitempty"`
 }
 
 // Event is something the trace or the sealer saw, as the holder reports it.
@@ -105,6 +128,7 @@ const (
 	EventTraceLost      = "trace-lost"
 	EventInputError     = "input-error"
 	EventCheckpoint     = "checkpoint"
+	EventResumed        = "resumed"
 	EventJobKilled      = "job-killed"
 	EventScrubbed       = "scrubbed"
 )

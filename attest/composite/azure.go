@@ -2,6 +2,7 @@ package composite
 
 import (
 	"context"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"time"
@@ -35,6 +36,10 @@ func (s *Statement) azure(ctx context.Context, trust Trust, now time.Time) (cpu,
 	genuine := cpu.Genuine()
 	l := &cpu.Checks
 	l.Pass("hcl.parse", "SEV-SNP report and runtime claims")
+	if s.alone != nil && s.alone.SNPReportData != nil {
+		data := h.ReportData()
+		l.Equal("hcl.report-data", hex.EncodeToString(s.alone.SNPReportData[:]), hex.EncodeToString(data[:]), "these are not the runtime claims that the caller named")
+	}
 	paravisor := genuine && checkParavisor(r.Report.IDKeyDigest, r.Report.VMPL, trust.Anchors, l)
 
 	// What nobody vouches for is handed on as no key at all.
@@ -54,6 +59,8 @@ func (s *Statement) azure(ctx context.Context, trust Trust, now time.Time) (cpu,
 	switch {
 	case !paravisor:
 		l.Fail(id, "a quote by the TPM of a trusted paravisor", "no paravisor that is trusted", "")
+	case s.alone.names(h.ReportData()) && tpm == nil:
+		l.Pass(id, "by the report data that the caller named")
 	case tpm == nil:
 		l.Fail(id, "a quote by the TPM of a trusted paravisor", "none", "the report alone speaks of no job: send the quote too")
 	case !platform.Signs(s.envelope.TPM.AKPublic):

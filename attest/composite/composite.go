@@ -44,6 +44,8 @@ type Trust struct {
 	// Endorsements is where those come from, the CPU's too; with it,
 	// GPUEndorsements is not used. Nil has none but what the evidence carries.
 	Endorsements *endorse.Cache
+	// TPMMemory saves reading a TPM's attestation key again; nil remembers none.
+	TPMMemory *vtpm.Memory
 }
 
 // Statement is an envelope from which follows what every device must speak of.
@@ -52,6 +54,8 @@ type Statement struct {
 	bound    binding.Bound
 	devices  binding.Devices
 	failures map[string]string
+	// alone is what a caller named, where there is no job; nil where there is.
+	alone *Alone
 }
 
 // Open computes the binding of an envelope from its documents and keys. A
@@ -123,6 +127,7 @@ type Appraisal struct {
 
 	failures map[string]string
 	at       time.Time
+	alone    bool
 }
 
 // Devices returns the devices that are there, CPU first.
@@ -148,7 +153,7 @@ func (a *Appraisal) Simulated() bool {
 
 // Appraise holds each device's evidence against the one challenge.
 func (s *Statement) Appraise(ctx context.Context, trust Trust, now time.Time) *Appraisal {
-	a := &Appraisal{failures: s.failures, at: now}
+	a := &Appraisal{failures: s.failures, at: now, alone: s.alone != nil}
 	if e := s.envelope.SNP; e != nil && len(e.HCLReport) > 0 {
 		a.CPU, a.TPM = s.azure(ctx, trust, now)
 	} else {
@@ -166,7 +171,7 @@ func (s *Statement) tpm(trust Trust, platform *vtpm.PlatformKey, now time.Time) 
 	}
 	r := vtpm.Appraise(vtpm.Evidence{
 		AKPublic: t.AKPublic, AKCredential: t.AKCredential, Quote: t.Quote, Signature: t.Signature, PCRs: t.PCRs, EventLog: t.EventLog, TCGLog: t.TCGLog,
-	}, vtpm.Want{ExtraData: s.bound.TPMExtraData(s.devices), CredentialKeys: trust.CredentialKeys, Platform: platform, Anchors: trust.Anchors}, now)
+	}, s.quoteOf(vtpm.Want{CredentialKeys: trust.CredentialKeys, Platform: platform, Anchors: trust.Anchors, Memory: trust.TPMMemory}), now)
 	return &Device{Kind: TPM, Name: "tpm0", Claims: r.Claims, Checks: r.Checks, Simulated: r.Simulated, genuine: true}
 }
 
@@ -175,11 +180,7 @@ func (s *Statement) cpu(ctx context.Context, trust Trust, now time.Time) *Device
 	if e == nil {
 		return nil
 	}
-	var quote, log, firmware []byte
-	if t := s.envelope.TPM; t != nil {
-		quote, log, firmware = t.Quote, t.EventLog, t.TCGLog
-	}
-	d, _ := report(ctx, e.Report, e.Certificates, s.bound.SNPReportData(s.devices, quote, log, firmware), trust, now)
+	d, _ := report(ctx, e.Report, e.Certificates, s.reportData(), trust, now)
 	return d
 }
 
@@ -225,7 +226,7 @@ func (s *Statement) gpus(ctx context.Context, trust Trust, now time.Time) []*Dev
 }
 
 func (s *Statement) gpu(ctx context.Context, i int, g evidence.GPU, trust Trust, now time.Time) *Device {
-	ev, want := nvgpu.Evidence{Report: g.Report, Chain: g.Chain, DriverVersion: g.DriverVersion, VBIOSVersion: g.VBIOSVersion}, nvgpu.Want{Nonce: s.bound.GPUNonce()}
+	ev, want := nvgpu.Evidence{Report: g.Report, Chain: g.Chain, DriverVersion: g.DriverVersion, VBIOSVersion: g.VBIOSVersion}, nvgpu.Want{Nonce: s.gpuNonce()}
 	var r nvgpu.Result
 	if trust.Endorsements != nil {
 		r = trust.Endorsements.AppraiseGPU(ctx, ev, want, trust.Anchors, now)
@@ -270,7 +271,7 @@ func (s *Statement) distinct(a *Appraisal) {
 
 // Evidence returns what a policy looks at.
 func (a *Appraisal) Evidence(wantGPUs int) policy.Evidence {
-	ev := policy.Evidence{WantGPUs: wantGPUs, Failures: a.failures, Now: a.at}
+	ev := policy.Evidence{WantGPUs: wantGPUs, Failures: a.failures, Now: a.at, Alone: a.alone}
 	of := func(d *Device) *policy.Device {
 		if d == nil {
 			return nil

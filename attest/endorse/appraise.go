@@ -144,7 +144,7 @@ func (c *Cache) AppraiseSNP(ctx context.Context, ev snp.Evidence, want snp.Want,
 	}
 	u := c.user()
 	product := report.Product
-	crlErr := u.crl(ctx, product, &ev)
+	crlErr := u.crl(ctx, product, report.Signer, &ev)
 	u.heldChain(product, report.Signer, &ev)
 	res := snp.Appraise(ev, want, anchors, now)
 	if lacksCertificates(res) {
@@ -154,7 +154,7 @@ func (c *Cache) AppraiseSNP(ctx context.Context, ev snp.Evidence, want snp.Want,
 		// Version 2 names no product: the certificates do.
 		p, _ := res.Claims["snp.product"].(string)
 		product = anchor.Product(p)
-		if crlErr = u.crl(ctx, product, &ev); ev.CRL != nil {
+		if crlErr = u.crl(ctx, product, report.Signer, &ev); ev.CRL != nil {
 			res = snp.Appraise(ev, want, anchors, now)
 		}
 	}
@@ -183,11 +183,11 @@ func lacksCertificates(r snp.Result) bool {
 
 // crl puts the revocation list into the evidence. An error means that there is
 // none to rely on.
-func (u *user) crl(ctx context.Context, p anchor.Product, ev *snp.Evidence) error {
+func (u *user) crl(ctx context.Context, p anchor.Product, s snp.Signer, ev *snp.Evidence) error {
 	if p == "" || !u.c.offers(CRL) {
 		return nil
 	}
-	h, err := u.get(ctx, u.c.signedQuestion(CRLKey(p)))
+	h, err := u.get(ctx, u.c.signedQuestion(CRLKey(p, s)))
 	switch {
 	case err == nil:
 		ev.CRL = h.Bytes

@@ -65,7 +65,7 @@ type Store interface {
 	// Newest returns the version issued last.
 	Newest(k Key) (Held, bool)
 	// ByDigest returns the version with that digest.
-	ByDigest(d plan.Digest) (Held, bool)
+	ByDigest(k Key, d plan.Digest) (Held, bool)
 	// Put takes in an item that was got at a time.
 	Put(i Item, checked time.Time) error
 }
@@ -403,7 +403,7 @@ func (u *unusable) Unwrap() error { return u.err }
 // accept makes an item of an answer, if it is one to the question.
 func (c *Cache) accept(ctx context.Context, q question, b []byte, now time.Time) (Item, error) {
 	id := ""
-	if q.Key.Kind == RIM {
+	if q.Key.Kind == RIM || q.Key.Kind == CRL {
 		id = q.Key.ID
 	}
 	i, err := Parse(q.Key.Kind, id, b)

@@ -85,10 +85,10 @@ func inOrder(a, b Item) int {
 }
 
 // ByDigest returns what was used under that digest, if it is still held.
-func (c *Cache) ByDigest(d plan.Digest) (Item, bool) {
+func (c *Cache) ByDigest(k Key, d plan.Digest) (Item, bool) {
 	if c == nil {
 		return Item{}, false
 	}
-	h, ok := c.store.ByDigest(d)
+	h, ok := c.store.ByDigest(k, d)
 	return h.Item, ok
 }

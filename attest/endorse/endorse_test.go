@@ -150,7 +150,7 @@ func TestAllCached(t *testing.T) {
 			kinds := map[endorse.Kind]int{}
 			for _, u := range used {
 				kinds[u.Key.Kind]++
-				if h, ok := w.lib.ByDigest(u.Digest); !ok || h.Key != u.Key {
+				if h, ok := w.lib.ByDigest(u.Key, u.Digest); !ok || h.Key != u.Key {
 					t.Errorf("%s %s is not held", u.Key, u.Digest)
 				}
 			}
@@ -183,7 +183,7 @@ func TestRefused(t *testing.T) {
 		if err != nil {
 			w.Fatal(err)
 		}
-		w.services.Set(endorse.CRLKey(w.v.Chip().Product()), b)
+		w.services.Set(endorse.CRLKey(w.v.Chip().Product(), snp.VCEK), b)
 	}
 	for _, row := range []struct {
 		situation string
@@ -222,9 +222,9 @@ func TestRefused(t *testing.T) {
 			if err != nil {
 				w.Fatal(err)
 			}
-			w.services.Set(endorse.CRLKey(w.v.Chip().Product()), b)
+			w.services.Set(endorse.CRLKey(w.v.Chip().Product(), snp.VCEK), b)
 		}, []string{snp.CheckCRL}, []string{snp.CheckCRL}},
-		{"no list", func(w *world) { w.services.Set(endorse.CRLKey(w.v.Chip().Product()), nil) }, []string{snp.CheckCRL}, []string{snp.CheckCRL}},
+		{"no list", func(w *world) { w.services.Set(endorse.CRLKey(w.v.Chip().Product(), snp.VCEK), nil) }, []string{snp.CheckCRL}, []string{snp.CheckCRL}},
 		{"no manifest of the driver", func(w *world) {
 			w.services.Set(endorse.Key{Kind: endorse.RIM, ID: "NV_GPU_DRIVER_GH100_" + simulate.DefaultDriver}, nil)
 		}, []string{nvgpu.CheckDriverRIM}, []string{nvgpu.CheckDriverRIM}},
@@ -315,7 +315,7 @@ func TestListInTheEvidence(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.services.Set(endorse.CRLKey(w.v.Chip().Product()), b)
+		w.services.Set(endorse.CRLKey(w.v.Chip().Product(), snp.VCEK), b)
 		w.held(start)
 		table(w)
 		w.want(w.cache(endorse.Options{}), snp.CheckCRL)
@@ -367,7 +367,7 @@ func TestOutage(t *testing.T) {
 func TestStaleWhileRevalidate(t *testing.T) {
 	w := newWorld(t)
 	w.held(start.Add(-48 * time.Hour))
-	key := endorse.CRLKey(w.v.Chip().Product())
+	key := endorse.CRLKey(w.v.Chip().Product(), snp.VCEK)
 	newer, err := w.v.CRL(start.Add(-time.Minute))
 	if err != nil {
 		t.Fatal(err)
@@ -396,7 +396,7 @@ func TestOlderAnswerIsNotTaken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	key := endorse.CRLKey(w.v.Chip().Product())
+	key := endorse.CRLKey(w.v.Chip().Product(), snp.VCEK)
 	older := w.services.Answers()[key]
 	revoking, err := w.v.CRL(start.Add(-time.Minute), c.SerialNumber)
 	if err != nil {
@@ -514,7 +514,7 @@ func TestRecognize(t *testing.T) {
 	all := w.services.Answers()
 	rimID := "NV_GPU_DRIVER_GH100_" + simulate.DefaultDriver
 	rim := all[endorse.Key{Kind: endorse.RIM, ID: rimID}]
-	crl := all[endorse.CRLKey(w.v.Chip().Product())]
+	crl := all[endorse.CRLKey(w.v.Chip().Product(), snp.VCEK)]
 	var status []byte
 	for k, b := range all {
 		if k.Kind == endorse.OCSP {
@@ -563,7 +563,7 @@ func TestRecognize(t *testing.T) {
 
 func TestLibraryKeepsVersions(t *testing.T) {
 	w := newWorld(t)
-	key := endorse.CRLKey(w.v.Chip().Product())
+	key := endorse.CRLKey(w.v.Chip().Product(), snp.VCEK)
 	for days := range 70 {
 		b, err := w.v.CRL(start.AddDate(0, 0, days))
 		if err != nil {

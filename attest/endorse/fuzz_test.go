@@ -162,7 +162,7 @@ func BenchmarkWarm(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	crl, _ := lib.Newest(endorse.CRLKey(v.Chip().Product()))
+	crl, _ := lib.Newest(endorse.CRLKey(v.Chip().Product(), snp.VCEK))
 	g := v.GPUs()[0]
 	gr, err := g.Report(nonce, simulate.GPUOptions{})
 	if err != nil {

@@ -104,9 +104,12 @@ func ChainKey(p anchor.Product, s snp.Signer) Key {
 	return Key{Chain, strings.ToLower(s.String()) + "/v1/" + string(p) + "/cert_chain"}
 }
 
-// CRLKey names the revocation list of a product's root key. The same root
-// issues the issuers of VCEKs and VLEKs, and one list is about both.
-func CRLKey(p anchor.Product) Key { return Key{CRL, "vcek/v1/" + string(p) + "/crl"} }
+// CRLKey names the revocation list of a product's root key that is about the
+// issuer of one kind of signing key. AMD publishes a list for each, under the
+// distribution point in that issuer's certificate, though one root signs both.
+func CRLKey(p anchor.Product, s snp.Signer) Key {
+	return Key{CRL, strings.ToLower(s.String()) + "/v1/" + string(p) + "/crl"}
+}
 
 // OCSPKey names the status of a certificate by its CertID (RFC 6960, section
 // 4.1.1): the serial number, and SHA-384 over the issuer's name and key.
@@ -159,8 +162,10 @@ type Item struct {
 // ValidAt reports whether the item's own times include t.
 func (i Item) ValidAt(t time.Time) bool { return !t.Before(i.From) && !t.After(i.Until) }
 
-// Parse reads an endorsement of a kind. The id is needed for manifests alone,
-// which do not hold it; all others say themselves what they are about.
+// Parse reads an endorsement of a kind. The id is needed for manifests, which do
+// not hold it, and for revocation lists about the issuers of VLEKs: without one a
+// list is taken to be about those of VCEKs. All others say themselves what they
+// are about.
 func Parse(k Kind, id string, b []byte) (Item, error) {
 	if limit := k.MaxSize(); limit == 0 {
 		return Item{}, fmt.Errorf("unknown kind of endorsement %.40q", string(k))
@@ -175,7 +180,7 @@ func Parse(k Kind, id string, b []byte) (Item, error) {
 	case Chain:
 		i, err = parseChain(b)
 	case CRL:
-		i, err = parseCRL(b)
+		i, err = parseCRL(id, b)
 	case OCSP:
 		i, err = parseOCSP(b)
 	case RIM:
@@ -284,6 +289,18 @@ func parseChain(b []byte) (Item, error) {
 	return i, nil
 }
 
+// vlekList reads a revocation list that is about the issuers of VLEKs.
+func vlekList(b []byte) (Item, error) {
+	i, err := Parse(CRL, "", b)
+	if err != nil {
+		return Item{}, err
+	}
+	return Parse(CRL, strings.Replace(i.Key.ID, "vcek/", vlekPrefix, 1), b)
+}
+
+// vlekPrefix is how ids begin that are about VLEKs.
+const vlekPrefix = "vlek/"
+
 func rootProduct(cn string) (anchor.Product, error) {
 	p := anchor.Product(strings.TrimPrefix(cn, "ARK-"))
 	if !strings.HasPrefix(cn, "ARK-") || !slices.Contains(anchor.Products(), p) {
@@ -322,7 +339,7 @@ func encodeChain(certs []*x509.Certificate) []byte {
 	return out
 }
 
-func parseCRL(b []byte) (Item, error) {
+func parseCRL(id string, b []byte) (Item, error) {
 	l, err := x509.ParseRevocationList(b)
 	if err != nil {
 		return Item{}, err
@@ -334,7 +351,15 @@ func parseCRL(b []byte) (Item, error) {
 	if l.NextUpdate.IsZero() {
 		return Item{}, errors.New("the list does not say until when it is current")
 	}
-	return Item{Key: CRLKey(p), Bytes: b, From: l.ThisUpdate, Until: l.NextUpdate}, nil
+	k := CRLKey(p, snp.VCEK)
+	switch vlek := CRLKey(p, snp.VLEK); id {
+	case "", k.ID:
+	case vlek.ID:
+		k = vlek
+	default:
+		return Item{}, fmt.Errorf("the list is of %s, which is not %.120q", l.Issuer.CommonName, id)
+	}
+	return Item{Key: k, Bytes: b, From: l.ThisUpdate, Until: l.NextUpdate}, nil
 }
 
 func parseOCSP(b []byte) (Item, error) {

@@ -124,29 +124,34 @@ func (l *Library) All() []Held {
 	return out
 }
 
-// ByDigest returns the item with that digest.
-func (l *Library) ByDigest(d plan.Digest) (Held, bool) {
+// ByDigest returns the version of an endorsement with that digest.
+func (l *Library) ByDigest(k Key, d plan.Digest) (Held, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, all := range l.versions {
-		for _, h := range all {
-			if h.Digest == d {
-				return h, true
-			}
+	for _, h := range l.versions[k] {
+		if h.Digest == d {
+			return h, true
 		}
 	}
 	return Held{}, false
 }
 
 // Path is where an item is kept in a folder: KIND/DIGEST.EXT, for manifests
-// rim/ID/DIGEST.xml. The digest is that of the content, in hex.
+// rim/ID/DIGEST.xml, for revocation lists about the issuers of VLEKs
+// crl/vlek/DIGEST.crl. The digest is that of the content, in hex.
 func Path(i Item) string {
 	name := strings.TrimPrefix(string(i.Digest), "sha384:") + extensions[i.Key.Kind]
 	if i.Key.Kind == RIM {
 		return path.Join(string(RIM), i.Key.ID, name)
 	}
+	if i.Key.Kind == CRL && strings.HasPrefix(i.Key.ID, vlekPrefix) {
+		return path.Join(string(CRL), vlekFolder, name)
+	}
 	return path.Join(string(i.Key.Kind), name)
 }
+
+// vlekFolder is the folder of lists about the issuers of VLEKs.
+const vlekFolder = "vlek"
 
 var extensions = map[Kind]string{VEK: ".crt", Chain: ".pem", CRL: ".crl", OCSP: ".ocsp", RIM: ".xml"}
 
@@ -197,16 +202,22 @@ func read(fsys fs.FS, name string, d fs.DirEntry) (Item, time.Time, error) {
 	}
 	parts := strings.Split(name, "/")
 	k, id := Kind(parts[0]), ""
+	vlek := len(parts) == 3 && k == CRL && parts[1] == vlekFolder
 	if len(parts) == 3 && k == RIM {
 		id = parts[1]
-	} else if len(parts) != 2 {
+	} else if len(parts) != 2 && !vlek {
 		return Item{}, time.Time{}, errors.New("not where endorsements are kept")
 	}
 	b, err := readAll(fsys, name, k.MaxSize())
 	if err != nil {
 		return Item{}, time.Time{}, err
 	}
-	i, err := Parse(k, id, b)
+	var i Item
+	if vlek {
+		i, err = vlekList(b)
+	} else {
+		i, err = Parse(k, id, b)
+	}
 	if err != nil {
 		return Item{}, time.Time{}, err
 	}

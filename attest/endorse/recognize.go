@@ -21,8 +21,9 @@ const MaxFile = 1 << 20
 // Recognize finds the endorsements in a file as vendors, tools and people hand
 // them out: certificates, chains and revocation lists in DER or PEM, OCSP
 // answers, manifests in XML or in the JSON of NVIDIA's service. The name matters
-// for manifests in XML alone, whose id it must be. Anything else in the file is
-// an error.
+// for manifests in XML, whose id it must be, and for revocation lists: one is about
+// the issuers of VLEKs if its path has the word, as at AMD's service
+// ("vlek/v1/Milan/crl"). Anything else in the file is an error.
 func Recognize(name string, b []byte) ([]Item, error) {
 	if len(b) > MaxFile {
 		return nil, fmt.Errorf("more than %d bytes", MaxFile)
@@ -42,9 +43,17 @@ func Recognize(name string, b []byte) ([]Item, error) {
 	case trimmed[0] == '<':
 		return one(Parse(RIM, manifestID(name), b))
 	case bytes.HasPrefix(trimmed, []byte("-----BEGIN ")):
-		return recognizePEM(trimmed)
+		return recognizePEM(name, trimmed)
 	}
-	return recognizeDER(b)
+	return recognizeDER(name, b)
+}
+
+// list reads a revocation list from a file of that name.
+func list(name string, b []byte) (Item, error) {
+	if strings.Contains(strings.ToLower(name), "vlek") {
+		return vlekList(b)
+	}
+	return Parse(CRL, "", b)
 }
 
 func one(i Item, err error) ([]Item, error) {
@@ -83,7 +92,7 @@ func UnwrapRIM(b []byte) (id string, xml []byte, err error) {
 	return answer.ID, xml, nil
 }
 
-func recognizePEM(b []byte) ([]Item, error) {
+func recognizePEM(name string, b []byte) ([]Item, error) {
 	var out []Item
 	var certs []*x509.Certificate
 	for rest := b; len(bytes.TrimSpace(rest)) > 0; {
@@ -99,7 +108,7 @@ func recognizePEM(b []byte) ([]Item, error) {
 			}
 			certs = append(certs, c)
 		case "X509 CRL":
-			i, err := Parse(CRL, "", block.Bytes)
+			i, err := list(name, block.Bytes)
 			if err != nil {
 				return nil, err
 			}
@@ -133,12 +142,12 @@ func recognizePEM(b []byte) ([]Item, error) {
 	return out, nil
 }
 
-func recognizeDER(b []byte) ([]Item, error) {
+func recognizeDER(name string, b []byte) ([]Item, error) {
 	if _, err := x509.ParseCertificate(b); err == nil {
 		return one(Parse(VEK, "", b))
 	}
 	if _, err := x509.ParseRevocationList(b); err == nil {
-		return one(Parse(CRL, "", b))
+		return one(list(name, b))
 	}
 	if _, err := ocsp.ParseResponse(b, nil); err == nil {
 		return one(Parse(OCSP, "", b))

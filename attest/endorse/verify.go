@@ -73,9 +73,9 @@ func verifyStatus(i Item, cert, issuer *x509.Certificate) error {
 
 // Verify checks an item as far as that can be done without the device that it
 // is about: signatures of AMD's up to the pinned root, by chains that lookup
-// finds, and of manifests up to theirs. Answers about certificates are verified
-// by attest/nvgpu, which knows the issuer.
-func Verify(i Item, lookup func(Key) (Item, bool), anchors anchor.Set) error {
+// finds, of manifests up to theirs, and of answers about certificates by one of
+// the issuers. An item whose issuer is not known is an error.
+func Verify(i Item, lookup func(Key) (Item, bool), issuers *Issuers, anchors anchor.Set) error {
 	switch i.Key.Kind {
 	case Chain:
 		return verifyChain(i, anchors)
@@ -83,7 +83,7 @@ func Verify(i Item, lookup func(Key) (Item, bool), anchors anchor.Set) error {
 		chain, ok := lookup(chainKeyFor(i.Key))
 		if !ok && i.Key.Kind == CRL {
 			// The issuers of both kinds of signing key have one root.
-			chain, ok = lookup(Key{Chain, strings.Replace(chainKeyFor(i.Key).ID, "vcek", "vlek", 1)})
+			chain, ok = lookup(Key{Chain, strings.NewReplacer("vcek", "vlek", "vlek", "vcek").Replace(chainKeyFor(i.Key).ID)})
 		}
 		if !ok {
 			return fmt.Errorf("%w: there is no %s", errNoChain, chainKeyFor(i.Key))
@@ -95,7 +95,7 @@ func Verify(i Item, lookup func(Key) (Item, bool), anchors anchor.Set) error {
 	case RIM:
 		return nvgpu.VerifyRIM(i.Bytes, anchors)
 	case OCSP:
-		return nil
+		return issuers.verify(i)
 	}
 	return fmt.Errorf("unknown kind of endorsement %.40q", string(i.Key.Kind))
 }

@@ -112,11 +112,20 @@ func Parse(b []byte) (*Envelope, error) {
 	if e.Version != Version {
 		return nil, fmt.Errorf("parse evidence: version %.40q: want %q", e.Version, Version)
 	}
+	if err := e.Bounded(); err != nil {
+		return nil, fmt.Errorf("parse evidence: %w", err)
+	}
+	return &e, nil
+}
+
+// Bounded checks the sizes and counts of everything in an envelope but plan and
+// sandbox, as Parse does, where the parts came by another way.
+func (e *Envelope) Bounded() error {
 	if len(e.GPUs) > MaxGPUs {
-		return nil, fmt.Errorf("parse evidence: %d GPUs, at most %d are allowed", len(e.GPUs), MaxGPUs)
+		return fmt.Errorf("%d GPUs, at most %d are allowed", len(e.GPUs), MaxGPUs)
 	}
 	if len(e.Failures) > MaxGPUs+2 {
-		return nil, errors.New("parse evidence: too many failures")
+		return errors.New("too many failures")
 	}
 	parts := map[string]int{
 		"verifier": len(e.VerifierID), "nonce": len(e.Nonce), "job": len(e.JobID),
@@ -127,18 +136,18 @@ func Parse(b []byte) (*Envelope, error) {
 		parts["tpm quote"], parts["tpm signature"], parts["tpm event log"] = len(t.Quote), len(t.Signature), len(t.EventLog)
 		parts["tpm firmware log"] = len(t.TCGLog)
 		if len(t.PCRs) > 24 {
-			return nil, fmt.Errorf("parse evidence: %d PCRs, a bank has 24", len(t.PCRs))
+			return fmt.Errorf("%d PCRs, a bank has 24", len(t.PCRs))
 		}
 		for i, v := range t.PCRs {
 			if i < 0 || i > 23 || len(v) != 32 {
-				return nil, fmt.Errorf("parse evidence: PCR %d with %d bytes: want 0 to 23 with 32", i, len(v))
+				return fmt.Errorf("PCR %d with %d bytes: want 0 to 23 with 32", i, len(v))
 			}
 		}
 	}
 	if s := e.SNP; s != nil {
 		parts["snp report"], parts["snp certificates"], parts["snp hcl report"] = len(s.Report), len(s.Certificates), len(s.HCLReport)
 		if len(s.Report) > 0 && len(s.HCLReport) > 0 {
-			return nil, errors.New("parse evidence: two SEV-SNP reports")
+			return errors.New("two SEV-SNP reports")
 		}
 	}
 	for i, g := range e.GPUs {
@@ -147,10 +156,10 @@ func Parse(b []byte) (*Envelope, error) {
 	}
 	for name, n := range parts {
 		if n > MaxPart {
-			return nil, fmt.Errorf("parse evidence: %s has %d bytes, at most %d are allowed", name, n, MaxPart)
+			return fmt.Errorf("%s has %d bytes, at most %d are allowed", name, n, MaxPart)
 		}
 	}
-	return &e, nil
+	return nil
 }
 
 // Challenge returns what this evidence claims to speak of. The digests are

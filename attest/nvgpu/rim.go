@@ -55,18 +55,8 @@ type rimFormError struct{ error }
 // checked: the certificates' times and status, and what the manifest is of;
 // appraisal checks those.
 func VerifyRIM(b []byte, anchors anchor.Set) error {
-	m, err := parseRIM(b)
-	var form rimFormError
-	switch {
-	case errors.As(err, &form):
-		return fmt.Errorf("manifest is not in its form: %w", err)
-	case err != nil:
-		return fmt.Errorf("manifest's signature does not hold: %w", err)
-	}
-	if err := checkRIMChain(m.chain, anchors); err != nil {
-		return fmt.Errorf("manifest's signer is not trusted: %w", err)
-	}
-	return nil
+	_, err := RIMChain(b, anchors)
+	return err
 }
 
 // parseRIM reads a manifest and verifies its signature. The values are read

@@ -11,8 +11,7 @@ import (
 	"fmt"
 	"io"
 	"regexp"
-
-	"github.com/gowebpki/jcs"
+	"strings"
 )
 
 // Version is the only plan version there is.
@@ -24,11 +23,9 @@ const MaxSize = 256 << 10
 // Digest is "sha384:" and 96 lower-case hex digits.
 type Digest string
 
-var digestForm = regexp.MustCompile(`^sha384:[0-9a-f]{96}$`)
-
 // ParseDigest checks the form of a digest.
 func ParseDigest(s string) (Digest, error) {
-	if !digestForm.MatchString(s) {
+	if Digest(s).Bytes() == nil {
 		return "", fmt.Errorf("digest %.120q: want sha384: and 96 lower-case hex digits", s)
 	}
 	return Digest(s), nil
@@ -42,10 +39,11 @@ func Sum(b []byte) Digest {
 
 // Bytes returns the 48 bytes of a well-formed digest, and nil for any other.
 func (d Digest) Bytes() []byte {
-	if !digestForm.MatchString(string(d)) {
+	digits, ok := strings.CutPrefix(string(d), "sha384:")
+	if !ok || len(digits) != 2*sha512.Size384 || strings.ContainsAny(digits, "ABCDEF") {
 		return nil
 	}
-	b, err := hex.DecodeString(string(d[len("sha384:"):]))
+	b, err := hex.DecodeString(digits)
 	if err != nil {
 		return nil
 	}
@@ -57,16 +55,21 @@ func (d Digest) Bytes() []byte {
 type Plan struct {
 	Version string `json:"version"`
 	Name    string `json:"name"`
-	// Image is the digest of the OCI image manifest, "sha256:<hex>".
-	Image       string       `json:"image"`
-	Command     []string     `json:"command"`
+	// Image is the digest of the OCI image manifest, "sha256:<hex>". It and Command
+	// are absent where the job reseals.
+	Image       string       `json:"image,omitempty"`
+	Command     []string     `json:"command,omitempty"`
 	Env         []Env        `json:"env,omitempty"`
 	Inputs      []Input      `json:"inputs"`
 	Checkpoints *Checkpoints `json:"checkpoints,omitempty"`
+	// Reseal is there for a job without a container.
+	Reseal *Reseal `json:"reseal,omitempty"`
 	// Egress lists allowed destinations. Empty means no network device at all.
-	Egress    []string  `json:"egress,omitempty"`
+	Egress    []Egress  `json:"egress,omitempty"`
 	Output    Output    `json:"output"`
 	Resources Resources `json:"resources"`
+	// Retry is absent where the job is tried once.
+	Retry *Retry `json:"retry,omitempty"`
 	// Policy is the attestation policy by which evidence is appraised.
 	Policy Policy `json:"policy"`
 	// SandboxProfile is the digest of the rules from which the sandbox is made:
@@ -93,11 +96,23 @@ type Input struct {
 type Checkpoints struct {
 	Asset string `json:"asset"`
 	Mount string `json:"mount"`
+	// Resume is ResumeLatest, or the digest of the one checkpoint that the job goes
+	// on from. Absent if it goes on from none.
+	Resume string `json:"resume,omitempty"`
 }
 
 // Output bounds what the job may say to people, in bytes.
 type Output struct {
 	LogBytes int64 `json:"logBytes"`
+	// LogBytesPerSecond is DefaultLogBytesPerSecond if absent.
+	LogBytesPerSecond int64 `json:"logBytesPerSecond,omitempty"`
+	// EgressBytes and EgressBytesPerSecond bound what the job sends to all
+	// destinations together. Absent if there are none.
+	EgressBytes          int64 `json:"egressBytes,omitempty"`
+	EgressBytesPerSecond int64 `json:"egressBytesPerSecond,omitempty"`
+	// EgressEvents is how many different refused connections are told by the name
+	// that the job asked for. The job chooses the names, so they are output too.
+	EgressEvents int64 `json:"egressEvents,omitempty"`
 }
 
 // Resources are limits, not requests.
@@ -109,6 +124,9 @@ type Resources struct {
 	GPUs        int   `json:"gpus"`
 	// MaxSeconds ends a job that runs longer.
 	MaxSeconds int64 `json:"maxSeconds"`
+	// StopSeconds is how long a job that is told to end may take for it, with its
+	// keys, for a last checkpoint; DefaultStopSeconds if absent.
+	StopSeconds int64 `json:"stopSeconds,omitempty"`
 }
 
 // Policy names an attestation policy and pins its content.
@@ -160,9 +178,9 @@ func (p Plan) validate() error {
 		return fmt.Errorf("plan version %.40q: want %q", p.Version, Version)
 	case p.Name == "":
 		return errors.New("plan has no name")
-	case !imageForm.MatchString(p.Image):
+	case p.Reseal == nil && !imageForm.MatchString(p.Image):
 		return fmt.Errorf("plan image %.100q: want sha256: and 64 lower-case hex digits", p.Image)
-	case len(p.Command) == 0:
+	case p.Reseal == nil && len(p.Command) == 0:
 		return errors.New("plan has no command")
 	case p.Policy.Name == "" || p.Policy.Digest.Bytes() == nil:
 		return errors.New("plan names no attestation policy by digest")
@@ -172,6 +190,9 @@ func (p Plan) validate() error {
 		return errors.New("plan resources must be positive")
 	case p.Output.LogBytes <= 0:
 		return errors.New("plan bounds no output")
+	}
+	if err := errors.Join(p.Output.validate(), p.Resources.validate(), p.Retry.validate(), p.validateEgress(), p.validateReseal()); err != nil {
+		return err
 	}
 	for _, in := range p.Inputs {
 		if in.Name == "" || in.Asset == "" || in.Mount == "" || in.Digest.Bytes() == nil {
@@ -183,10 +204,7 @@ func (p Plan) validate() error {
 			return fmt.Errorf("plan environment variable %.80q is incomplete", e.Name)
 		}
 	}
-	if c := p.Checkpoints; c != nil && (c.Asset == "" || c.Mount == "") {
-		return errors.New("plan checkpoints are incomplete")
-	}
-	return nil
+	return p.Checkpoints.validate()
 }
 
 // Canonical encodes v as JSON in the form of RFC 8785.
@@ -195,11 +213,10 @@ func Canonical(v any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode: %w", err)
 	}
-	c, err := jcs.Transform(b)
-	if err != nil {
+	if b, err = canonical(b); err != nil {
 		return nil, fmt.Errorf("canonicalize: %w", err)
 	}
-	return c, nil
+	return b, nil
 }
 
 // Decode reads one JSON value of at most limit bytes into v. Unknown fields,

@@ -27,13 +27,23 @@ type Profile struct {
 	Trace Digest `json:"trace"`
 	// Rules names the version of the specification builder's allow-list.
 	Rules string `json:"rules"`
-	// ImageStore says where image content lies: "tmpfs", "disk", ...
+	// ImageStore says where image content lies: ImageStoreTmpfs or ImageStoreDisk.
 	ImageStore string `json:"imageStore"`
+	// Egress is absent on a node that offers no network.
+	Egress *EgressProfile `json:"egress,omitempty"`
+	// RuleSet is the digest of the rules that the job's trace is held against
+	// (docs/watching.md). Absent on a node without rules.
+	RuleSet Digest `json:"ruleSet,omitempty"`
+	// GPU is absent on a node that gives sandboxes no GPU device.
+	GPU *GPUProfile `json:"gpu,omitempty"`
+	// ImageSigners is who must have signed the images that run here. Absent on a node
+	// that runs images which nobody signed.
+	ImageSigners *ImageSigners `json:"imageSigners,omitempty"`
 }
 
 // Digest returns the SHA-384 of the canonical profile.
 func (p Profile) Digest() (Digest, error) {
-	if p.Version != SandboxVersion || p.ShimDigest.Bytes() == nil || p.RuntimeDigest.Bytes() == nil || p.Trace.Bytes() == nil {
+	if !p.none() && (p.Version != SandboxVersion || p.ShimDigest.Bytes() == nil || p.RuntimeDigest.Bytes() == nil || p.Trace.Bytes() == nil) {
 		return "", errors.New("sandbox profile is incomplete")
 	}
 	b, err := Canonical(p)
@@ -50,6 +60,9 @@ type Sandbox struct {
 	JobID   string  `json:"jobId"`
 	Image   string  `json:"image"`
 	Profile Profile `json:"profile"`
+	// ImageSignature is the digest of the image's signature (attest/bundle, part
+	// image-signature). It is there if and only if the profile names signers.
+	ImageSignature Digest `json:"imageSignature,omitempty"`
 	// Wrapper is the exact command line prefix with which the shim runs the
 	// runtime for this job.
 	Wrapper []string `json:"wrapper"`
@@ -75,6 +88,9 @@ func ParseSandbox(b []byte) (Sandbox, error) {
 	}
 	if s.Version != SandboxVersion {
 		return Sandbox{}, fmt.Errorf("parse sandbox: version %.40q: want %q", s.Version, SandboxVersion)
+	}
+	if err := errors.Join(s.validateNone(), s.validateImage()); err != nil {
+		return Sandbox{}, fmt.Errorf("parse sandbox: %w", err)
 	}
 	return s, nil
 }

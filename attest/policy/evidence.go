@@ -25,6 +25,10 @@ type Evidence struct {
 	WantGPUs int
 	// Failures say by source ("snp", "tpm", "gpu") what could not be collected.
 	Failures map[string]string
+	// Alone says that the devices are of no job: each is held against the
+	// document by itself. Which of them there must be, and how many GPUs, is then
+	// not asked; a decision on them is none on a job.
+	Alone bool
 	// Now is the time of the appraisal. Without it, rules and reference values
 	// that need a time refuse.
 	Now time.Time

@@ -52,6 +52,9 @@ type Policy struct {
 	SNP *SNP `json:"snp"`
 	TPM *TPM `json:"tpm,omitempty"`
 	GPU *GPU `json:"gpu,omitempty"`
+	// Sandbox is how the job's sandbox must be. Without it any is acceptable that
+	// the plan names.
+	Sandbox *Sandbox `json:"sandbox,omitempty"`
 	// Sources sign reference values that hold besides those listed here: they
 	// narrow what is acceptable and never widen it. With a source, evidence is
 	// refused while none of its files is valid.
@@ -282,6 +285,11 @@ func (p Policy) validate() error {
 	if p.GPU != nil {
 		if err := p.GPU.validate(); err != nil {
 			return fmt.Errorf("policy %s: gpu: %w", p.Name, err)
+		}
+	}
+	if p.Sandbox != nil {
+		if err := p.Sandbox.validate(); err != nil {
+			return fmt.Errorf("policy %s: sandbox: %w", p.Name, err)
 		}
 	}
 	if err := p.validateRules(); err != nil {

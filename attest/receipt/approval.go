@@ -16,8 +16,12 @@ const (
 	// ApprovalNamespace is the SSHSIG namespace of approvals: a signature made for
 	// anything else is none here.
 	ApprovalNamespace = "coffer-approval@coffer.run"
-	// DecisionApprove is the only decision that is signed: denying takes no key.
+	// DecisionApprove counts for the rules of the assets' policies, DecisionConsent
+	// is the yes of the assets' owner, and DecisionDeny ends a request. None stands
+	// for another.
 	DecisionApprove = "approve"
+	DecisionConsent = "consent"
+	DecisionDeny    = "deny"
 	// MaxApproval bounds an encoded approval, in bytes.
 	MaxApproval = 16 << 10
 	// MaxApprovalText bounds the reason and the ticket of an approval, in bytes each.
@@ -53,8 +57,8 @@ func (t GrantTerms) Canonical() ([]byte, error) {
 	return plan.Canonical(t)
 }
 
-// Approval is what an approver signs: yes to one grant, as it stands. The
-// signature is an SSHSIG over the canonical form in ApprovalNamespace.
+// Approval is what an approver or an owner signs: a decision on one grant, as it
+// stands. The signature is an SSHSIG over the canonical form in ApprovalNamespace.
 type Approval struct {
 	Version string      `json:"version"`
 	Broker  string      `json:"broker"`
@@ -80,8 +84,8 @@ func (a Approval) Canonical() ([]byte, error) {
 		return nil, fmt.Errorf("approval version %.40q: want %q", a.Version, ApprovalVersion)
 	case a.Broker == "" || a.Grant == "" || a.Plan.Bytes() == nil || len(a.Assets) == 0 || a.Terms.Bytes() == nil || a.Approver == "":
 		return nil, errors.New("approval is incomplete")
-	case a.Decision != DecisionApprove:
-		return nil, fmt.Errorf("approval decides %.40q: want %q", a.Decision, DecisionApprove)
+	case a.Decision != DecisionApprove && a.Decision != DecisionConsent && a.Decision != DecisionDeny:
+		return nil, fmt.Errorf("approval decides %.40q: want %q, %q or %q", a.Decision, DecisionApprove, DecisionConsent, DecisionDeny)
 	case a.Reason == "" || len(a.Reason) > MaxApprovalText || len(a.Ticket) > MaxApprovalText:
 		return nil, fmt.Errorf("approval has a reason, and reason and ticket have at most %d bytes", MaxApprovalText)
 	case a.Time <= 0 || a.Expires <= a.Time:
@@ -91,7 +95,7 @@ func (a Approval) Canonical() ([]byte, error) {
 }
 
 // ParseApproval reads an approval. Only the canonical form is one. Who signed it
-// is not checked here.
+// and what it decides is not checked here.
 func ParseApproval(b []byte) (Approval, error) {
 	var a Approval
 	if err := plan.Decode(b, MaxApproval, &a); err != nil {

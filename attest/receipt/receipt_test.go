@@ -33,7 +33,7 @@ type lab struct {
 	now     time.Time
 }
 
-func newKey(t *testing.T, c elliptic.Curve) *ecdsa.PrivateKey {
+func newKey(t testing.TB, c elliptic.Curve) *ecdsa.PrivateKey {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(c, rand.Reader)
 	if err != nil {
@@ -42,7 +42,7 @@ func newKey(t *testing.T, c elliptic.Curve) *ecdsa.PrivateKey {
 	return k
 }
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	t.Helper()
 	l := &lab{key: newKey(t, elliptic.P384()), session: newKey(t, elliptic.P256()), now: time.Unix(1_800_000_000, 0)}
 	var err error

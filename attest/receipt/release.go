@@ -121,8 +121,13 @@ type Release struct {
 	LeaseSeconds int64 `json:"leaseSeconds"`
 	// LeaseKey is the id of the key that signs the job's leases (LeaseTerms).
 	LeaseKey string `json:"leaseKey"`
-	// Approvals are the digests of the signed approvals that counted.
+	// Approvals are the digests of the signed approvals and consents that counted.
 	Approvals []plan.Digest `json:"approvals,omitempty"`
+	// Policy is the digest of the asset's policy statement, which its owner signed;
+	// empty if nobody did.
+	Policy plan.Digest `json:"policy,omitempty"`
+	// Held says which key store had the key.
+	Held *Held `json:"held,omitempty"`
 	// LogIndex and LogHash are the entry of the evidence log that records this.
 	LogIndex uint64 `json:"logIndex"`
 	LogHash  []byte `json:"logHash"`

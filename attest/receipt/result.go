@@ -12,6 +12,9 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/sha512"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -19,10 +22,12 @@ import (
 	"fmt"
 	"reflect"
 	"sort"
+	"strings"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
 	josejson "github.com/go-jose/go-jose/v4/json"
+	jsonv2 "github.com/go-json-experiment/json"
 
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -161,7 +166,8 @@ func (r Result) AllChecks() check.List {
 type Signer struct {
 	issuer string
 	key    *ecdsa.PrivateKey
-	signer jose.Signer
+	// header is the first part of every token, which is the same for all.
+	header string
 	kid    string
 }
 
@@ -178,7 +184,16 @@ func NewSigner(issuer string, key *ecdsa.PrivateKey) (*Signer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make signer: %w", err)
 	}
-	return &Signer{issuer: issuer, key: key, signer: s, kid: kid}, nil
+	jws, err := s.Sign([]byte("{}"))
+	if err != nil {
+		return nil, fmt.Errorf("make signer: %w", err)
+	}
+	first, err := jws.CompactSerialize()
+	if err != nil {
+		return nil, fmt.Errorf("make signer: %w", err)
+	}
+	header, _, _ := strings.Cut(first, ".")
+	return &Signer{issuer: issuer, key: key, header: header, kid: kid}, nil
 }
 
 // Issuer returns the name under which the signer signs.
@@ -197,34 +212,52 @@ func (s *Signer) Sign(typ string, claims any) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	jws, err := s.signer.Sign(body)
+	// The compact form (RFC 7515, section 7.1) in one piece of memory: results are
+	// long, and the library copies them five times.
+	enc := base64.RawURLEncoding
+	token := make([]byte, 0, len(s.header)+enc.EncodedLen(len(body))+enc.EncodedLen(signatureSize)+2)
+	token = append(append(token, s.header...), '.')
+	token = enc.AppendEncode(token, body)
+	sum := sha512.Sum384(token)
+	r, v, err := ecdsa.Sign(rand.Reader, s.key, sum[:])
 	if err != nil {
 		return "", fmt.Errorf("sign %s: %w", typ, err)
 	}
-	return jws.CompactSerialize()
+	// Both numbers at their full length, one after the other (RFC 7518, section 3.4).
+	var signature [signatureSize]byte
+	r.FillBytes(signature[:signatureSize/2])
+	v.FillBytes(signature[signatureSize/2:])
+	token = append(token, '.')
+	return string(enc.AppendEncode(token, signature[:])), nil
 }
+
+// signatureSize is the length of an ES384 signature, in bytes.
+const signatureSize = 96
 
 // encode returns claims as JSON with the type added.
 func encode(typ string, claims any) ([]byte, error) {
-	body, err := json.Marshal(claims)
-	if err != nil {
-		return nil, fmt.Errorf("encode claims: %w", err)
-	}
-	if len(body) < 2 || body[0] != '{' {
-		return nil, errors.New("claims are not an object")
-	}
 	t, err := json.Marshal(typ)
 	if err != nil {
 		return nil, err
 	}
 	// In front of the other claims: a claim of the same name would be a second
 	// one, which no reader accepts.
-	out := make([]byte, 0, len(body)+len(t)+len(`"coffer.type":,`))
-	out = append(append(out, `{"coffer.type":`...), t...)
-	if body[1] != '}' {
-		out = append(out, ',')
+	var out bytes.Buffer
+	out.WriteString(`{"coffer.type":`)
+	out.Write(t)
+	at := out.Len()
+	if err := json.NewEncoder(&out).Encode(claims); err != nil {
+		return nil, fmt.Errorf("encode claims: %w", err)
 	}
-	return append(out, body[1:]...), nil
+	b := bytes.TrimSuffix(out.Bytes(), []byte{'\n'})
+	switch {
+	case b[at] != '{':
+		return nil, errors.New("claims are not an object")
+	case b[at+1] == '}':
+		return append(b[:at], '}'), nil
+	}
+	b[at] = ','
+	return b, nil
 }
 
 // decoded are claims whose type decodes everything in them and keeps no raw JSON,
@@ -238,7 +271,7 @@ func (r *Result) issuer() string { return r.Issuer }
 // read, encoded again, has the value of the whole body, so that nothing was
 // skipped as unknown. The type and the issuer must be the ones that are wanted.
 func decode(typ, issuer string, body []byte, claims any) error {
-	if err := josejson.Unmarshal(body, claims); err != nil {
+	if err := jsonv2.Unmarshal(body, claims); err != nil {
 		return err
 	}
 	again, err := encode(typ, claims)
@@ -290,6 +323,8 @@ func KeyID(pub *ecdsa.PublicKey) (string, error) {
 type Keys struct {
 	issuer string
 	keys   map[string]*ecdsa.PublicKey
+	// good are tokens that verified by these keys.
+	good *tokens
 }
 
 // ParseKeys reads a JSON Web Key Set of P-384 signature keys for issuer.
@@ -304,7 +339,7 @@ func ParseKeys(issuer string, jwks []byte) (Keys, error) {
 	if err := json.Unmarshal(jwks, &set); err != nil {
 		return Keys{}, fmt.Errorf("parse keys of %s: %w", issuer, err)
 	}
-	k := Keys{issuer: issuer, keys: map[string]*ecdsa.PublicKey{}}
+	k := Keys{issuer: issuer, keys: map[string]*ecdsa.PublicKey{}, good: &tokens{}}
 	for _, j := range set.Keys {
 		pub, ok := j.Key.(*ecdsa.PublicKey)
 		if !ok || pub.Curve.Params().BitSize != 384 {
@@ -327,32 +362,50 @@ func (k Keys) Issuer() string { return k.issuer }
 
 // Open checks the signature of a token and decodes its claims into claims, which
 // must be a pointer to the zero value of all claims that the type has. Only ES384
-// by a known key counts; the algorithm in the header chooses nothing.
+// by a known key counts; the algorithm in the header chooses nothing. The keys
+// remember the tokens that they verified: one that is shown again costs no second
+// signature, and its claims are read anew. Times are in the claims, for the caller to check.
 func (k Keys) Open(typ, token string, claims any) error {
 	if len(token) > MaxToken {
 		return fmt.Errorf("%s token of %d bytes is too large", typ, len(token))
 	}
-	jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.ES384})
+	body, err := k.verified(typ, token)
 	if err != nil {
-		return fmt.Errorf("%s token: %w", typ, err)
-	}
-	// Base64 lets the last bits of a part be anything: of all ways to write a token,
-	// one counts.
-	if only, err := jws.CompactSerialize(); err != nil || only != token {
-		return fmt.Errorf("%s token is not in its one encoding", typ)
-	}
-	pub := k.keys[jws.Signatures[0].Protected.KeyID]
-	if pub == nil {
-		return fmt.Errorf("%s token is signed by a key that is none of %q's", typ, k.issuer)
-	}
-	body, err := jws.Verify(pub)
-	if err != nil {
-		return fmt.Errorf("%s token: signature: %w", typ, err)
+		return err
 	}
 	if err := decode(typ, k.issuer, body, claims); err != nil {
 		return fmt.Errorf("%s token: %w", typ, err)
 	}
 	return nil
+}
+
+// verified returns the claims of a token whose signature is by one of the keys.
+func (k Keys) verified(typ, token string) ([]byte, error) {
+	id := sha256.Sum256([]byte(token))
+	if k.good.has(id) {
+		_, rest, _ := strings.Cut(token, ".")
+		body, _, _ := strings.Cut(rest, ".")
+		return base64.RawURLEncoding.DecodeString(body)
+	}
+	jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.ES384})
+	if err != nil {
+		return nil, fmt.Errorf("%s token: %w", typ, err)
+	}
+	// Base64 lets the last bits of a part be anything: of all ways to write a token,
+	// one counts.
+	if only, err := jws.CompactSerialize(); err != nil || only != token {
+		return nil, fmt.Errorf("%s token is not in its one encoding", typ)
+	}
+	pub := k.keys[jws.Signatures[0].Protected.KeyID]
+	if pub == nil {
+		return nil, fmt.Errorf("%s token is signed by a key that is none of %q's", typ, k.issuer)
+	}
+	body, err := jws.Verify(pub)
+	if err != nil {
+		return nil, fmt.Errorf("%s token: signature: %w", typ, err)
+	}
+	k.good.add(id)
+	return body, nil
 }
 
 // TypeResult is the token type of attestation results.

@@ -103,7 +103,8 @@ func TestRevocation(t *testing.T) {
 	}
 }
 
-// The issuers of VCEKs and of VLEKs have one root key and one list.
+// A list that names the issuer of VLEKs refuses these, and one that names that of
+// VCEKs does not.
 func TestRevokedIssuerOfVLEKs(t *testing.T) {
 	v := simulation(t, anchor.Genoa)
 	chip, err := v.NewChip()

@@ -45,6 +45,10 @@ const (
 	KindStop       Kind = "stop"
 	KindStopped    Kind = "stopped"
 	KindCheckpoint Kind = "checkpoint"
+	// KindResume is that a job goes on with its plan's line of checkpoints.
+	KindResume Kind = "resume"
+	// KindReseal is an open asset's digest, set to what a job sealed.
+	KindReseal Kind = "reseal"
 	// KindPolicy is another set of access policies.
 	KindPolicy Kind = "policy"
 )
@@ -54,14 +58,14 @@ func (b Body) parts() map[Kind]bool {
 	return map[Kind]bool{
 		KindAsset: b.Asset != nil, KindGrant: b.Grant != nil, KindRevoke: b.Revoke != nil, KindRelease: b.Release != nil, KindBundle: b.Bundle != nil,
 		KindAssetPolicy: b.AssetPolicy != nil, KindRewrap: b.Rewrap != nil, KindApproval: b.Approval != nil, KindDeny: b.Deny != nil, KindLift: b.Lift != nil,
-		KindStop: b.Stop != nil, KindStopped: b.Stopped != nil, KindCheckpoint: b.Checkpoint != nil, KindPolicy: b.Policy != nil,
+		KindStop: b.Stop != nil, KindStopped: b.Stopped != nil, KindCheckpoint: b.Checkpoint != nil, KindResume: b.Resume != nil, KindReseal: b.Reseal != nil, KindPolicy: b.Policy != nil,
 	}
 }
 
 // ofJob says which kinds of entries belong to a job.
 func (k Kind) ofJob() bool {
 	switch k {
-	case KindRelease, KindBundle, KindStop, KindStopped, KindCheckpoint:
+	case KindRelease, KindBundle, KindStop, KindStopped, KindCheckpoint, KindResume, KindReseal:
 		return true
 	default:
 		return false
@@ -101,6 +105,8 @@ type Body struct {
 	Stop        *Stop          `json:"stop,omitempty"`
 	Stopped     *Stopped       `json:"stopped,omitempty"`
 	Checkpoint  *JobCheckpoint `json:"checkpoint,omitempty"`
+	Resume      *Resume        `json:"resume,omitempty"`
+	Reseal      *Reseal        `json:"reseal,omitempty"`
 	Policy      *Policy        `json:"policy,omitempty"`
 }
 
@@ -135,7 +141,7 @@ type Approval struct {
 	Approver string      `json:"approver"`
 	// Document is the digest of the signed document and Key the SHA-256
 	// fingerprint of the key that signed it, as OpenSSH writes it. Both are
-	// missing where the owner of the assets consented.
+	// missing where an owner consented of whom the broker knows no key.
 	Document plan.Digest `json:"document,omitempty"`
 	Key      string      `json:"key,omitempty"`
 }
@@ -144,6 +150,9 @@ type Approval struct {
 type Deny struct {
 	Grant  string `json:"grant"`
 	Reason string `json:"reason"`
+	// Document and Key are as in Approval.
+	Document plan.Digest `json:"document,omitempty"`
+	Key      string      `json:"key,omitempty"`
 }
 
 // Stop records that a job was told to stop.
@@ -165,6 +174,31 @@ type JobCheckpoint struct {
 	Asset    string `json:"asset"`
 	Sequence uint64 `json:"sequence"`
 	// Digest is that of the sealed manifest, Record that of the signed record.
+	Digest plan.Digest `json:"digest"`
+	Record plan.Digest `json:"record"`
+}
+
+// Resume records that a job goes on with its plan's line of checkpoints.
+type Resume struct {
+	Asset string      `json:"asset"`
+	Plan  plan.Digest `json:"plan"`
+	// From is the job whose checkpoint the job goes on from. It is empty, and so is
+	// all that follows, where there was none.
+	From     string      `json:"from,omitempty"`
+	Sequence uint64      `json:"sequence,omitempty"`
+	Digest   plan.Digest `json:"digest,omitempty"`
+	Record   plan.Digest `json:"record,omitempty"`
+}
+
+// Reseal records that a job sealed an asset anew as another one.
+type Reseal struct {
+	Plan plan.Digest `json:"plan"`
+	// From is the source and FromDigest that of its sealed manifest.
+	From       string      `json:"from"`
+	FromDigest plan.Digest `json:"fromDigest"`
+	// Asset is the one whose digest was open, Digest what it is set to, and Record
+	// that of the signed record.
+	Asset  string      `json:"asset"`
 	Digest plan.Digest `json:"digest"`
 	Record plan.Digest `json:"record"`
 }

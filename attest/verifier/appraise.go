@@ -92,6 +92,9 @@ func (v *Verifier) Check(ctx context.Context, envelope []byte, audience, nonce s
 	})
 }
 
+// developer is who made this verifier, as results say.
+const developer = "https://github.com/coffer-run/coffer"
+
 // nonceRule checks the nonce of an envelope, and returns what results say of it.
 type nonceRule func(ctx context.Context, nonce string, now time.Time, l *check.List) (string, error)
 
@@ -118,10 +121,14 @@ func (v *Verifier) judge(ctx context.Context, envelope []byte, audience, typ str
 
 	// Do the documents that the evidence binds speak of one and the same job?
 	s.checkDocuments(&l)
-	pol := v.policy(s.plan.Policy, &l)
+	t := v.trusted.Load()
+	pol := t.policy(s.plan.Policy, &l)
+	if pol != nil {
+		pol.Source().CheckSandbox(&l, s.sandbox)
+	}
 
 	// Is each device genuine, and does it speak of this very challenge?
-	found := s.evidence.Appraise(ctx, composite.Trust{Anchors: v.anchors, CredentialKeys: v.keys.Load().public, GPUEndorsements: v.endorsements, Endorsements: v.endorsed}, now)
+	found := s.evidence.Appraise(ctx, v.trust(t), now)
 	if err := ctx.Err(); err != nil {
 		return "", receipt.Result{}, err
 	}
@@ -135,14 +142,14 @@ func (v *Verifier) judge(ctx context.Context, envelope []byte, audience, typ str
 		return "", receipt.Result{}, err
 	}
 	r := receipt.Result{
-		Profile: receipt.Profile, Verifier: receipt.VerifierIdentity{Developer: "https://github.com/coffer-run/coffer", Build: v.build},
+		Profile: receipt.Profile, Verifier: receipt.VerifierIdentity{Developer: developer, Build: v.build},
 		Issuer: v.id, Audience: audience, ID: id, IssuedAt: now.Unix(), Expires: now.Add(receipt.ResultLifetime).Unix(),
 		Nonce: nonce, Submods: map[string]receipt.Appraisal{},
 		Confirmation: s.confirm, JobID: s.JobID, PlanDigest: plan.Sum(s.Plan), SandboxDigest: plan.Sum(s.Sandbox),
 		Policy: s.plan.Policy, EvidenceDigest: plan.Sum(envelope),
 		// Nothing that a simulation's verifier says counts as real, not even of
 		// evidence whose devices are missing.
-		Simulated: v.anchors.Simulated() || found.Simulated(), Checks: clipAll(l),
+		Simulated: v.simulated || found.Simulated(), Checks: clipAll(l),
 	}
 	for _, d := range found.Devices() {
 		r.Submods[d.Name] = appraisal(d, s.plan.Policy, len(l.Failed()) == 0)
@@ -161,6 +168,11 @@ func (v *Verifier) judge(ctx context.Context, envelope []byte, audience, typ str
 	return token, r, nil
 }
 
+// trust is what appraisals of devices believe.
+func (v *Verifier) trust(t *trusted) composite.Trust {
+	return composite.Trust{Anchors: t.anchors, CredentialKeys: v.keys.Load().public, GPUEndorsements: v.endorsements, Endorsements: v.endorsed, TPMMemory: &v.attestationKeys}
+}
+
 // checkDocuments holds the sandbox against the plan and the job.
 func (s *statement) checkDocuments(l *check.List) {
 	same(l, "sandbox.job", s.JobID, s.sandbox.JobID, "the sandbox was made for another job")
@@ -176,8 +188,8 @@ func (s *statement) checkDocuments(l *check.List) {
 
 // policy finds the policy that the plan pins. Without one nil is returned, which
 // accepts nothing.
-func (v *Verifier) policy(want plan.Policy, l *check.List) *rego.Policy {
-	p, ok := v.policies[want.Digest]
+func (t *trusted) policy(want plan.Policy, l *check.List) *rego.Policy {
+	p, ok := t.policies[want.Digest]
 	if !ok {
 		l.Fail("policy.known", "a policy that this verifier has", clip(want.Name)+" "+string(want.Digest), "give the verifier this policy, or plan with one that it has")
 		return nil

@@ -360,7 +360,7 @@ func TestSimulatedEvidenceAgainstProductionVerifier(t *testing.T) {
 		}
 	}
 	// Nobody lists what this machine may have booted.
-	unlisted := []string{"policy.snp.measurement", "policy.tpm.pcr4", "policy.tpm.pcr8", "policy.tpm.pcr9", "policy.tpm.pcr11"}
+	unlisted := []string{"policy.snp.measurement", "policy.tpm.pcr4", "policy.tpm.pcr8", "policy.tpm.pcr9", "policy.tpm.pcr11", "policy.tpm.pcr12", "policy.tpm.pcr13"}
 	a = w.attester().collect()
 	a.wantRefused("snp.chain", append(unlisted, "gpu.chain", "policy.snp.require", "policy.gpu.require", "policy.tpm.require", "policy.tpm.self-measured", "policy.tpm.trust-class", "policy.tpm.simulated")...)
 

@@ -70,7 +70,7 @@ func TestEndorsedJobIsAffirmed(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, u := range used {
-			if _, ok := lib.ByDigest(u.Digest); !ok {
+			if _, ok := lib.ByDigest(u.Key, u.Digest); !ok {
 				t.Errorf("%s is not held", u.Key)
 			}
 		}
@@ -96,7 +96,7 @@ func TestEndorsementsRefuse(t *testing.T) {
 			if err != nil {
 				w.t.Fatal(err)
 			}
-			s.Set(endorse.CRLKey(w.vendor.Chip().Product()), b)
+			s.Set(endorse.CRLKey(w.vendor.Chip().Product(), snp.VCEK), b)
 		}, snp.CheckCRL, []string{"policy.snp.require"}},
 		{"revoked signer of a manifest", func(w *world, s *endorsetest.Services) {
 			p := s.Signer()
@@ -126,7 +126,7 @@ func TestEndorsementsOfAResult(t *testing.T) {
 		t.Fatalf("%d endorsements, %v", len(items), err)
 	}
 	for _, i := range items {
-		if h, ok := lib.ByDigest(i.Digest); !ok || h.Key != i.Key {
+		if h, ok := lib.ByDigest(i.Key, i.Digest); !ok || h.Key != i.Key {
 			t.Errorf("%s is not what was used", i.Key)
 		}
 	}

@@ -25,8 +25,8 @@ func (v *Verifier) Endorsements(token string) ([]byte, error) {
 	var items []endorse.Item
 	var gone []string
 	for _, u := range used {
-		i, ok := v.endorsed.ByDigest(u.Digest)
-		if !ok || i.Key != u.Key {
+		i, ok := v.endorsed.ByDigest(u.Key, u.Digest)
+		if !ok {
 			gone = append(gone, u.Key.String())
 			continue
 		}

@@ -36,7 +36,7 @@ type enrolment struct {
 // enrolment. What it does not accept is a *check.Refusal at stage "enrol".
 func (v *Verifier) BeginEnrolment(ekChain [][]byte, akPublic []byte) (credentialBlob, encryptedSecret []byte, token string, err error) {
 	now := v.clock()
-	e, err := vtpm.BeginEnrolment(ekChain, akPublic, v.anchors, now)
+	e, err := vtpm.BeginEnrolment(ekChain, akPublic, v.trusted.Load().anchors, now)
 	if err != nil {
 		return nil, nil, "", err
 	}

@@ -192,7 +192,7 @@ func (v *Verifier) AppraiseKBS(ctx context.Context, request []byte) (string, rec
 	}
 	r := receipt.KBSResult{
 		Issuer: v.id, Audience: g.Audience, IssuedAt: now.Unix(), Expires: now.Add(receipt.ResultLifetime).Unix(),
-		Nonce: g.Nonce, Session: g.Session, TEE: g.TEE, Key: g.thumbprint, Evidence: plan.Sum(g.Evidence), Simulated: v.anchors.Simulated(),
+		Nonce: g.Nonce, Session: g.Session, TEE: g.TEE, Key: g.thumbprint, Evidence: plan.Sum(g.Evidence), Simulated: v.simulated,
 	}
 	if g.InitData != nil {
 		r.InitData = plan.Sum([]byte(g.InitData.Body))
@@ -219,17 +219,18 @@ func (v *Verifier) AppraiseKBS(ctx context.Context, request []byte) (string, rec
 // checked before.
 func (v *Verifier) appraiseKBS(ctx context.Context, g *kbsGuest, l check.List, now time.Time) receipt.Appraisal {
 	a := receipt.Appraisal{Status: receipt.Contraindicated, Vector: missing(), Claims: map[string]any{}, PolicyID: "policy:none"}
-	if v.kbs == nil {
+	t := v.trusted.Load()
+	if t.kbs == nil {
 		l.Fail("kbs.policy", "a policy for guests of this protocol", "none", "have the verifier's operator name one (kbsPolicy)")
 	} else {
-		l.Pass("kbs.policy", v.kbs.Source().Name)
-		a.PolicyID = policyID(v.kbsRef)
+		l.Pass("kbs.policy", t.kbs.Source().Name)
+		a.PolicyID = policyID(t.kbsRef)
 	}
 	if g.TEE != kbsSNP {
 		a.Checks = clipAll(l)
 		return a
 	}
-	res := v.endorsed.AppraiseSNP(ctx, g.snp, snp.Want{ReportData: g.reportData}, v.anchors, now)
+	res := v.endorsed.AppraiseSNP(ctx, g.snp, snp.Want{ReportData: g.reportData}, t.anchors, now)
 	genuine := res.Genuine()
 	l = append(l, res.Checks...)
 	if !genuine && len(res.Checks.Failed()) == 0 {
@@ -237,7 +238,7 @@ func (v *Verifier) appraiseKBS(ctx context.Context, g *kbsGuest, l check.List, n
 	}
 	g.checkInitData(&l, res.Report)
 	device := &policy.Device{Claims: res.Claims, Checks: res.Checks, Simulated: res.Simulated}
-	d := v.kbs.Decide(policy.Evidence{SNP: device, Now: now}) //nolint:contextcheck // rules end by limits of their own
+	d := t.kbs.Decide(policy.Evidence{SNP: device, Now: now}) //nolint:contextcheck // rules end by limits of their own
 	l = append(append(l, d.Platform...), d.SNP...)
 	a.Claims, a.Checks = res.Claims, clipAll(l)
 	a.Vector = vector(composite.CPU, grades(a.Checks))
@@ -276,7 +277,7 @@ func (g *kbsGuest) checkInitData(l *check.List, r *snp.Report) {
 // the launch measurement alone says that its software is anybody's who is trusted,
 // so one that lists none is an error; and so is one that asks for devices of which
 // the protocol carries no evidence that is appraised here.
-func (v *Verifier) chooseKBSPolicy(o Options) error {
+func (t *trusted) chooseKBSPolicy(o Options) error {
 	if o.KBSPolicy == "" {
 		return nil
 	}
@@ -289,7 +290,7 @@ func (v *Verifier) chooseKBSPolicy(o Options) error {
 			return err
 		}
 		var why []string
-		if v.kbs != nil {
+		if t.kbs != nil {
 			why = append(why, "there are two of this name")
 		}
 		if p.TPM != nil || p.GPU != nil {
@@ -301,9 +302,9 @@ func (v *Verifier) chooseKBSPolicy(o Options) error {
 		if len(why) > 0 {
 			return fmt.Errorf("KBS policy %s: %s", p.Name, strings.Join(why, "; "))
 		}
-		v.kbs, v.kbsRef = v.policies[ref.Digest], ref
+		t.kbs, t.kbsRef = t.policies[ref.Digest], ref
 	}
-	if v.kbs == nil {
+	if t.kbs == nil {
 		return fmt.Errorf("KBS policy %.80q: the verifier has no policy of this name", o.KBSPolicy)
 	}
 	return nil

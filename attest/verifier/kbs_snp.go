@@ -210,11 +210,7 @@ func parseKBSSNP(b []byte) (snp.Evidence, error) {
 
 // kbsTable encodes a certificate table; empty if there is no certificate.
 func kbsTable(certs []sevCertificate) ([]byte, error) {
-	type entry struct {
-		guid string
-		data []byte
-	}
-	var used []entry
+	var used []tableEntry
 	for _, c := range certs {
 		var kind string
 		if c.Type.Kind() != '"' {
@@ -231,10 +227,22 @@ func kbsTable(certs []sevCertificate) ([]byte, error) {
 		if err := c.Data.put(data); err != nil {
 			return nil, fmt.Errorf("%s: %w", kind, err)
 		}
-		used = append(used, entry{guid, data})
+		used = append(used, tableEntry{guid, data})
 	}
+	return encodeTable(used), nil
+}
+
+// tableEntry is a certificate of a certificate table, under the name of its kind.
+type tableEntry struct {
+	guid string
+	data []byte
+}
+
+// encodeTable writes a certificate table (GHCB specification, MSG_REPORT
+// certificates); nothing for no certificate.
+func encodeTable(used []tableEntry) []byte {
 	if len(used) == 0 {
-		return nil, nil
+		return nil
 	}
 	offset := 24 * (len(used) + 1)
 	var head, body []byte
@@ -244,5 +252,5 @@ func kbsTable(certs []sevCertificate) ([]byte, error) {
 		head = binary.LittleEndian.AppendUint32(head, uint32(len(e.data)))      //nolint:gosec // a request is smaller
 		body = append(body, e.data...)
 	}
-	return append(append(head, make([]byte, 24)...), body...), nil
+	return append(append(head, make([]byte, 24)...), body...)
 }

@@ -123,29 +123,21 @@ func holds(keys [][]byte, key []byte) bool {
 	return false
 }
 
-// Rotate changes the keys while the verifier serves. A step that somebody who is
-// one step behind could not follow is refused, and changes nothing: the key that
-// is to sign must have been published before, and the one that signed stays
-// published; the first nonce key must have been accepted before, and the one that
-// was first stays accepted. To be rid of a key at once, start again without it.
-func (v *Verifier) Rotate(k Keys) error {
-	next, err := newKeySet(v.id, k)
-	if err != nil {
-		return fmt.Errorf("rotate keys: %w", err)
-	}
-	v.rotating.Lock()
-	defer v.rotating.Unlock()
-	now := v.keys.Load()
+// follows says what keeps next from being the step after these keys: somebody who
+// is one step behind could not follow. The key that is to sign must have been
+// published before, and the one that signed stays published; the first nonce key
+// must have been accepted before, and the one that was first stays accepted. To be
+// rid of a key at once, start again without it.
+func (s *keySet) follows(next *keySet) error {
 	switch {
-	case !now.ids[next.current]:
-		return errors.New("rotate keys: the new signing key was not published before: publish it first, and let relying parties fetch it")
-	case !next.ids[now.current]:
-		return errors.New("rotate keys: the key that signs now would not be published any more, and its results would not verify")
-	case !holds(now.nonces, next.nonces[0]):
-		return errors.New("rotate keys: the new first nonce key was not accepted before: other replicas may not have it")
-	case !holds(next.nonces, now.nonces[0]):
-		return errors.New("rotate keys: nonces that were just made would not be accepted any more")
+	case !s.ids[next.current]:
+		return errors.New("the new signing key was not published before: publish it first, and let relying parties fetch it")
+	case !next.ids[s.current]:
+		return errors.New("the key that signs now would not be published any more, and its results would not verify")
+	case !holds(s.nonces, next.nonces[0]):
+		return errors.New("the new first nonce key was not accepted before: other replicas may not have it")
+	case !holds(next.nonces, s.nonces[0]):
+		return errors.New("nonces that were just made would not be accepted any more")
 	}
-	v.keys.Store(next)
 	return nil
 }

@@ -63,14 +63,14 @@ func TestRotationRefusesAnOutage(t *testing.T) {
 		"a published key on another curve": {verifier.Keys{Signer: a, Published: pub(newSigningKey(t, elliptic.P256())), NonceKeys: both}, "not on P-384"},
 		"keys without end":                 {verifier.Keys{Signer: a, Published: make([]*ecdsa.PublicKey, 8), NonceKeys: both}, "more than 8"},
 	} {
-		if err := v.Rotate(row.keys); err == nil || !strings.Contains(err.Error(), row.says) {
+		if err := v.Reload(w.with(row.keys)); err == nil || !strings.Contains(err.Error(), row.says) {
 			t.Errorf("%s: %v, want something about %q", situation, err, row.says)
 		}
 		if string(v.JWKS()) != before {
 			t.Fatalf("%s: the keys changed", situation)
 		}
 	}
-	if err := v.Rotate(verifier.Keys{Signer: b, Published: pub(current), NonceKeys: [][]byte{secret(2), secret(1)}}); err != nil {
+	if err := v.Reload(w.with(verifier.Keys{Signer: b, Published: pub(current), NonceKeys: [][]byte{secret(2), secret(1)}})); err != nil {
 		t.Errorf("the next step: %v", err)
 	}
 }
@@ -92,4 +92,11 @@ func TestPublishedKeysVerifyCredentials(t *testing.T) {
 	}
 	w.v = w.verifier(nil)
 	w.attester().collect().wantRefused("tpm.ak-credential", "policy.tpm.require", "policy.tpm.trust-class")
+}
+
+// with returns the options with other keys.
+func (w *world) with(k verifier.Keys) verifier.Options {
+	o := w.options()
+	o.Signer, o.Published, o.NonceKeys = k.Signer, k.Published, k.NonceKeys
+	return o
 }

@@ -22,7 +22,7 @@ func TestStatusIsThePolicysWord(t *testing.T) {
 			}
 			p.Rules = map[string]string{}
 			for name, text := range standard {
-				p.Rules[name] = strings.Replace(text, `else := "affirming"`, `else := "`+tier+`"`, 1)
+				p.Rules[name] = strings.Replace(text, `"tier": "affirming"`, `"tier": "`+tier+`"`, 1)
 				if p.Rules[name] == text {
 					t.Fatal("the rules have no tier to replace")
 				}

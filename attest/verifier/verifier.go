@@ -8,8 +8,9 @@
 // and keys are those that every device's evidence binds; that each device is
 // genuine; that the plan's policy accepts them. Not checked: that a nonce was
 // not used at another replica, which is the broker's part at release; that a nonce
-// of a relying party's or of a KBS session's is fresh, which is theirs, so that
-// results over these are of types of their own; that the sandbox's specification
+// of a relying party's or of a KBS session's is fresh, or what devices by
+// themselves speak of, which is theirs, so that results over these are of types of
+// their own; that the sandbox's specification
 // follows from the plan, which is the measured agent's.
 package verifier
 
@@ -26,10 +27,9 @@ import (
 	"github.com/coffer-run/coffer/attest/anchor"
 	"github.com/coffer-run/coffer/attest/endorse"
 	"github.com/coffer-run/coffer/attest/nvgpu"
-	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/policy"
-	"github.com/coffer-run/coffer/attest/policy/rego"
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/vtpm"
 )
 
 const (
@@ -86,22 +86,22 @@ type Options struct {
 
 // Verifier appraises evidence. It may be used concurrently.
 type Verifier struct {
-	id       string
-	anchors  anchor.Set
-	policies map[plan.Digest]*rego.Policy
-	// references are what each policy was compiled with.
-	references map[plan.Digest][]policy.References
-	// kbs is nil if there is no policy for guests of the KBS protocol.
-	kbs      *rego.Policy
-	kbsRef   plan.Policy
-	rotating sync.Mutex // orders changes of keys
+	id    string
+	clock func() time.Time
+	build string
+	seen  *seen
+	// simulated is fixed: no change of anchors makes a simulation's verifier
+	// another.
+	simulated bool
+
+	changing sync.Mutex // orders changes of keys and of trusted
 	keys     atomic.Pointer[keySet]
-	clock    func() time.Time
-	build    string
-	seen     *seen
+	trusted  atomic.Pointer[trusted]
 
 	endorsements nvgpu.Endorsements
 	endorsed     *endorse.Cache
+
+	attestationKeys vtpm.Memory // what was read of them
 }
 
 // New returns a verifier. Options that lack something are an error, and so is a
@@ -111,50 +111,22 @@ func New(o Options) (*Verifier, error) {
 	switch {
 	case !goodName(o.ID):
 		return nil, fmt.Errorf("make verifier: id %.80q: want 1 to %d printable characters without spaces", o.ID, maxName)
-	case o.Anchors.Empty():
-		return nil, errors.New("make verifier: no trust anchors")
-	case len(o.Policies) == 0:
-		return nil, errors.New("make verifier: no policies")
 	case o.Clock == nil:
 		return nil, errors.New("make verifier: no clock")
 	case o.Build == "":
 		return nil, errors.New("make verifier: no build")
 	}
-	v := &Verifier{id: o.ID, anchors: o.Anchors, policies: map[plan.Digest]*rego.Policy{}, references: map[plan.Digest][]policy.References{}, clock: o.Clock, build: o.Build, seen: newSeen(), endorsements: o.GPUEndorsements, endorsed: o.Endorsements}
-	used, refused := make([]bool, len(o.References)), make([]error, len(o.References))
-	for _, p := range o.Policies {
-		d, err := p.Digest()
-		if err != nil {
-			return nil, fmt.Errorf("make verifier: %w", err)
-		}
-		if p.AllowSimulated && !o.Anchors.Simulated() {
-			return nil, fmt.Errorf("make verifier: policy %s allows simulation, and this verifier has no simulation's anchors", p.Name)
-		}
-		for i, token := range o.References {
-			r, err := p.OpenReferences(token, o.Clock())
-			if err != nil {
-				refused[i] = errors.Join(refused[i], err)
-				continue
-			}
-			v.references[d], used[i] = append(v.references[d], r), true
-		}
-		if v.policies[d], err = rego.Compile(p, v.references[d]...); err != nil {
-			return nil, fmt.Errorf("make verifier: %w", err)
-		}
-	}
-	for i := range o.References {
-		if !used[i] {
-			return nil, fmt.Errorf("make verifier: reference values %d: %w", i, refused[i])
-		}
-	}
-	if err := v.chooseKBSPolicy(o); err != nil {
+	t, err := newTrusted(o, o.Clock())
+	if err != nil {
 		return nil, fmt.Errorf("make verifier: %w", err)
 	}
 	keys, err := newKeySet(o.ID, Keys{Signer: o.Signer, Published: o.Published, NonceKeys: o.NonceKeys})
 	if err != nil {
 		return nil, fmt.Errorf("make verifier: %w", err)
 	}
+	v := &Verifier{id: o.ID, clock: o.Clock, build: o.Build, seen: newSeen(), simulated: o.Anchors.Simulated(), endorsements: o.GPUEndorsements, endorsed: o.Endorsements}
 	v.keys.Store(keys)
+	v.trusted.Store(t)
 	return v, nil
 }
 
@@ -162,7 +134,7 @@ func New(o Options) (*Verifier, error) {
 func (v *Verifier) ID() string { return v.id }
 
 // Simulated reports whether the anchors are a simulation's.
-func (v *Verifier) Simulated() bool { return v.anchors.Simulated() }
+func (v *Verifier) Simulated() bool { return v.simulated }
 
 // JWKS returns the keys that verify results and credentials.
 func (v *Verifier) JWKS() []byte { return slices.Clone(v.keys.Load().jwks) }
@@ -171,11 +143,11 @@ func (v *Verifier) JWKS() []byte { return slices.Clone(v.keys.Load().jwks) }
 // policy names a source whose reference values have all expired. One that can
 // still be satisfied is enough.
 func (v *Verifier) Ready() error {
-	now := v.clock()
+	now, t := v.clock(), v.trusted.Load()
 	var stale []string
-	for d, p := range v.policies {
+	for d, p := range t.policies {
 		valid := map[string]bool{}
-		for _, r := range v.references[d] {
+		for _, r := range t.references[d] {
 			if r.ValidAt(now) {
 				valid[r.Values().Issuer] = true
 			}

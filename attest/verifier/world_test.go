@@ -59,6 +59,8 @@ type world struct {
 	v       *verifier.Verifier
 	policy  policy.Policy
 	akCred  string
+	// alter changes the profile of the node's sandboxes.
+	alter func(*plan.Profile)
 }
 
 func newWorld(t testing.TB) *world {
@@ -147,10 +149,14 @@ func (w *world) challenge() string {
 
 // profile and job are what an honest agent would run.
 func (w *world) profile() plan.Profile {
-	return plan.Profile{
+	p := plan.Profile{
 		Version: plan.SandboxVersion, Shim: "io.containerd.runc.v2", ShimDigest: plan.Sum([]byte("shim")), Runtime: "runsc release-20260905.0",
-		RuntimeDigest: plan.Sum([]byte("runsc")), RuntimeFlags: []string{"--network=none"}, Trace: plan.Sum([]byte("trace")), Rules: "1", ImageStore: "disk",
+		RuntimeDigest: plan.Sum([]byte("runsc")), RuntimeFlags: []string{"--network=none"}, Trace: plan.Sum([]byte("trace")), Rules: "1", ImageStore: "tmpfs",
 	}
+	if w.alter != nil {
+		w.alter(&p)
+	}
+	return p
 }
 
 func (w *world) plan(change func(*plan.Plan)) []byte {
@@ -192,6 +198,17 @@ func (w *world) sandbox(change func(*plan.Sandbox)) []byte {
 		w.t.Fatal(err)
 	}
 	return b
+}
+
+// rebuild makes plan and sandbox anew, when the profile was altered.
+func (a *attester) rebuild(change func(*plan.Sandbox)) {
+	a.t.Helper()
+	before, err := plan.Parse(a.e.Plan)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	a.e.Plan = a.plan(func(p *plan.Plan) { p.Resources = before.Resources })
+	a.e.Sandbox = a.sandbox(change)
 }
 
 // attester collects evidence as an honest machine does; its fields say where an

@@ -27,8 +27,8 @@ type attestationKey struct {
 // parseAK reads a TPMT_PUBLIC and checks that it is a key that signs only what
 // the TPM itself made (TPM 2.0 Part 1, section 25.1, and Part 2, section 8.3).
 // It reports under "tpm.ak" and returns nil if the key is of no use.
-func parseAK(b []byte, l *check.List) *attestationKey {
-	ak, missing, err := readAK(b)
+func parseAK(b []byte, m *Memory, l *check.List) *attestationKey {
+	ak, missing, err := m.read(b)
 	switch {
 	case err != nil:
 		l.Fail("tpm.ak", "TPMT_PUBLIC of an attestation key", err.Error(), "send the attestation key as the TPM returned it")

@@ -56,7 +56,7 @@ type Enrolment struct {
 // does not accept is a *check.Refusal at stage "enrol".
 func BeginEnrolment(ekChain [][]byte, akPublic []byte, anchors anchor.Set, now time.Time) (*Enrolment, error) {
 	var l check.List
-	ak := parseAK(akPublic, &l)
+	ak := parseAK(akPublic, nil, &l)
 	leaf, class, err := verifyEK(ekChain, anchors, now)
 	if err != nil {
 		l.Fail("ek.chain", "an endorsement key certificate that leads to a known root", err.Error(), "give the verifier the root of this TPM's maker, with its trust class")

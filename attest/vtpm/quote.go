@@ -47,6 +47,10 @@ type Evidence struct {
 // there is: the evidence's credential, the platform's report, the anchors.
 type Want struct {
 	ExtraData [32]byte
+	// Alone is the extra data that a caller named for a quote by itself, which
+	// speaks of no job: 1 to 64 bytes, in the place of ExtraData. AgentPCR then
+	// need not be quoted, and an agent's log that is not there is not checked.
+	Alone []byte
 	// CredentialKeys are the keys of the verifier whose credentials count.
 	CredentialKeys receipt.Keys
 	// Platform is the key that a genuine report of the platform names; nil
@@ -56,6 +60,23 @@ type Want struct {
 	Anchors anchor.Set
 	// PCRs must be among the quoted ones. AgentPCR always is.
 	PCRs []int
+	// Memory of attestation keys; nil remembers none.
+	Memory *Memory
+}
+
+func (w Want) extraData() []byte {
+	if len(w.Alone) > 0 {
+		return w.Alone
+	}
+	return w.ExtraData[:]
+}
+
+// required are the PCRs that must be among the quoted ones.
+func (w Want) required(ev Evidence) []int {
+	if len(w.Alone) > 0 && len(ev.EventLog) == 0 {
+		return w.PCRs
+	}
+	return append([]int{AgentPCR}, w.PCRs...)
 }
 
 // PlatformKey is a TPM's attestation key by the word of the platform's own
@@ -106,7 +127,7 @@ func Appraise(ev Evidence, want Want, now time.Time) Result {
 	r := Result{Claims: map[string]any{}}
 	l := &r.Checks
 
-	ak := parseAK(ev.AKPublic, l)
+	ak := parseAK(ev.AKPublic, want.Memory, l)
 	if ak != nil {
 		r.Claims["tpm.ak-name"] = hex.EncodeToString(ak.name)
 	}
@@ -131,7 +152,12 @@ func Appraise(ev Evidence, want Want, now time.Time) Result {
 	}
 
 	quoted := r.quote(ev, want)
-	r.eventLog(ev.EventLog, quoted, r.tcgLog(ev.TCGLog, quoted))
+	left := r.tcgLog(ev.TCGLog, quoted)
+	if len(want.Alone) > 0 && len(ev.EventLog) == 0 {
+		l.Skip("tpm.event-log", "the quote is by itself: no agent's log was sent")
+	} else {
+		r.eventLog(ev.EventLog, quoted, left)
+	}
 	if len(r.Checks.Failed()) == 0 {
 		r.PCRs = quoted
 	} else {
@@ -227,10 +253,10 @@ func (r *Result) quote(ev Evidence, want Want) map[int][sha256.Size]byte {
 	r.Claims["tpm.restart-count"] = att.ClockInfo.RestartCount
 
 	// Compared by length and value: a shorter value is not padded.
-	l.Equal("tpm.extra-data", hex.EncodeToString(want.ExtraData[:]), hex.EncodeToString(att.ExtraData.Buffer),
+	l.Equal("tpm.extra-data", hex.EncodeToString(want.extraData()), hex.EncodeToString(att.ExtraData.Buffer),
 		"the quote speaks of another challenge, job or GPU")
 
-	index, ok := r.selection(q.PCRSelect, ev.PCRs, want.PCRs)
+	index, ok := r.selection(q.PCRSelect, ev.PCRs, want.required(ev))
 	if !ok {
 		return nil
 	}
@@ -280,7 +306,7 @@ func (r *Result) selection(s tpm2.TPMLPCRSelection, sent map[int][]byte, require
 		l.Fail("tpm.pcr-selection", fmt.Sprintf("the quoted PCRs %v", index), fmt.Sprint(values), hint)
 		return nil, false
 	}
-	for _, p := range append([]int{AgentPCR}, required...) {
+	for _, p := range required {
 		if !slices.Contains(index, p) {
 			l.Fail("tpm.pcr-selection", fmt.Sprintf("PCR %d among the quoted", p), fmt.Sprint(index), hint)
 			return nil, false

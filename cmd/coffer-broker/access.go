@@ -2,13 +2,11 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"net/netip"
-	"net/url"
 	"os"
 	"os/signal"
 	"strings"
@@ -17,10 +15,10 @@ import (
 
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/attest/broker/access"
-	"github.com/coffer-run/coffer/attest/broker/serve/identity"
 	attestcheck "github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/receipt/sshsig"
 	"github.com/coffer-run/coffer/internal/daemon"
+	"github.com/coffer-run/coffer/internal/identity"
 )
 
 // Access says who may do what. Without it a certificate's role decides, nobody
@@ -34,7 +32,7 @@ type Access struct {
 	Maintainers []Maintainer `json:"maintainers"`
 	Threshold   int          `json:"threshold"`
 	// Issuers are the OpenID providers whose people may call.
-	Issuers []Issuer `json:"issuers"`
+	Issuers []identity.Configured `json:"issuers"`
 }
 
 // Maintainer is one maintainer of policies.
@@ -42,14 +40,6 @@ type Maintainer struct {
 	Name string `json:"name"`
 	// Key is an SSH public key, as in an authorized_keys file.
 	Key string `json:"key"`
-}
-
-// Issuer is one OpenID provider.
-type Issuer struct {
-	identity.Issuer
-	// Embedded is whether it has a certificate of this stack's authority, in the
-	// role issuer, and not one of the system's authorities.
-	Embedded bool `json:"embedded,omitempty"`
 }
 
 // gate is the configured access of one broker.
@@ -72,49 +62,16 @@ func newGate(c Config) (*gate, error) {
 		}
 		g.trust.Maintainers = append(g.trust.Maintainers, access.Maintainer{Name: m.Name, Key: keys[0]})
 	}
-	client, issuers, err := issuerClient(c)
+	own, err := c.TLS.HTTPClient(daemon.RoleIssuer)
+	if err != nil {
+		return nil, err
+	}
+	client, issuers, err := identity.Client(own, c.Access.Issuers)
 	if err != nil {
 		return nil, err
 	}
 	g.verifier, err = identity.New(issuers, client, time.Now)
 	return g, err
-}
-
-// hosts sends requests to embedded issuers over the stack's own certificates, and
-// all others over the system's.
-type hosts struct {
-	embedded map[string]bool
-	stack    http.RoundTripper
-	system   http.RoundTripper
-}
-
-// RoundTrip implements http.RoundTripper.
-func (h hosts) RoundTrip(r *http.Request) (*http.Response, error) {
-	if h.embedded[r.URL.Host] {
-		return h.stack.RoundTrip(r)
-	}
-	return h.system.RoundTrip(r)
-}
-
-func issuerClient(c Config) (*http.Client, []identity.Issuer, error) {
-	h := hosts{embedded: map[string]bool{}, system: &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}}}
-	ours, err := c.TLS.HTTPClient(daemon.RoleIssuer)
-	if err != nil {
-		return nil, nil, err
-	}
-	h.stack = ours.Transport
-	var out []identity.Issuer
-	for _, i := range c.Access.Issuers {
-		if i.Embedded {
-			u, err := url.Parse(i.URL)
-			if err != nil {
-				return nil, nil, fmt.Errorf("issuer %.120q: %w", i.URL, err)
-			}
-			h.embedded[u.Host] = true
-		}
-		out = append(out, i.Issuer)
-	}
-	return &http.Client{Transport: h, CheckRedirect: ours.CheckRedirect}, out, nil
 }
 
 // load puts the folder's set into force. It is logged first: the log refuses one
@@ -195,9 +152,9 @@ func identify(r *http.Request) (broker.Actor, error) {
 	if err != nil {
 		return broker.Actor{}, err
 	}
-	id, err := daemon.IdentityURI(role, name)
+	id, err := daemon.SPIFFEID(r)
 	if err != nil {
 		return broker.Actor{}, err
 	}
-	return broker.Actor{Role: role, Name: name, ID: id.String(), Assurance: int(access.AssuranceSingle), Network: address(r)}, nil
+	return broker.Actor{Role: role, Name: name, ID: id, Assurance: int(access.AssuranceSingle), Network: address(r)}, nil
 }

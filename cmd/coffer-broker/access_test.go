@@ -27,10 +27,10 @@ import (
 	"github.com/coffer-run/coffer/attest/api/broker/v1/brokerv1connect"
 	"github.com/coffer-run/coffer/attest/api/refusal"
 	"github.com/coffer-run/coffer/attest/broker/access"
-	"github.com/coffer-run/coffer/attest/broker/serve/identity"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/internal/daemon/pki"
+	"github.com/coffer-run/coffer/internal/identity"
 	"github.com/coffer-run/coffer/internal/issuer"
 )
 
@@ -116,7 +116,7 @@ func newSite(t *testing.T) *site {
 		s.config.Access.Maintainers = append(s.config.Access.Maintainers, Maintainer{Name: n, Key: string(ssh.MarshalAuthorizedKey(s.keys[n].PublicKey()))})
 	}
 	s.serveIssuer()
-	s.config.Access.Issuers = []Issuer{{Issuer: identity.Issuer{URL: s.issuer, Audience: issuer.ClientID, Algorithms: []string{issuer.Algorithm}}, Embedded: true}}
+	s.config.Access.Issuers = []identity.Configured{{Issuer: identity.Issuer{URL: s.issuer, Audience: issuer.ClientID, Algorithms: []string{issuer.Algorithm}}, Embedded: true}}
 	return s
 }
 
@@ -300,7 +300,7 @@ func TestStartRefusesPolicies(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir, c := state(t)
 			s := &site{t: t, dir: dir, config: c, keys: map[string]ssh.Signer{}, finished: make(chan error, 1)}
-			s.config.Access = &Access{Policies: filepath.Join(dir, "policies"), Threshold: 2, Issuers: []Issuer{{Issuer: identity.Issuer{URL: "https://127.0.0.1:1", Audience: "x"}}}}
+			s.config.Access = &Access{Policies: filepath.Join(dir, "policies"), Threshold: 2, Issuers: []identity.Configured{{Issuer: identity.Issuer{URL: "https://127.0.0.1:1", Audience: "x"}}}}
 			for _, n := range []string{"ada", "bea"} {
 				_, key, err := ed25519.GenerateKey(rand.Reader)
 				check(t, err)

@@ -10,6 +10,8 @@ import (
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/internal/keystore"
+	"github.com/coffer-run/coffer/internal/keystore/attestation"
+	contract "github.com/coffer-run/coffer/plugins/contract/keystore"
 )
 
 // rewrapEvery is how often data keys are moved to the newest versions of their
@@ -44,12 +46,18 @@ func keyStores(ctx context.Context, c Config, cfg *broker.Config, log *slog.Logg
 			return nil, err
 		}
 	}
+	var prover contract.Prover
+	if c.Attestation != nil {
+		if prover, err = attestation.NewProver(attestation.Program(*c.Attestation), time.Now); err != nil {
+			return nil, err
+		}
+	}
 	cfg.KeyStores = map[string]broker.KeyStore{}
 	for _, k := range c.KeyStores {
 		if _, twice := cfg.KeyStores[k.Name]; twice {
 			return nil, fmt.Errorf("configuration: key store %s is named twice", k.Name)
 		}
-		s, err := keystore.Start(ctx, k, log)
+		s, err := keystore.Start(ctx, k, prover, log)
 		if err != nil {
 			return nil, err
 		}

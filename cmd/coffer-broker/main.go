@@ -17,12 +17,13 @@ import (
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/internal/keystore"
+	"github.com/coffer-run/coffer/plugins/host"
 )
 
 const name = "coffer-broker"
 
 // Config is the broker's configuration file. Every field is required but
-// simulation, access, kbs and those of key stores.
+// simulation, access, kbs, attestation and those of key stores.
 type Config struct {
 	// Listen is the address to answer on, 127.0.0.1:7442 in the embedded stack.
 	Listen string     `json:"listen"`
@@ -41,6 +42,9 @@ type Config struct {
 	DefaultKeyStore string `json:"defaultKeyStore,omitempty"`
 	// KeyStores are plugins, by whose names assets choose them.
 	KeyStores []keystore.Config `json:"keyStores,omitempty"`
+	// Attestation is the program, coffer-attest, that attests this machine for key
+	// stores that ask what their caller is. Without it none of those is used.
+	Attestation *host.Config `json:"attestation,omitempty"`
 	// DB is the SQLite database, made at the first start.
 	DB string `json:"db"`
 	// Log is the Merkle tree over the evidence log in DB.
@@ -134,6 +138,7 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	}
 	defer sequence(ctx, tree, log)()
 	defer rewrapping(ctx, b, c.ID, log)()
+	defer watching(ctx, b, log)()
 	log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("address", c.Listen), slog.String("id", c.ID), slog.Bool("simulation", c.Simulation), slog.Uint64("logEntries", head.Size))
 	return daemon.Serve(ctx, c.Listen, serverTLS, handler, log)
 }

@@ -61,8 +61,14 @@ func parse(args []string) (hold.Config, error) {
 	uid := fs.Uint("uid", 0, "user of the job")
 	gid := fs.Uint("gid", 0, "group of the job")
 	fs.Int64Var(&cfg.LogBytes, "log-bytes", 0, "bytes of log to keep")
+	fs.Int64Var(&cfg.LogRate, "log-rate", 0, "bytes of log to keep of each second, 0: the default")
 	procs := fs.Int("procs", 0, "descriptor of cgroup.procs of the job's control group, which this process is in")
 	fs.Int64Var(&cfg.RegionBytes, "region-bytes", 0, "bytes of memory to decrypt inputs into, 0: as many as they have")
+	fs.IntVar(&cfg.NearNode, "near-node", 0, "1 more than the number of the memory node for inputs, 0: any")
+	fs.Func("watch-open", "pattern of the paths whose opening is told; may be repeated", func(glob string) error {
+		cfg.WatchOpen = append(cfg.WatchOpen, glob)
+		return nil
+	})
 	if err := fs.Parse(args); err != nil {
 		return hold.Config{}, fmt.Errorf("parse flags: %w", err)
 	}
@@ -74,8 +80,8 @@ func parse(args []string) (hold.Config, error) {
 		return hold.Config{}, errors.New("--run, --job and --log-bytes are required")
 	case *procs <= int(os.Stderr.Fd()):
 		return hold.Config{}, errors.New("--procs must name a descriptor that was handed over")
-	case cfg.RegionBytes < 0:
-		return hold.Config{}, errors.New("--region-bytes is negative")
+	case cfg.RegionBytes < 0 || cfg.LogRate < 0 || cfg.NearNode < 0:
+		return hold.Config{}, errors.New("--region-bytes, --log-rate or --near-node is negative")
 	case *uid == 0 || *gid == 0 || *uid > maxID || *gid > maxID:
 		return hold.Config{}, errors.New("--uid and --gid must name a user that is not root")
 	}

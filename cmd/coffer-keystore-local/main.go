@@ -18,6 +18,8 @@ import (
 
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
+	"github.com/coffer-run/coffer/internal/keystore/attestation"
+	"github.com/coffer-run/coffer/plugins/contract/keystore"
 	"github.com/coffer-run/coffer/plugins/keystore/local"
 	"github.com/coffer-run/coffer/plugins/kit"
 )
@@ -32,6 +34,8 @@ type Config struct {
 	PassphraseFile       string `json:"passphraseFile"`
 	PassphraseCredential string `json:"passphraseCredential"`
 	TPM                  *TPM   `json:"tpm"`
+	// Attestation says what a caller must be; without it everyone is served.
+	Attestation *attestation.Config `json:"attestation,omitempty"`
 }
 
 // TPM names a TPM.
@@ -93,7 +97,13 @@ func run(ctx context.Context, args []string, _ io.Reader, stdout, stderr io.Writ
 	case "disable", "enable":
 		return s.SetDisabled(key, fs.Arg(0) == "disable")
 	default:
-		return kit.ServeKeyStore(s, stderr)
+		var served keystore.Store = s
+		if c.Attestation != nil {
+			if served, err = c.Attestation.Guard(s, c.Store); err != nil {
+				return err
+			}
+		}
+		return kit.ServeKeyStore(served, stderr)
 	}
 }
 

@@ -43,7 +43,7 @@ func setup(t *testing.T) (dir string, c config) {
 	if err := pki.Create(p); err != nil {
 		t.Fatal(err)
 	}
-	for _, r := range []string{daemon.RoleVerifier, daemon.RoleAgent, daemon.RoleEngineer} {
+	for _, r := range []string{daemon.RoleVerifier, daemon.RoleAgent, daemon.RoleEngineer, daemon.RoleRelyingParty, daemon.RoleOperator} {
 		if err := pki.Issue(p, r, "x"); err != nil {
 			t.Fatal(err)
 		}
@@ -330,8 +330,10 @@ func TestHangup(t *testing.T) {
 		t.Error("the next key is not published")
 	}
 	c["keyFile"], c["publishedKeyFiles"] = next, []string{first}
-	c["policiesDir"] = dir
+	listen := c["listen"]
+	c["listen"] = "127.0.0.1:1"
 	hangup("other changes")
+	c["listen"] = listen
 	if !strings.HasPrefix(jwks(), `{"keys":[{"use":"sig","kty":"EC","kid":"`+kid) {
 		t.Errorf("the next key is not first: %s", jwks())
 	}

@@ -1,5 +1,5 @@
-// Coffer-verify checks the bundle of one job offline. It opens the files that it
-// is told to open and nothing else: it asks nobody, and has no state and no keys.
+// Coffer-verify checks the bundle of one job offline. It reads and writes the files
+// that it is told to and nothing else: it asks nobody, and has no state and no keys.
 package main
 
 import (
@@ -79,6 +79,9 @@ type options struct {
 	paravisors      []string
 	at              time.Time
 	output          string
+	report          string
+	controls        []string
+	exports         []string
 	bundle          string
 }
 
@@ -91,6 +94,10 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return &exitError{exitUsage, err}
 	}
 	trust, err := o.trust()
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	frameworks, err := o.frameworks()
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
@@ -107,8 +114,14 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	} else {
 		err = writeText(stdout, report, o.simulationRoots != "", colored(stdout))
 	}
+	if err == nil && o.report != "" {
+		err = writePage(o.report, report, file, frameworks)
+	}
+	if err == nil {
+		err = o.writeExports(report, file, time.Now())
+	}
 	if err != nil {
-		return &exitError{exitUnknown, fmt.Errorf("write report: %w", err)}
+		return &exitError{exitUnknown, err}
 	}
 	switch report.Verdict {
 	case verify.Verified:
@@ -161,6 +174,14 @@ Flags:
                           the devices by, as coffer endorsements export writes
                           them
   --output text|json      how to report (default text)
+  --report FILE           write a page for people as well: HTML that needs no network,
+                          no server and no script
+  --controls FILE         controls of the page, in place of those that come with this
+                          program; may be repeated
+  --export FORMAT=FILE    write what the bundle shows for other tools: vsa (in-toto
+                          verification summary), slsa (SLSA provenance), training (a
+                          statement of coffer's own), cyclonedx (an ML-BOM). Unsigned;
+                          only a vsa is written of what does not verify. May be repeated
 
 Exit codes:
   0  verified    1  failed    2  usage    4  could not tell
@@ -181,13 +202,14 @@ func parse(args []string, stdout, stderr io.Writer) (options, error) {
 	f.IntVar(&o.witnesses, "witnesses", 0, "")
 	f.StringVar(&o.endorsements, "endorsements", "", "")
 	f.StringVar(&o.approvers, "approvers", "", "")
-	for name, to := range map[string]*[]string{"policy": &o.policies, "reference-values": &o.references, "attestation-key": &o.attestationKeys, "paravisor": &o.paravisors} {
+	for name, to := range map[string]*[]string{"policy": &o.policies, "reference-values": &o.references, "attestation-key": &o.attestationKeys, "paravisor": &o.paravisors, "controls": &o.controls, "export": &o.exports} {
 		f.Func(name, "", func(s string) error {
 			*to = append(*to, s)
 			return nil
 		})
 	}
 	f.StringVar(&o.output, "output", "text", "")
+	f.StringVar(&o.report, "report", "", "")
 	f.Func("at", "", func(s string) (err error) {
 		o.at, err = time.Parse(time.RFC3339, s)
 		return err
@@ -205,6 +227,9 @@ func parse(args []string, stdout, stderr io.Writer) (options, error) {
 	}
 	if o.output != "text" && o.output != "json" {
 		return o, fmt.Errorf("output %q: want text or json", o.output)
+	}
+	if err := o.exportable(); err != nil {
+		return o, err
 	}
 	if o.logKey == "" && o.witnessKeys != "" {
 		return o, errors.New("witnesses of which log? --witness-keys needs --log-key")

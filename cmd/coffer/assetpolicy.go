@@ -9,8 +9,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
 
 	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
+	"github.com/coffer-run/coffer/attest/receipt/sshsig"
 	"github.com/coffer-run/coffer/internal/stack"
 )
 
@@ -23,9 +25,10 @@ type policyFlags struct {
 	threshold                             int32
 	lease, grace, maxDuration             time.Duration
 	maxReleases                           int32
-	stopAtExpiry                          bool
+	stopAtExpiry, stopAtDisabled          bool
 	sensitivity, region, project          string
 	keyStore                              string
+	key                                   string
 }
 
 func (f *policyFlags) add(cmd *cobra.Command) {
@@ -39,6 +42,8 @@ func (f *policyFlags) add(cmd *cobra.Command) {
 	cmd.Flags().Int32Var(&f.maxReleases, "max-releases", 0, "most `attempts` that one grant may allow (default: the broker's bound)")
 	cmd.Flags().DurationVar(&f.maxDuration, "max-duration", 0, "`longest` that one grant may last (default: the broker's bound)")
 	cmd.Flags().BoolVar(&f.stopAtExpiry, "stop-at-expiry", false, "stop jobs when their grant ends, not only when it is revoked")
+	cmd.Flags().BoolVar(&f.stopAtDisabled, "stop-at-key-disabled", false, "stop jobs when the key-encryption key is disabled at its store")
+	keyFlag(cmd, &f.key)
 	cmd.Flags().StringVar(&f.sensitivity, "sensitivity", "", "`label` that access policies look at")
 	cmd.Flags().StringVar(&f.region, "region", "", "`label` that access policies look at")
 	cmd.Flags().StringVar(&f.project, "project", "", "`label` that access policies look at")
@@ -62,18 +67,19 @@ func (f *policyFlags) apply(cmd *cobra.Command, p *brokerv1.AssetPolicy, l *brok
 		}
 	}
 	for name, set := range map[string]func(){
-		"verifier":           func() { p.Verifiers = f.verifiers },
-		"verifier-threshold": func() { p.VerifierThreshold = f.threshold },
-		"protocol":           func() { p.Protocols = f.protocols },
-		"kem":                func() { p.Kems = f.kems },
-		"lease":              func() { p.LeaseSeconds = int64(f.lease / time.Second) },
-		"grace":              func() { p.GraceSeconds = int64(f.grace / time.Second) },
-		"max-releases":       func() { p.MaxReleases = f.maxReleases },
-		"max-duration":       func() { p.MaxDurationSeconds = int64(f.maxDuration / time.Second) },
-		"stop-at-expiry":     func() { p.StopAtExpiry = f.stopAtExpiry },
-		"sensitivity":        func() { l.Sensitivity = f.sensitivity },
-		"region":             func() { l.Region = f.region },
-		"project":            func() { l.Project = f.project },
+		"verifier":             func() { p.Verifiers = f.verifiers },
+		"verifier-threshold":   func() { p.VerifierThreshold = f.threshold },
+		"protocol":             func() { p.Protocols = f.protocols },
+		"kem":                  func() { p.Kems = f.kems },
+		"lease":                func() { p.LeaseSeconds = int64(f.lease / time.Second) },
+		"grace":                func() { p.GraceSeconds = int64(f.grace / time.Second) },
+		"max-releases":         func() { p.MaxReleases = f.maxReleases },
+		"max-duration":         func() { p.MaxDurationSeconds = int64(f.maxDuration / time.Second) },
+		"stop-at-expiry":       func() { p.StopAtExpiry = f.stopAtExpiry },
+		"stop-at-key-disabled": func() { p.StopAtKeyDisabled = f.stopAtDisabled },
+		"sensitivity":          func() { l.Sensitivity = f.sensitivity },
+		"region":               func() { l.Region = f.region },
+		"project":              func() { l.Project = f.project },
 	} {
 		if given(name) {
 			set()
@@ -95,7 +101,9 @@ func (c *cli) assetsPolicyCmd() *cobra.Command {
 		Use:   "policy NAME [flags]",
 		Short: "Change who must approve the use of an asset, and how it is released",
 		Long: `policy changes what its flags name and leaves the rest as it is. It holds from
-the next release on, also for grants that were approved before.`,
+the next release on, also for grants that were approved before. An owner whose
+key is in the broker's policy set signs it; without other flags the policy is
+signed as it is.`,
 		Example: "  coffer assets policy frontier-weights --approvals '2 of weights-approvers' --lease 30s",
 		Args:    exactly("an asset name"),
 	}
@@ -122,9 +130,19 @@ the next release on, also for grants that were approved before.`,
 		if err := f.apply(cmd, p, l); err != nil {
 			return err
 		}
-		res, err := call(cmd.Context(), c, "change the policy of asset "+args[0], serverBroker, b.UpdateAssetPolicy, &brokerv1.UpdateAssetPolicyRequest{
-			Name: args[0], Policy: p, Labels: l, Revision: got.GetAsset().GetRevision(),
-		})
+		req := &brokerv1.UpdateAssetPolicyRequest{Name: args[0], Policy: p, Labels: l, Revision: got.GetAsset().GetRevision()}
+		h, err := c.hand(cmd.Context(), f.key)
+		if err != nil {
+			return err
+		}
+		defer h.close()
+		if h.signer != nil {
+			settle(p)
+			if req.Statement, req.StatementSignature, err = h.policy(cmd.Context(), c, b, args[0], req.GetRevision()+1, p, l); err != nil {
+				return err
+			}
+		}
+		res, err := call(cmd.Context(), c, "change the policy of asset "+args[0], serverBroker, b.UpdateAssetPolicy, req)
 		if err != nil {
 			return err
 		}
@@ -167,10 +185,19 @@ func assetRows(a *brokerv1.Asset) [][]string {
 	return [][]string{
 		{"asset", a.GetName()}, {"kind", kindName(a.GetKind())}, {"owner", a.GetOwner()}, {"digest", orDash(a.GetDigest())}, {"created", clock(a.GetCreatedUnix())},
 		{"revision", strconv.FormatInt(a.GetRevision(), 10)}, {"key store", orDash(a.GetKeyStore())},
-		{"approvals", approvals}, {"verifiers", orDash(strings.Join(p.GetVerifiers(), ", "))}, {"protocols", orDash(strings.Join(p.GetProtocols(), ", "))},
+		{"policy signed", signedBy(a)}, {"approvals", approvals}, {"verifiers", orDash(strings.Join(p.GetVerifiers(), ", "))}, {"protocols", orDash(strings.Join(p.GetProtocols(), ", "))},
 		{"lease", seconds(p.GetLeaseSeconds())}, {"grace", seconds(p.GetGraceSeconds())},
 		{"sensitivity", orDash(l.GetSensitivity())}, {"region", orDash(l.GetRegion())}, {"project", orDash(l.GetProject())},
 	}
+}
+
+// signedBy names the key that signed the policy, as the signature has it.
+func signedBy(a *brokerv1.Asset) string {
+	key, err := sshsig.Key(a.GetStatementSignature())
+	if len(a.GetStatement()) == 0 || err != nil {
+		return "no"
+	}
+	return ssh.FingerprintSHA256(key)
 }
 
 func ruleTexts(p *brokerv1.AssetPolicy) []string {

@@ -37,8 +37,27 @@ func (c *cli) dial(role, server string) (*http.Client, stack.Endpoint, error) {
 	return h, e, nil
 }
 
+// agent returns a client of the node agent, for who signed in there, or, if nobody
+// did, as the stack's identity of the given role.
 func (c *cli) agent(role string) (agentv1connect.AgentServiceClient, error) {
-	h, e, err := c.dial(role, daemon.RoleAgent)
+	e, err := stack.OpenEndpoint(c.dir)
+	if err != nil {
+		return nil, err
+	}
+	signedIn, err := c.atNodes(e)
+	if err != nil {
+		return nil, err
+	}
+	var h *http.Client
+	if !signedIn {
+		h, _, err = c.dial(role, daemon.RoleAgent)
+	} else if h, err = daemon.HTTPClientForPeople(e.CA(), daemon.RoleAgent); err == nil {
+		h.Transport = &nodeBearer{next: h.Transport, token: func(ctx context.Context) (string, error) {
+			_, token, err := c.signedInAt(ctx, e, true)
+			return token, err
+		}}
+		c.clients = append(c.clients, h)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -61,6 +61,12 @@ type fakeAgent struct {
 	refuse  *check.Refusal
 	keys    []string
 	callers []string
+	// submitted are job files; bundle is the bundle of every job.
+	submitted [][]byte
+	bundle    []byte
+	sealed    []byte
+	cancelled []string
+	onCancel  func()
 }
 
 func (a *fakeAgent) Plan(_ context.Context, r *connect.Request[agentv1.PlanRequest]) (*connect.Response[agentv1.PlanResponse], error) {
@@ -75,6 +81,7 @@ func (a *fakeAgent) Submit(_ context.Context, r *connect.Request[agentv1.SubmitR
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.keys = append(a.keys, r.Msg.GetIdempotencyKey())
+	a.submitted = append(a.submitted, r.Msg.GetJobFile())
 	if a.refuse != nil {
 		return nil, refusal.Encode(a.refuse)
 	}
@@ -92,6 +99,15 @@ func (a *fakeAgent) Get(_ context.Context, r *connect.Request[agentv1.GetRequest
 }
 
 func (a *fakeAgent) List(_ context.Context, r *connect.Request[agentv1.ListRequest]) (*connect.Response[agentv1.ListResponse], error) {
+	if want := r.Msg.GetState(); want != "" {
+		var jobs []*agentv1.Job
+		for _, j := range a.jobs {
+			if j.GetState() == want {
+				jobs = append(jobs, j)
+			}
+		}
+		return connect.NewResponse(&agentv1.ListResponse{Jobs: jobs}), nil
+	}
 	if r.Msg.GetPageToken() == "" {
 		return connect.NewResponse(&agentv1.ListResponse{Jobs: []*agentv1.Job{a.jobs["job-1"]}, NextPageToken: "2"}), nil
 	}
@@ -99,10 +115,19 @@ func (a *fakeAgent) List(_ context.Context, r *connect.Request[agentv1.ListReque
 }
 
 func (a *fakeAgent) Cancel(_ context.Context, r *connect.Request[agentv1.CancelRequest]) (*connect.Response[agentv1.CancelResponse], error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.cancelled = append(a.cancelled, r.Msg.GetId())
+	if a.onCancel != nil {
+		a.onCancel()
+	}
 	return connect.NewResponse(&agentv1.CancelResponse{Job: &agentv1.Job{Id: r.Msg.GetId(), State: "cancelled"}}), nil
 }
 
-func (a *fakeAgent) Bundle(context.Context, *connect.Request[agentv1.BundleRequest]) (*connect.Response[agentv1.BundleResponse], error) {
+func (a *fakeAgent) Bundle(_ context.Context, _ *connect.Request[agentv1.BundleRequest]) (*connect.Response[agentv1.BundleResponse], error) {
+	if a.bundle != nil {
+		return connect.NewResponse(&agentv1.BundleResponse{Bundle: a.bundle}), nil
+	}
 	return connect.NewResponse(&agentv1.BundleResponse{Bundle: []byte("{}\n")}), nil
 }
 
@@ -134,6 +159,56 @@ func (a *fakeAgent) Watch(ctx context.Context, r *connect.Request[agentv1.WatchR
 		}
 	}
 	return nil
+}
+
+// Logs sends what the events say was printed, as they were printed a second apart.
+func (a *fakeAgent) Logs(_ context.Context, r *connect.Request[agentv1.LogsRequest], s *connect.ServerStream[agentv1.LogsResponse]) error {
+	a.mu.Lock()
+	cut := a.cut
+	a.cut = 0
+	a.mu.Unlock()
+	if a.jobs[r.Msg.GetId()] == nil {
+		return connect.NewError(connect.CodeNotFound, errors.New("no such job"))
+	}
+	after := map[string]int64{"stdout": r.Msg.GetStdoutOffset(), "stderr": r.Msg.GetStderrOffset()}
+	sent := 0
+	for i, e := range a.events {
+		l := e.GetLog()
+		if l == nil || l.GetOffset() < after[l.GetStream()] {
+			continue
+		}
+		if cut > 0 && sent == cut && a.abort {
+			panic(http.ErrAbortHandler)
+		}
+		if cut > 0 && sent == cut {
+			return connect.NewError(connect.CodeUnavailable, errors.New("shutting down"))
+		}
+		if err := s.Send(&agentv1.LogsResponse{Log: l, TimeUnixNano: time.Unix(1_800_000_000+int64(i), 0).UnixNano()}); err != nil {
+			return err
+		}
+		sent++
+	}
+	if len(a.sealed) > 0 {
+		return s.Send(&agentv1.LogsResponse{Sealed: a.sealed})
+	}
+	return nil
+}
+
+func (a *fakeAgent) Capacity(context.Context, *connect.Request[agentv1.CapacityRequest]) (*connect.Response[agentv1.CapacityResponse], error) {
+	return connect.NewResponse(&agentv1.CapacityResponse{Gpus: 2, FreeGpus: 1, MemoryBytes: 4 << 30, FreeMemoryBytes: 3 << 30, Running: 1}), nil
+}
+
+// printed numbers the events and gives what was printed its place in its stream.
+func printed(events ...*agentv1.WatchResponse) []*agentv1.WatchResponse {
+	at := map[string]int64{}
+	for i, e := range events {
+		e.Sequence = uint64(i) + 1
+		if l := e.GetLog(); l != nil {
+			l.Offset = at[l.GetStream()]
+			at[l.GetStream()] += int64(len(l.GetData()))
+		}
+	}
+	return events
 }
 
 // fakeBroker keeps assets in memory and can open what owners wrap.
@@ -174,6 +249,13 @@ func (b *fakeBroker) CreateGrant(_ context.Context, r *connect.Request[brokerv1.
 		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("unexpected grant %v", m))
 	}
 	return connect.NewResponse(&brokerv1.CreateGrantResponse{Grant: &brokerv1.Grant{Id: "g-1", Assets: m.GetAssets(), PlanDigest: m.GetPlanDigest()}}), nil
+}
+
+func (b *fakeBroker) LiftRevocation(_ context.Context, r *connect.Request[brokerv1.LiftRevocationRequest]) (*connect.Response[brokerv1.LiftRevocationResponse], error) {
+	if r.Msg.GetKind() != brokerv1.RevocationKind_REVOCATION_KIND_NODE || r.Msg.GetValue() != "node-4" || r.Msg.GetReason() != "inspected" {
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("only the revocation of a node or of a chip is lifted"))
+	}
+	return connect.NewResponse(&brokerv1.LiftRevocationResponse{}), nil
 }
 
 func newFakeStack(t *testing.T) *fakeStack {
@@ -303,7 +385,7 @@ func sealedAt(seq uint64, name string) *agentv1.WatchResponse {
 func TestSubmitWatch(t *testing.T) {
 	s := newFakeStack(t)
 	s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", Name: "demo", PlanDigest: "sha384:00", State: stateSucceeded}
-	s.agent.events = []*agentv1.WatchResponse{
+	s.agent.events = printed(
 		stage(1, "verify", "started", 0, ""),
 		stage(2, "verify", "done", 12*time.Millisecond, "affirming (simulated)"),
 		logged(3, "stdout", "epoch 1 lo"),
@@ -311,7 +393,7 @@ func TestSubmitWatch(t *testing.T) {
 		sealedAt(5, "epoch-1"),
 		logged(6, "stderr", "warn\x1b[31m red\n"),
 		stage(7, "evidence", "done", 3*time.Second, ""),
-	}
+	)
 	r := s.coffer(t.Context(), "submit", jobFile(t, "x"), "--watch")
 	r.want(t, 0)
 	const want = `job job-1  demo
@@ -377,7 +459,7 @@ func TestSubmitRefusedAtTheDoor(t *testing.T) {
 func TestWatchDetaches(t *testing.T) {
 	s := newFakeStack(t)
 	s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", State: "running"}
-	s.agent.events = []*agentv1.WatchResponse{logged(1, "stdout", "working\n")}
+	s.agent.events = printed(logged(1, "stdout", "working\n"))
 	s.agent.hold = make(chan struct{})
 	defer close(s.agent.hold)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -409,7 +491,7 @@ func TestWatchSurvivesARestartOfTheAgent(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newFakeStack(t)
 			s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", State: stateSucceeded}
-			s.agent.events = []*agentv1.WatchResponse{logged(1, "stdout", "a\n"), logged(2, "stdout", "b\n"), logged(3, "stdout", "c\n")}
+			s.agent.events = printed(logged(1, "stdout", "a\n"), logged(2, "stdout", "b\n"), logged(3, "stdout", "c\n"))
 			s.agent.cut, s.agent.abort = 2, abort
 			r := s.coffer(t.Context(), "logs", "-f", "job-1")
 			r.want(t, 0, "the node agent is away")
@@ -423,7 +505,7 @@ func TestWatchSurvivesARestartOfTheAgent(t *testing.T) {
 func TestLogsOfARunningJobEnd(t *testing.T) {
 	s := newFakeStack(t)
 	s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", State: "running"}
-	s.agent.events = []*agentv1.WatchResponse{logged(1, "stdout", "out\n"), logged(2, "stderr", "err\n"), sealedAt(3, "ck")}
+	s.agent.events = printed(logged(1, "stdout", "out\n"), logged(2, "stderr", "err\n"), sealedAt(3, "ck"))
 	s.agent.hold = make(chan struct{})
 	defer close(s.agent.hold)
 	r := s.coffer(t.Context(), "logs", "job-1")
@@ -431,9 +513,9 @@ func TestLogsOfARunningJobEnd(t *testing.T) {
 	if r.stdout != "out\n" || r.stderr != "err\n" {
 		t.Errorf("got %q and %q", r.stdout, r.stderr)
 	}
-	s.coffer(t.Context(), "checkpoints", "job-1").want(t, 0, "SEQUENCE", "ck", "2048")
-	s.coffer(t.Context(), "checkpoints", "job-1", "-o", "json").want(t, 0, `"name": "ck"`)
-	s.coffer(t.Context(), "logs", "job-9").want(t, exitFailed, "look up job job-9: no such job")
+	s.coffer(t.Context(), "checkpoints", "ls", "job-1").want(t, 0, "SEQUENCE", "ck", "2048")
+	s.coffer(t.Context(), "checkpoints", "ls", "job-1", "-o", "json").want(t, 0, `"name": "ck"`)
+	s.coffer(t.Context(), "logs", "job-9").want(t, exitFailed, "read the log of job job-9: no such job")
 }
 
 func TestJobCommands(t *testing.T) {
@@ -536,6 +618,9 @@ func TestGrants(t *testing.T) {
 	s := newFakeStack(t)
 	s.coffer(t.Context(), "grant", "create", "--plan", string(plan.Sum(nil)), "--asset", "a", "--asset", "b", "--for", "1h", "--releases", "2", "--allow-simulated").want(t, 0, "g-1")
 	s.coffer(t.Context(), "grants", "ls").want(t, exitFailed, "list grants: ")
+	s.coffer(t.Context(), "revoke", "--lift", "--node", "node-4", "--reason", "inspected").want(t, 0, "lifted the revocation of node-4")
+	s.coffer(t.Context(), "revoke", "--lift", "g-1", "--reason", "inspected").want(t, exitUsage, "only the revocation of a node")
+	s.coffer(t.Context(), "revoke", "--lift", "--node", "node-4").want(t, exitUsage, "--reason")
 	s.coffer(t.Context(), "assets", "ls").want(t, 0, "ASSET")
 }
 

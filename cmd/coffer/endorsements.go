@@ -47,8 +47,11 @@ their issuers' chains and revocation lists from AMD, certificate statuses (OCSP)
 and reference manifests (RIM) from NVIDIA, in DER, PEM, XML or the manifest
 service's JSON. A manifest in XML is named by its id, NV_GPU_....xml.
 
-Each file is validated; what is refused is named, and the rest is taken. AMD's
-certificates and lists and NVIDIA's manifests must lead to the pinned root keys.
+Each file is validated; what is refused is named, and the rest is taken. All must
+lead to the pinned root keys: AMD's certificates and lists by the chain, NVIDIA's
+manifests by the chain in them, and a certificate's status by the manifest or the
+GPU's chain (PEM) in DIR that it is about. A list in a path with "vlek" in it is
+about the issuers of VLEKs.
 A verifier that runs sees the import by itself, and verifies all of it again
 whenever it uses it.`,
 		Example: "  coffer endorsements import /media/usb/endorsements --into /etc/coffer/endorsements",
@@ -163,7 +166,7 @@ func find(folder *serve.Folder, used []endorse.Used) ([]endorse.Held, error) {
 	out := make([]endorse.Held, 0, len(used))
 	var gone []string
 	for _, u := range used {
-		h, ok := folder.Library().ByDigest(u.Digest)
+		h, ok := folder.Library().ByDigest(u.Key, u.Digest)
 		if !ok {
 			gone = append(gone, clean(u.Key.String())+" "+string(u.Digest))
 			continue

@@ -53,6 +53,7 @@ func TestEndorsementsImportExport(t *testing.T) {
 		put(name, b)
 		n++
 	}
+	put("src/gpu-chain.pem", v.GPUs()[0].ChainPEM())
 	_, _, ark := v.Chip().Certificates()
 	_, chain := lastPEM(v.GPUs()[0].ChainPEM())
 	put("simulation/roots/amd/Genoa/ark.pem", encode(ark))

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -16,9 +17,9 @@ import (
 	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
-	"github.com/coffer-run/coffer/attest/receipt/sshsig"
 	"github.com/coffer-run/coffer/internal/daemon"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/reasons"
 )
 
 // grantView is a grant in JSON output.
@@ -43,9 +44,10 @@ type grantView struct {
 	Approvals      []approval `json:"approvals,omitempty"`
 }
 
-// approval is one signed approval in JSON output.
+// approval is one signed decision in JSON output.
 type approval struct {
 	Approver string     `json:"approver"`
+	Decision string     `json:"decision"`
 	Reason   string     `json:"reason"`
 	Ticket   string     `json:"ticket,omitempty"`
 	Time     *time.Time `json:"time,omitempty"`
@@ -76,28 +78,48 @@ type grantFlags struct {
 	simulated  bool
 	principals []string
 	purpose    string
+	key        string
+	job        string
 }
 
 func (f *grantFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.digest, "plan", "", "plan `digest`, as coffer plan prints it")
 	cmd.Flags().StringArrayVar(&f.assets, "asset", nil, "`name` of an asset; may be repeated")
-	cmd.Flags().Int32Var(&f.releases, "releases", 1, "`number` of attempts that may use the grant")
+	cmd.Flags().StringVar(&f.job, "job", "", "job `file` whose plan it is, in place of --plan")
+	cmd.Flags().Int32Var(&f.releases, "releases", 0, "`number` of attempts that may use the grant (default: 1, and with --job the retries of the job)")
 	cmd.Flags().DurationVar(&f.lasts, "for", 24*time.Hour, "how `long` the grant lasts, from now")
 	cmd.Flags().BoolVar(&f.simulated, "allow-simulated", false, "accept evidence that is simulated")
 	cmd.Flags().StringArrayVar(&f.principals, "principal", nil, "who may use it, as `ROLE/NAME`: agents and submitters; may be repeated (default: any)")
 	cmd.Flags().StringVar(&f.purpose, "purpose", "", "what it is for: one line of `text` that approvers read")
 }
 
-func (f *grantFlags) check(cmd *cobra.Command) (plan.Digest, error) {
+// check returns the plan's digest, and the plan itself where a job file names it.
+func (f *grantFlags) check(cmd *cobra.Command, c *cli) (plan.Digest, []byte, error) {
+	var canonical []byte
+	if f.job != "" {
+		if f.digest != "" {
+			return "", nil, usagef(cmd, "--plan or --job, not both")
+		}
+		p, err := c.plan(cmd.Context(), f.job)
+		if err != nil {
+			return "", nil, err
+		}
+		f.digest, canonical = p.GetPlanDigest(), p.GetPlan()
+	}
+	d, err := f.valid(cmd)
+	return d, canonical, err
+}
+
+func (f *grantFlags) valid(cmd *cobra.Command) (plan.Digest, error) {
 	d, err := plan.ParseDigest(f.digest)
 	switch {
 	case f.digest == "":
-		return "", usagef(cmd, "name the plan with --plan")
+		return "", usagef(cmd, "name the plan with --plan or --job")
 	case err != nil:
 		return "", usagef(cmd, "--plan: %s", err)
 	case len(f.assets) == 0:
 		return "", usagef(cmd, "name at least one asset with --asset")
-	case f.releases < 1:
+	case cmd.Flags().Changed("releases") && f.releases < 1:
 		return "", usagef(cmd, "--releases %d: want at least 1", f.releases)
 	case f.lasts < time.Second || f.lasts > maxGrant:
 		return "", usagef(cmd, "--for %s: want between 1s and %s", f.lasts, maxGrant)
@@ -121,14 +143,16 @@ func (c *cli) grantCreateCmd() *cobra.Command {
 assets once a verifier has accepted their evidence. coffer plan prints the
 digest of a job file. Where the policy of an asset asks for approvals, the grant
 waits for them. Evidence of an emulated machine counts only with
---allow-simulated.`,
+--allow-simulated. An owner whose key is in the broker's policy set signs the
+consent.`,
 		Example: "  coffer grant create --plan sha384:4f2c... --asset fashion-mnist --asset fashion-weights --releases 3 --for 24h",
 		Args:    exactly(),
 	}
 	f.add(cmd)
+	keyFlag(cmd, &f.key)
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		d, err := f.check(cmd)
+		d, canonical, err := f.check(cmd, c)
 		if err != nil {
 			return err
 		}
@@ -138,13 +162,17 @@ waits for them. Evidence of an emulated machine counts only with
 		}
 		now := time.Now()
 		res, err := call(cmd.Context(), c, "create grant", serverBroker, b.CreateGrant, &brokerv1.CreateGrantRequest{
-			Assets: f.assets, PlanDigest: string(d), NotBeforeUnix: now.Unix(), NotAfterUnix: now.Add(f.lasts).Unix(), MaxReleases: f.releases,
+			Assets: f.assets, PlanDigest: string(d), NotBeforeUnix: now.Unix(), NotAfterUnix: now.Add(f.lasts).Unix(), MaxReleases: f.releases, Plan: canonical,
 			AllowSimulated: f.simulated, Principals: f.principals, Purpose: f.purpose,
 		})
 		if err != nil {
 			return err
 		}
-		return c.printNewGrant(res.GetGrant(), *out)
+		g, err := c.consented(cmd.Context(), b, res.GetGrant(), f.key)
+		if err != nil {
+			return err
+		}
+		return c.printNewGrant(g, *out)
 	}
 	return cmd
 }
@@ -165,7 +193,7 @@ they name nobody. A job of the plan may be submitted at once: it waits.`,
 	cmd.Flags().StringVar(&key, "idempotency-key", "", "the same `key` answers with the same grant")
 	out := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		d, err := f.check(cmd)
+		d, canonical, err := f.check(cmd, c)
 		if err != nil {
 			return err
 		}
@@ -175,7 +203,7 @@ they name nobody. A job of the plan may be submitted at once: it waits.`,
 		}
 		now := time.Now()
 		res, err := call(cmd.Context(), c, "request grant", serverBroker, b.RequestGrant, &brokerv1.RequestGrantRequest{
-			Assets: f.assets, PlanDigest: string(d), NotBeforeUnix: now.Unix(), NotAfterUnix: now.Add(f.lasts).Unix(), MaxReleases: f.releases,
+			Assets: f.assets, PlanDigest: string(d), NotBeforeUnix: now.Unix(), NotAfterUnix: now.Add(f.lasts).Unix(), MaxReleases: f.releases, Plan: canonical,
 			AllowSimulated: f.simulated, Principals: f.principals, Purpose: f.purpose, IdempotencyKey: key,
 		})
 		if err != nil {
@@ -215,7 +243,7 @@ func (c *cli) readGrant(ctx context.Context, b brokerClient, id string) (grantVi
 		if err != nil {
 			return grantView{}, terms, fmt.Errorf("grant %s: %w", id, err)
 		}
-		v.Approvals = append(v.Approvals, approval{d.Approver, d.Reason, d.Ticket, stamp(d.Time)})
+		v.Approvals = append(v.Approvals, approval{d.Approver, d.Decision, d.Reason, d.Ticket, stamp(d.Time)})
 	}
 	if err := plan.Decode(res.GetGrant().GetTerms(), receipt.MaxApproval, &terms); err != nil {
 		return grantView{}, terms, fmt.Errorf("grant %s: its terms: %w", id, err)
@@ -240,6 +268,10 @@ func termRows(t receipt.GrantTerms) [][]string {
 	}
 }
 
+func decisions() map[string]string {
+	return map[string]string{receipt.DecisionApprove: "approved by", receipt.DecisionConsent: "consent of", receipt.DecisionDeny: "denied by"}
+}
+
 func (c *cli) grantShowCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "show GRANT",
@@ -262,7 +294,7 @@ func (c *cli) grantShowCmd() *cobra.Command {
 		}
 		rows := append(termRows(terms), []string{"state", v.State}, []string{"used", fmt.Sprintf("%d of %d", v.Used, v.MaxReleases)})
 		for _, a := range v.Approvals {
-			rows = append(rows, []string{"approved by", fmt.Sprintf("%s, %s: %s %s", a.Approver, clock(a.Time.Unix()), a.Reason, a.Ticket)})
+			rows = append(rows, []string{decisions()[a.Decision], fmt.Sprintf("%s, %s: %s %s", a.Approver, clock(a.Time.Unix()), a.Reason, a.Ticket)})
 		}
 		for _, m := range v.Missing {
 			rows = append(rows, []string{"lacks", m})
@@ -287,7 +319,8 @@ with FILE naming a public key, one that your ssh-agent holds, which may live in 
 hardware token. With --job the plan of that job file must be the grant's.
 
 The owner of the assets consents with --consent to a request on assets whose
-policy asks for no approvals; that takes no key.`,
+policy asks for no approvals. That is signed too if the broker's policy set has a
+key for the owner.`,
 		Example: "  coffer grant approve grant-7f31 --key ~/.ssh/id_ed25519 --reason 'reviewed the training code' --ticket SEC-142\n  coffer grant approve grant-7f31 --consent",
 		Args:    exactly("a grant id"),
 	}
@@ -295,12 +328,12 @@ policy asks for no approvals; that takes no key.`,
 	cmd.Flags().StringVar(&reason, "reason", "", "why: one line of `text` that is signed")
 	cmd.Flags().StringVar(&ticket, "ticket", "", "`reference` of the review, signed too")
 	cmd.Flags().StringVar(&job, "job", "", "job `file` whose plan the grant must name")
-	cmd.Flags().BoolVar(&consent, "consent", false, "consent as the owner of the assets, without a key")
+	cmd.Flags().BoolVar(&consent, "consent", false, "consent as the owner of the assets")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		ctx := cmd.Context()
 		switch {
-		case consent && (key != "" || reason != "" || ticket != ""):
-			return usagef(cmd, "--consent takes no key, reason or ticket")
+		case consent && ticket != "":
+			return usagef(cmd, "--consent takes no ticket")
 		case !consent && strings.TrimSpace(reason) == "":
 			return usagef(cmd, "say why with --reason")
 		case clean(reason+ticket) != reason+ticket || len(reason) > receipt.MaxApprovalText || len(ticket) > receipt.MaxApprovalText:
@@ -323,10 +356,13 @@ policy asks for no approvals; that takes no key.`,
 			return err
 		}
 		req := &brokerv1.ApproveGrantRequest{Id: terms.Grant}
-		if !consent {
-			if req.Approval, err = c.sign(ctx, terms, key, reason, ticket); err != nil {
-				return err
-			}
+		if consent {
+			req.Approval, err = c.decideAs(ctx, key, terms, receipt.DecisionConsent, cmp.Or(reason, "consent of the owner"))
+		} else {
+			req.Approval, err = c.sign(ctx, terms, key, reason, ticket)
+		}
+		if err != nil {
+			return err
 		}
 		res, err := call(ctx, c, "approve grant "+args[0], serverBroker, b.ApproveGrant, req)
 		if err != nil {
@@ -345,15 +381,7 @@ policy asks for no approvals; that takes no key.`,
 
 // samePlan refuses unless the job file resolves to the plan.
 func (c *cli) samePlan(ctx context.Context, path string, want plan.Digest) error {
-	file, err := c.readJobFile(path)
-	if err != nil {
-		return err
-	}
-	a, err := c.agent(daemon.RoleEngineer)
-	if err != nil {
-		return err
-	}
-	res, err := call(ctx, c, "plan "+path, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file})
+	res, err := c.plan(ctx, path)
 	if err != nil {
 		return err
 	}
@@ -363,21 +391,22 @@ func (c *cli) samePlan(ctx context.Context, path string, want plan.Digest) error
 	return nil
 }
 
+// plan has the agent resolve a job file.
+func (c *cli) plan(ctx context.Context, path string) (*agentv1.PlanResponse, error) {
+	file, err := c.readJobFile(path)
+	if err != nil {
+		return nil, err
+	}
+	a, err := c.agent(daemon.RoleEngineer)
+	if err != nil {
+		return nil, err
+	}
+	return call(ctx, c, "plan "+path, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file})
+}
+
 // sign makes the approval of the signed-in person.
 func (c *cli) sign(ctx context.Context, terms receipt.GrantTerms, key, reason, ticket string) (*brokerv1.Approval, error) {
 	name, err := c.me(ctx)
-	if err != nil {
-		return nil, err
-	}
-	canonical, err := terms.Canonical()
-	if err != nil {
-		return nil, err
-	}
-	now := time.Now()
-	doc, err := receipt.Approval{
-		Version: receipt.ApprovalVersion, Broker: terms.Broker, Grant: terms.Grant, Plan: terms.Plan, Assets: terms.Assets, Terms: plan.Sum(canonical),
-		Approver: name, Decision: receipt.DecisionApprove, Reason: reason, Ticket: ticket, Time: now.Unix(), Expires: max(terms.NotAfter, now.Unix()+1),
-	}.Canonical()
 	if err != nil {
 		return nil, err
 	}
@@ -386,11 +415,7 @@ func (c *cli) sign(ctx context.Context, terms receipt.GrantTerms, key, reason, t
 		return nil, err
 	}
 	defer closeAgent()
-	signature, err := sshsig.Sign(signer, receipt.ApprovalNamespace, doc)
-	if err != nil {
-		return nil, fmt.Errorf("sign the approval: %w", err)
-	}
-	return &brokerv1.Approval{Document: doc, Signature: signature}, nil
+	return hand{name: name, signer: signer}.decide(terms, receipt.DecisionApprove, reason, ticket)
 }
 
 // sshSigner returns the private key in path, or what ssh-agent has for the
@@ -443,7 +468,7 @@ func sshSigner(ctx context.Context, path string) (ssh.Signer, func(), error) {
 }
 
 func (c *cli) grantDenyCmd() *cobra.Command {
-	var reason string
+	var reason, key string
 	cmd := &cobra.Command{
 		Use:     "deny GRANT --reason TEXT",
 		Short:   "End a request for a grant",
@@ -451,6 +476,7 @@ func (c *cli) grantDenyCmd() *cobra.Command {
 		Args:    exactly("a grant id"),
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "why, for the requester and the log: one line of `text`")
+	keyFlag(cmd, &key)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkReason(cmd, reason); err != nil {
 			return err
@@ -459,7 +485,15 @@ func (c *cli) grantDenyCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		res, err := call(cmd.Context(), c, "deny grant "+args[0], serverBroker, b.DenyGrant, &brokerv1.DenyGrantRequest{Id: args[0], Reason: reason})
+		_, terms, err := c.readGrant(cmd.Context(), b, args[0])
+		if err != nil {
+			return err
+		}
+		req := &brokerv1.DenyGrantRequest{Id: args[0], Reason: reason}
+		if req.Approval, err = c.decideAs(cmd.Context(), key, terms, receipt.DecisionDeny, reason); err != nil {
+			return err
+		}
+		res, err := call(cmd.Context(), c, "deny grant "+args[0], serverBroker, b.DenyGrant, req)
 		if err != nil {
 			return err
 		}
@@ -561,16 +595,21 @@ func revocationKinds() []struct {
 
 func (c *cli) revokeCmd() *cobra.Command {
 	var reason string
+	var lift bool
 	cmd := &cobra.Command{
 		Use:   "revoke [GRANT] --reason TEXT",
 		Short: "Take back a grant, or everything of an asset, principal, node, chip, image or measurement",
 		Long: `revoke ends what it names: no key is released under it from then on, and jobs
 that run under it are told to stop, have the grace that the policies of their
-assets allow, and are killed. It prints the jobs.`,
-		Example: "  coffer revoke grant-7f31 --reason 'licence ended'\n  coffer revoke --node node-4 --reason 'found open at the data centre'",
+assets allow, and are killed. It prints the jobs.
+
+An operator takes the revocation of a node or a chip back with --lift: for new
+jobs. Everything else stays revoked.`,
+		Example: "  coffer revoke grant-7f31 --reason 'licence ended'\n  coffer revoke --node node-4 --reason 'found open at the data centre'\n  coffer revoke --lift --node node-4 --reason 'inspected, seals replaced'",
 		Args:    cobra.MaximumNArgs(1),
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "why, for the log: one line of `text`")
+	cmd.Flags().BoolVar(&lift, "lift", false, "take the revocation of a node or a chip back")
 	values := map[string]*string{}
 	for _, k := range revocationKinds() {
 		values[k.flag] = cmd.Flags().String(k.flag, "", k.help)
@@ -599,6 +638,9 @@ assets allow, and are killed. It prints the jobs.`,
 		if err != nil {
 			return err
 		}
+		if lift {
+			return c.lift(cmd.Context(), b, req, *out)
+		}
 		res, err := call(cmd.Context(), c, "revoke "+req.GetValue(), serverBroker, b.Revoke, req)
 		if err != nil {
 			return err
@@ -623,6 +665,22 @@ assets allow, and are killed. It prints the jobs.`,
 	return cmd
 }
 
+// lift takes a revocation back.
+func (c *cli) lift(ctx context.Context, b brokerClient, r *brokerv1.RevokeRequest, out format) error {
+	if _, err := call(ctx, c, "lift the revocation of "+r.GetValue(), serverBroker, b.LiftRevocation, &brokerv1.LiftRevocationRequest{Kind: r.GetKind(), Value: r.GetValue(), Reason: r.GetReason()}); err != nil {
+		return err
+	}
+	if out == formatJSON {
+		return writeJSON(c.stdout, struct {
+			Value  string `json:"value"`
+			Reason string `json:"reason"`
+			Lifted bool   `json:"lifted"`
+		}{r.GetValue(), r.GetReason(), true})
+	}
+	_, err := fmt.Fprintf(c.stdout, "lifted the revocation of %s\n", clean(r.GetValue()))
+	return err
+}
+
 // whyView is the answer of why in JSON output.
 type whyView struct {
 	Job   string `json:"job"`
@@ -630,6 +688,8 @@ type whyView struct {
 	// Gate is what holds or ended the job, empty if nothing does.
 	Gate string `json:"gate,omitempty"`
 	Why  string `json:"why"`
+	// Checks are those that refused it.
+	Checks []string `json:"checks,omitempty"`
 	// Who opens the gate, and Next is the command to run.
 	Who  []string `json:"who,omitempty"`
 	Next []string `json:"next,omitempty"`
@@ -667,6 +727,9 @@ refused.`,
 				rows = append(rows, []string{"gate", v.Gate})
 			}
 			rows = append(rows, []string{"why", v.Why})
+			for _, k := range v.Checks {
+				rows = append(rows, []string{"check", k})
+			}
 			for _, w := range v.Who {
 				rows = append(rows, []string{"who", w})
 			}
@@ -678,7 +741,7 @@ refused.`,
 		switch {
 		case err != nil:
 			return err
-		case v.State == stateRefused || v.Gate == gateApproval || v.Gate == gateQueue:
+		case v.State == stateRefused || v.Gate == gateApproval || v.Gate == gateQueue || v.Gate == gateRetry:
 			return &exitError{code: exitRefused}
 		}
 		return nil
@@ -690,6 +753,7 @@ refused.`,
 const (
 	gateApproval = "approval"
 	gateQueue    = "queue"
+	gateRetry    = "retry"
 )
 
 func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
@@ -697,29 +761,59 @@ func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
 	switch {
 	case j.GetState() == stateSucceeded:
 		v.Why = "it has ended well"
+		v.Next = []string{"coffer evidence get " + v.Job + " -o " + v.Job + ".json"}
 	case ended(j.GetState()):
-		v.Gate, v.Why = j.GetReason(), j.GetMessage()
-		for _, f := range failedChecks(j) {
-			v.Who = append(v.Who, fmt.Sprintf("%s: expected %s, found %s", f.ID, f.Expected, f.Found))
-			if f.Hint != "" {
-				v.Next = append(v.Next, f.Hint)
-			}
-		}
-		if len(v.Next) == 0 {
-			v.Next = []string{"coffer logs " + v.Job}
-		}
+		whyEnded(j, &v)
 	case j.GetStopping() != "":
+		code, said, _ := strings.Cut(j.GetStopping(), ": ")
 		v.Gate, v.Why = "stopping", j.GetStopping()
+		if r, ok := reasons.Find(code); ok {
+			v.Why = strings.TrimSuffix(r.Meaning+": "+said, ": ")
+			v.Who, v.Next = []string{r.Who}, []string{"coffer watch " + v.Job}
+		}
 	case j.GetStage() == gateApproval:
 		return v, c.whyApproval(ctx, j, &v)
-	case j.GetState() == gateQueue || j.GetState() == "queued":
-		v.Gate, v.Why = gateQueue, "other jobs have the places or the GPUs that it needs"
-		v.Next = []string{"coffer ps"}
+	case j.GetNotBeforeUnix() > time.Now().Unix():
+		v.Gate, v.Why = gateRetry, fmt.Sprintf("attempt %d begins after the pause that its job file asks for, at %s", j.GetAttempt(), clock(j.GetNotBeforeUnix()))
+		v.Who, v.Next = []string{"nobody: it begins by itself"}, []string{"coffer watch " + v.Job}
+	case j.GetState() == stateQueued:
+		v.Gate, v.Why = gateQueue, "other jobs have the places, the memory or the GPUs that it needs"
+		if j.GetQueuePosition() > 0 {
+			v.Why = fmt.Sprintf("it is number %d of those that wait for room on the node: %s", j.GetQueuePosition(), j.GetWaitsFor())
+		}
+		v.Who, v.Next = []string{"nobody: it begins when jobs before it end"}, []string{"coffer ps --state running", "coffer watch " + v.Job}
 	default:
 		v.Why = "nothing holds it: it is at stage " + j.GetStage()
-		v.Next = []string{"coffer logs -f " + v.Job}
+		v.Next = []string{"coffer watch " + v.Job}
 	}
 	return v, nil
+}
+
+// whyEnded says why a job has not ended well. What a check hints at comes before what
+// can be said of its code.
+func whyEnded(j *agentv1.Job, v *whyView) {
+	v.Gate, v.Why = j.GetReason(), j.GetMessage()
+	known, ok := reasons.Find(j.GetReason())
+	if ok {
+		v.Why = strings.TrimSuffix(known.Meaning+": "+j.GetMessage(), ": ")
+		v.Who = []string{known.Who}
+	}
+	for _, f := range failedChecks(j) {
+		v.Checks = append(v.Checks, fmt.Sprintf("%s: expected %s, found %s", f.ID, orDash(f.Expected), orDash(f.Found)))
+		if f.Hint != "" {
+			v.Next = append(v.Next, f.Hint)
+		}
+	}
+	if j.GetRetriedAs() != "" {
+		v.Next = append(v.Next, "coffer watch "+j.GetRetriedAs())
+		return
+	}
+	for _, n := range known.Next {
+		v.Next = append(v.Next, strings.ReplaceAll(n, "JOB", v.Job))
+	}
+	if len(v.Next) == 0 {
+		v.Next = []string{"coffer events " + v.Job}
+	}
 }
 
 func (c *cli) whyApproval(ctx context.Context, j *agentv1.Job, v *whyView) error {

@@ -1,10 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -62,6 +59,16 @@ type jobView struct {
 	Ended      *time.Time `json:"ended,omitempty"`
 	ExitCode   int32      `json:"exitCode"`
 	Submitter  string     `json:"submitter,omitempty"`
+	// Attempt is 1 for a job as it was submitted; RetryOf is that job, and RetriedAs
+	// the next attempt, each a job of its own.
+	Attempt   int32  `json:"attempt,omitempty"`
+	RetryOf   string `json:"retryOf,omitempty"`
+	RetriedAs string `json:"retriedAs,omitempty"`
+	Priority  int32  `json:"priority"`
+	// QueuePosition is the place of a job that waits for room, from 1.
+	QueuePosition int32      `json:"queuePosition,omitempty"`
+	WaitsFor      string     `json:"waitsFor,omitempty"`
+	NotBefore     *time.Time `json:"notBefore,omitempty"`
 	// LeaseUntil is when a running job ends unless the broker renews its lease.
 	LeaseUntil *time.Time `json:"leaseUntil,omitempty"`
 	// Stopping is why a running job was told to stop.
@@ -82,6 +89,8 @@ func viewJob(j *agentv1.Job) jobView {
 		ID: j.GetId(), Name: j.GetName(), PlanDigest: j.GetPlanDigest(), State: j.GetState(), Stage: j.GetStage(),
 		Reason: j.GetReason(), Message: j.GetMessage(), Submitted: stamp(j.GetSubmittedUnix()), Ended: stamp(j.GetEndedUnix()),
 		ExitCode: j.GetExitCode(), Submitter: j.GetSubmitter(), LeaseUntil: stamp(j.GetLeaseUntilUnix()), Stopping: j.GetStopping(), Failed: failedChecks(j),
+		Attempt: j.GetAttempt(), RetryOf: j.GetRetryOf(), RetriedAs: j.GetRetriedAs(), Priority: j.GetPriority(),
+		QueuePosition: j.GetQueuePosition(), WaitsFor: j.GetWaitsFor(), NotBefore: stamp(j.GetNotBeforeUnix()),
 	}
 }
 
@@ -93,8 +102,9 @@ func failedChecks(j *agentv1.Job) check.List {
 	return l.Failed()
 }
 
-// States of a job that has ended.
+// States of a job.
 const (
+	stateQueued    = "queued" // has not ended
 	stateSucceeded = "succeeded"
 	stateFailed    = "failed"
 	stateRefused   = "refused"
@@ -107,150 +117,6 @@ func ended(state string) bool {
 		return true
 	}
 	return false
-}
-
-func (c *cli) planCmd() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:     "plan JOB.yaml",
-		Short:   "Resolve a job file to its plan digest, which grants name, without running it",
-		Example: "  coffer plan examples/fashion-mnist/job.yaml\n  coffer plan - < job.yaml",
-		Args:    exactly("a job file"),
-	}
-	out := outputFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		file, err := c.readJobFile(args[0])
-		if err != nil {
-			return err
-		}
-		a, err := c.agent(daemon.RoleEngineer)
-		if err != nil {
-			return err
-		}
-		res, err := call(cmd.Context(), c, "plan "+args[0], serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file})
-		if err != nil {
-			return err
-		}
-		preview, err := c.previewGrants(cmd.Context(), res.GetPlanDigest(), res.GetPlan())
-		if err != nil {
-			return err
-		}
-		if *out == formatJSON {
-			return writeJSON(c.stdout, struct {
-				Digest string          `json:"planDigest"`
-				Plan   json.RawMessage `json:"plan"`
-				// Preview is how the grants stand; it is no part of the plan.
-				Preview []string `json:"preview"`
-			}{res.GetPlanDigest(), res.GetPlan(), preview})
-		}
-		var pretty bytes.Buffer
-		if err := json.Indent(&pretty, res.GetPlan(), "", "  "); err != nil {
-			return fmt.Errorf("plan %s: the agent's answer is not JSON: %w", args[0], err)
-		}
-		if _, err := fmt.Fprintf(c.stdout, "%s\n%s\n", res.GetPlanDigest(), pretty.Bytes()); err != nil {
-			return err
-		}
-		for _, line := range preview {
-			if _, err := fmt.Fprintln(c.stderr, clean(line)); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	return cmd
-}
-
-func (c *cli) submitCmd() *cobra.Command {
-	var watch bool
-	var key string
-	cmd := &cobra.Command{
-		Use:   "submit JOB.yaml",
-		Short: "Submit a job",
-		Long: `submit hands a job to the node agent and prints its id. With --watch it shows
-every stage with its time, what the job prints and the checkpoints as they are
-sealed, until the job has ended. Ctrl-C detaches; the job goes on.`,
-		Example: "  coffer submit job.yaml --watch\n  coffer submit job.yaml --idempotency-key nightly-2026-03-01",
-		Args:    exactly("a job file"),
-	}
-	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "follow the job until it has ended")
-	cmd.Flags().StringVar(&key, "idempotency-key", "", "the same `key` with the same file answers with the same job")
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		file, err := c.readJobFile(args[0])
-		if err != nil {
-			return err
-		}
-		if key == "" {
-			// Makes a repeated delivery of this one call harmless.
-			key = rand.Text()
-		}
-		a, err := c.agent(daemon.RoleEngineer)
-		if err != nil {
-			return err
-		}
-		res, err := call(cmd.Context(), c, "submit "+args[0], serverAgent, a.Submit, &agentv1.SubmitRequest{JobFile: file, IdempotencyKey: key})
-		if err != nil {
-			return err
-		}
-		job := res.GetJob()
-		if !watch {
-			if _, err := fmt.Fprintln(c.stdout, job.GetId()); err != nil {
-				return err
-			}
-			_, err := fmt.Fprintf(c.stderr, "submitted %s; follow it with `coffer logs -f %s`\n", clean(job.GetName()), job.GetId())
-			return err
-		}
-		if _, err := fmt.Fprintf(c.stdout, "job %s  %s\nplan %s\n", job.GetId(), clean(job.GetName()), job.GetPlanDigest()); err != nil {
-			return err
-		}
-		return c.watch(cmd.Context(), a, job.GetId())
-	}
-	return cmd
-}
-
-func (c *cli) psCmd() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:     "ps",
-		Short:   "List jobs",
-		Example: "  coffer ps\n  coffer ps --output json",
-		Args:    exactly(),
-	}
-	out := outputFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		a, err := c.agent(daemon.RoleEngineer)
-		if err != nil {
-			return err
-		}
-		jobs := []jobView{}
-		for token := ""; ; {
-			res, err := call(cmd.Context(), c, "list jobs", serverAgent, a.List, &agentv1.ListRequest{PageSize: 100, PageToken: token})
-			if err != nil {
-				return err
-			}
-			for _, j := range res.GetJobs() {
-				jobs = append(jobs, viewJob(j))
-			}
-			next := res.GetNextPageToken()
-			if next == "" {
-				break
-			}
-			if next == token {
-				return errors.New("list jobs: the agent repeats a page")
-			}
-			token = next
-		}
-		if *out == formatJSON {
-			return writeJSON(c.stdout, jobs)
-		}
-		rows := [][]string{{"JOB", "NAME", "STATE", "STAGE", "SUBMITTED", "REASON"}}
-		for _, j := range jobs {
-			submitted := "-"
-			if j.Submitted != nil {
-				submitted = clock(j.Submitted.Unix())
-			}
-			rows = append(rows, []string{j.ID, j.Name, j.State, orDash(j.Stage), submitted, orDash(j.Reason)})
-		}
-		return table(c.stdout, rows...)
-	}
-	return cmd
 }
 
 func (c *cli) getJob(ctx context.Context, a agentv1connect.AgentServiceClient, id string) (*agentv1.Job, error) {
@@ -285,6 +151,12 @@ func (c *cli) statusCmd() *cobra.Command {
 		if j.GetReason() != "" || j.GetMessage() != "" {
 			rows = append(rows, []string{"reason", orDash(j.GetReason())}, []string{"message", orDash(j.GetMessage())})
 		}
+		if j.GetQueuePosition() > 0 {
+			rows = append(rows, []string{"queue", fmt.Sprintf("number %d: %s", j.GetQueuePosition(), orDash(j.GetWaitsFor()))})
+		}
+		if j.GetRetryOf() != "" || j.GetRetriedAs() != "" {
+			rows = append(rows, []string{"attempt", fmt.Sprintf("%d, next %s", j.GetAttempt(), orDash(j.GetRetriedAs()))})
+		}
 		if j.GetLeaseUntilUnix() != 0 {
 			rows = append(rows, []string{"lease until", clock(j.GetLeaseUntilUnix())})
 		}
@@ -304,148 +176,6 @@ func (c *cli) statusCmd() *cobra.Command {
 		return nil
 	}
 	return cmd
-}
-
-func (c *cli) logsCmd() *cobra.Command {
-	var follow bool
-	cmd := &cobra.Command{
-		Use:   "logs JOB",
-		Short: "Print what a job has written to its standard output and error",
-		Long: `logs prints what a job has written, up to the output budget of its plan. On a
-terminal, control characters are replaced.`,
-		Example: "  coffer logs 01JD3V8Q\n  coffer logs -f 01JD3V8Q",
-		Args:    exactly("a job id"),
-	}
-	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "wait for more until the job has ended")
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		a, err := c.agent(daemon.RoleEngineer)
-		if err != nil {
-			return err
-		}
-		to := map[string]io.Writer{"stdout": c.stdout, "stderr": c.stderr}
-		for k, w := range to {
-			if terminal(w) {
-				to[k] = &printable{w: w}
-			}
-		}
-		return c.events(cmd.Context(), a, args[0], follow, func(e *agentv1.WatchResponse) error {
-			l := e.GetLog()
-			if l == nil {
-				return nil
-			}
-			w := to[l.GetStream()]
-			if w == nil {
-				return fmt.Errorf("logs of job %s: unknown stream %.20q", args[0], l.GetStream())
-			}
-			_, err := w.Write(l.GetData())
-			return err
-		})
-	}
-	return cmd
-}
-
-func (c *cli) cancelCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:     "cancel JOB",
-		Short:   "Stop a job",
-		Example: "  coffer cancel 01JD3V8Q",
-		Args:    exactly("a job id"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			a, err := c.agent(daemon.RoleEngineer)
-			if err != nil {
-				return err
-			}
-			res, err := call(cmd.Context(), c, "cancel job "+args[0], serverAgent, a.Cancel, &agentv1.CancelRequest{Id: args[0]})
-			if err != nil {
-				return err
-			}
-			_, err = fmt.Fprintf(c.stdout, "job %s is %s\n", res.GetJob().GetId(), clean(res.GetJob().GetState()))
-			return err
-		},
-	}
-}
-
-// checkpointView is a sealed checkpoint in JSON output.
-type checkpointView struct {
-	Sequence uint64    `json:"sequence"`
-	Name     string    `json:"name"`
-	Digest   string    `json:"digest"`
-	Bytes    int64     `json:"bytes"`
-	Sealed   time.Time `json:"sealed"`
-}
-
-func (c *cli) checkpointsCmd() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:     "checkpoints JOB",
-		Short:   "List the checkpoints that a job has sealed",
-		Example: "  coffer checkpoints 01JD3V8Q --output json",
-		Args:    exactly("a job id"),
-	}
-	out := outputFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		a, err := c.agent(daemon.RoleEngineer)
-		if err != nil {
-			return err
-		}
-		list := []checkpointView{}
-		err = c.events(cmd.Context(), a, args[0], false, func(e *agentv1.WatchResponse) error {
-			if k := e.GetCheckpoint(); k != nil {
-				list = append(list, checkpointView{k.GetSequence(), k.GetName(), k.GetDigest(), k.GetBytes(), time.Unix(0, e.GetTimeUnixNano()).UTC()})
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-		if *out == formatJSON {
-			return writeJSON(c.stdout, list)
-		}
-		rows := [][]string{{"SEQUENCE", "NAME", "BYTES", "SEALED", "DIGEST"}}
-		for _, k := range list {
-			rows = append(rows, []string{strconv.FormatUint(k.Sequence, 10), k.Name, strconv.FormatInt(k.Bytes, 10), clock(k.Sealed.Unix()), k.Digest})
-		}
-		return table(c.stdout, rows...)
-	}
-	return cmd
-}
-
-func (c *cli) evidenceCmd() *cobra.Command {
-	var file, as string
-	get := &cobra.Command{
-		Use:   "get JOB --file FILE",
-		Short: "Fetch the evidence bundle of a job that has ended",
-		Long: `get fetches the evidence bundle of a job, which coffer-verify checks on any
-machine, without a network.`,
-		Example: "  coffer evidence get 01JD3V8Q -o bundle.json\n  coffer-verify --verifier-keys verifier.jwks --broker-keys broker.jwks bundle.json",
-		Args:    exactly("a job id"),
-	}
-	get.Flags().StringVarP(&file, "file", "o", "", "`FILE` to write; must not exist")
-	get.Flags().StringVar(&as, "as", daemon.RoleEngineer, "`role` that asks: engineer or auditor")
-	get.RunE = func(cmd *cobra.Command, args []string) error {
-		if file == "" {
-			return usagef(cmd, "say where to write the bundle with -o FILE")
-		}
-		if as != daemon.RoleEngineer && as != daemon.RoleAuditor {
-			return usagef(cmd, "--as %q: want engineer or auditor", as)
-		}
-		if _, err := os.Lstat(file); err == nil {
-			return &exitError{code: exitUsage, text: file + " exists: name another file"}
-		}
-		a, err := c.agent(as)
-		if err != nil {
-			return err
-		}
-		res, err := call(cmd.Context(), c, "get the evidence of job "+args[0], serverAgent, a.Bundle, &agentv1.BundleRequest{Id: args[0]})
-		if err != nil {
-			return err
-		}
-		if err := create(file, res.GetBundle()); err != nil {
-			return err
-		}
-		_, err = fmt.Fprintf(c.stdout, "%s: %d bytes\n", file, len(res.GetBundle()))
-		return err
-	}
-	return group("evidence", "Fetch evidence bundles", get)
 }
 
 // create writes a file that must not exist, whole or not at all.
@@ -479,7 +209,7 @@ const (
 
 // events calls do for every event of a job so far, and with follow for every
 // one to come. It survives a restart of the agent: it asks again from the last
-// event on.
+// event on, and drops what it has seen of the job's output.
 func (c *cli) events(ctx context.Context, a agentv1connect.AgentServiceClient, id string, follow bool, do func(*agentv1.WatchResponse) error) error {
 	j, err := c.getJob(ctx, a, id)
 	if err != nil {
@@ -487,16 +217,39 @@ func (c *cli) events(ctx context.Context, a agentv1connect.AgentServiceClient, i
 	}
 	follow = follow || ended(j.GetState())
 	var last uint64
+	printed := map[string]int64{}
+	once := func(e *agentv1.WatchResponse) error {
+		if l := e.GetLog(); l != nil {
+			seen := printed[l.GetStream()] - l.GetOffset()
+			if seen >= int64(len(l.GetData())) && seen > 0 {
+				return nil
+			}
+			printed[l.GetStream()] = l.GetOffset() + int64(len(l.GetData()))
+			if seen > 0 {
+				l.Data, l.Offset = l.GetData()[seen:], l.GetOffset()+seen
+			}
+		}
+		return do(e)
+	}
+	return c.whileAway(ctx, "follow job "+id, func() (bool, error) {
+		before := last
+		err := c.stream(ctx, a, id, &last, follow, once)
+		return last != before, err
+	})
+}
+
+// whileAway calls stream until it ends, and again when the agent goes away and comes
+// back. stream reports whether it got anything.
+func (c *cli) whileAway(ctx context.Context, doing string, stream func() (progress bool, err error)) error {
 	var lost time.Time
 	for {
-		seen := last
-		err := c.stream(ctx, a, id, &last, follow, do)
+		progress, err := stream()
 		switch {
 		case err == nil:
 			return nil
 		case ctx.Err() != nil || !away(err):
-			return c.explain("follow job "+id, serverAgent, err)
-		case last != seen:
+			return c.explain(doing, serverAgent, err)
+		case progress:
 			lost = time.Time{}
 		}
 		if lost.IsZero() {
@@ -506,7 +259,7 @@ func (c *cli) events(ctx context.Context, a agentv1connect.AgentServiceClient, i
 			}
 		}
 		if time.Since(lost) > retryFor {
-			return c.explain("follow job "+id, serverAgent, err)
+			return c.explain(doing, serverAgent, err)
 		}
 		select {
 		case <-ctx.Done():

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/coreos/go-oidc/v3/oidc"
@@ -56,6 +57,20 @@ type sessions struct {
 	// Current is who signed in last.
 	Current string             `json:"current"`
 	People  map[string]session `json:"people"`
+	// Nodes are sessions at nodes, whose tokens are none for the broker.
+	CurrentNode string             `json:"currentNode,omitempty"`
+	Nodes       map[string]session `json:"nodes,omitempty"`
+}
+
+// at returns the sessions at nodes, or at the broker, and who signed in there last.
+func (s *sessions) at(node bool) (people map[string]session, current *string) {
+	if !node {
+		return s.People, &s.Current
+	}
+	if s.Nodes == nil {
+		s.Nodes = map[string]session{}
+	}
+	return s.Nodes, &s.CurrentNode
 }
 
 // sessionStore keeps the sessions at one stack: in the user's keyring if there
@@ -197,6 +212,7 @@ func (p *provider) session(ctx context.Context, issuerURL string, t *oauth2.Toke
 
 func (c *cli) loginCmd() *cobra.Command {
 	var issuerURL, client, passwordFile string
+	var node bool
 	cmd := &cobra.Command{
 		Use:   "login",
 		Short: "Sign in, so that commands to the broker are yours",
@@ -206,13 +222,18 @@ goes into your keyring, or, where there is none, into a file that only you can
 read. Commands that speak to the broker then act for you; who signed in last is
 the default, and --user names another.
 
+With --node you sign in at the node agent instead: commands to it then act for you
+in place of the stack's certificates. A token for nodes is none for the broker,
+so that a node cannot act for you there.
+
 At the stack's own issuer --user and --password-file sign in without a browser:
 the command fills in the form itself.`,
 		Example: "  coffer login\n  coffer login --issuer https://id.example.org --client coffer\n  coffer login --user alice --password-file /var/lib/coffer/people/alice.password",
 		Args:    exactly(),
 	}
 	cmd.Flags().StringVar(&issuerURL, "issuer", "", "`URL` of the OpenID provider (default: the stack's own)")
-	cmd.Flags().StringVar(&client, "client", issuer.ClientID, "client `id` of coffer there")
+	cmd.Flags().StringVar(&client, "client", "", "client `id` of coffer there (default: "+issuer.ClientID+", with --node "+issuer.NodeClientID+")")
+	cmd.Flags().BoolVar(&node, "node", false, "sign in at the node agent")
 	cmd.Flags().StringVar(&passwordFile, "password-file", "", "`file` with the password of --user; the stack's own issuer only")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		e, err := stack.OpenEndpoint(c.dir)
@@ -221,6 +242,12 @@ the command fills in the form itself.`,
 		}
 		if issuerURL == "" {
 			issuerURL = e.Issuer()
+		}
+		if client == "" {
+			client = issuer.ClientID
+			if node {
+				client = issuer.NodeClientID
+			}
 		}
 		var password string
 		switch {
@@ -236,12 +263,12 @@ the command fills in the form itself.`,
 			}
 			password = strings.TrimRight(string(b), "\r\n")
 		}
-		return c.login(cmd.Context(), e, issuerURL, client, password)
+		return c.login(cmd.Context(), e, issuerURL, client, password, node)
 	}
 	return cmd
 }
 
-func (c *cli) login(ctx context.Context, e stack.Endpoint, issuerURL, client, password string) error {
+func (c *cli) login(ctx context.Context, e stack.Endpoint, issuerURL, client, password string, node bool) error {
 	ctx, cancel := context.WithTimeout(ctx, loginTimeout)
 	defer cancel()
 	p, err := c.provider(ctx, e, issuerURL, client)
@@ -285,7 +312,8 @@ func (c *cli) login(ctx context.Context, e stack.Endpoint, issuerURL, client, pa
 	if err != nil {
 		return err
 	}
-	all.Current, all.People[name] = name, s
+	people, current := all.at(node)
+	*current, people[name] = name, s
 	if err := store.save(all); err != nil {
 		return fmt.Errorf("keep the session: %w", err)
 	}
@@ -317,15 +345,24 @@ func (p *provider) fillIn(ctx context.Context, issuerURL, code, user, password s
 	return fmt.Errorf("the issuer answers %s", res.Status)
 }
 
-// signedIn returns who acts, with a token that lasts, or "" if nobody signed in.
+// signedIn returns who acts at the broker, with a token that lasts, or "" if nobody
+// signed in.
 func (c *cli) signedIn(ctx context.Context, e stack.Endpoint) (name, token string, err error) {
+	return c.signedInAt(ctx, e, false)
+}
+
+// signedInAt is signedIn at nodes or at the broker.
+func (c *cli) signedInAt(ctx context.Context, e stack.Endpoint, node bool) (name, token string, err error) {
 	store, err := openSessions(e)
 	if err != nil {
 		return "", "", err
 	}
 	all, err := store.load()
-	if err != nil || len(all.People) == 0 && c.user == "" {
+	if err != nil {
 		return "", "", err
+	}
+	if people, _ := all.at(node); len(people) == 0 && (c.user == "" || node) {
+		return "", "", nil
 	}
 	unlock, err := store.lock()
 	if err != nil {
@@ -335,14 +372,18 @@ func (c *cli) signedIn(ctx context.Context, e stack.Endpoint) (name, token strin
 	if all, err = store.load(); err != nil {
 		return "", "", err
 	}
-	name = all.Current
+	people, current := all.at(node)
+	name = *current
 	if c.user != "" {
 		name = c.user
 	}
 	if name == "" {
 		return "", "", nil
 	}
-	s, ok := all.People[name]
+	s, ok := people[name]
+	if !ok && node {
+		return "", "", nil
+	}
 	if !ok {
 		return "", "", &exitError{code: exitRefused, text: fmt.Sprintf("%s is not signed in: run `coffer login --user %s`", clean(name), clean(name))}
 	}
@@ -373,11 +414,61 @@ func (c *cli) signedIn(ctx context.Context, e stack.Endpoint) (name, token strin
 	if as != name {
 		return "", "", fmt.Errorf("issuer %s renewed the session of %s with a token of %s", s.Issuer, clean(name), clean(as))
 	}
-	all.People[name] = s
+	people[name] = s
 	if err := store.save(all); err != nil {
 		return "", "", fmt.Errorf("keep the session: %w", err)
 	}
 	return name, s.ID, nil
+}
+
+// atNodes reports whether somebody signed in at nodes for whom commands act.
+func (c *cli) atNodes(e stack.Endpoint) (bool, error) {
+	store, err := openSessions(e)
+	if err != nil {
+		return false, err
+	}
+	all, err := store.load()
+	if err != nil {
+		return false, err
+	}
+	people, current := all.at(true)
+	name := *current
+	if c.user != "" {
+		name = c.user
+	}
+	_, ok := people[name]
+	return ok, nil
+}
+
+// nodeBearer sends a token for nodes with every request. It is fetched with the
+// first one, in whose time it may have to be renewed.
+type nodeBearer struct {
+	next  http.RoundTripper
+	token func(context.Context) (string, error)
+
+	once sync.Once
+	sent bearer
+	err  error
+}
+
+// RoundTrip implements http.RoundTripper.
+func (b *nodeBearer) RoundTrip(r *http.Request) (*http.Response, error) {
+	b.once.Do(func() {
+		var token string
+		token, b.err = b.token(r.Context())
+		b.sent = bearer{b.next, token}
+	})
+	if b.err != nil {
+		return nil, b.err
+	}
+	return b.sent.RoundTrip(r)
+}
+
+// CloseIdleConnections lets http.Client reach those of the transport below.
+func (b *nodeBearer) CloseIdleConnections() {
+	if t, ok := b.next.(interface{ CloseIdleConnections() }); ok {
+		t.CloseIdleConnections()
+	}
 }
 
 // bearer sends a token with every request.
@@ -434,12 +525,17 @@ func (c *cli) logoutCmd() *cobra.Command {
 		if name == "" {
 			name = all.Current
 		}
-		if _, ok := all.People[name]; !ok {
+		_, ok := all.People[name]
+		if _, at := all.Nodes[name]; !ok && !at {
 			return &exitError{code: exitFailed, text: "nobody of that name is signed in"}
 		}
 		delete(all.People, name)
 		if all.Current == name {
 			all.Current = ""
+		}
+		delete(all.Nodes, name)
+		if all.CurrentNode == name {
+			all.CurrentNode = ""
 		}
 		return store.save(all)
 	}
@@ -470,6 +566,13 @@ func (c *cli) whoamiCmd() *cobra.Command {
 				s, mark := all.People[name], ""
 				if name == all.Current && c.user == "" || name == c.user {
 					mark = " *"
+				}
+				rows = append(rows, []string{name + mark, strings.Join(s.Groups, ","), clock(s.Expires.Unix()), s.Issuer})
+			}
+			for _, name := range slices.Sorted(maps.Keys(all.Nodes)) {
+				s, mark := all.Nodes[name], " at nodes"
+				if name == all.CurrentNode && c.user == "" || name == c.user {
+					mark += " *"
 				}
 				rows = append(rows, []string{name + mark, strings.Join(s.Groups, ","), clock(s.Expires.Unix()), s.Issuer})
 			}

@@ -17,10 +17,10 @@ import (
 	"github.com/zalando/go-keyring"
 
 	"github.com/coffer-run/coffer/attest/api/broker/v1/brokerv1connect"
-	"github.com/coffer-run/coffer/attest/broker/serve/identity"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/internal/daemon/pki"
+	"github.com/coffer-run/coffer/internal/identity"
 	"github.com/coffer-run/coffer/internal/issuer"
 )
 

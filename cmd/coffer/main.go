@@ -118,10 +118,12 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused or waiting at a gate,
 		c.loginCmd(), c.logoutCmd(), c.whoamiCmd(), c.accessCmd(),
 		c.upCmd(), c.downCmd(), c.restartCmd(), c.doctorCmd(), c.faultCmd(),
 		c.sealCmd(), c.assetsCmd(), c.grantCmd(), c.grantsCmd(), c.revokeCmd(),
-		c.planCmd(), c.submitCmd(), c.psCmd(), c.statusCmd(), c.whyCmd(), c.logsCmd(), c.cancelCmd(), c.checkpointsCmd(), c.evidenceCmd(),
-		c.endorsementsCmd(), c.policyCmd(), c.logCmd(),
-		c.versionCmd(),
+		c.initCmd(), c.validateCmd(), c.explainCmd(),
+		c.planCmd(), c.submitCmd(), c.watchCmd(), c.retryCmd(), c.psCmd(), c.statusCmd(), c.whyCmd(), c.eventsCmd(), c.logsCmd(), c.cancelCmd(), c.checkpointsCmd(), c.evidenceCmd(), c.egressCmd(),
+		c.endorsementsCmd(), c.policyCmd(), c.logCmd(), c.logkeyCmd(),
+		c.completionCmd(), c.versionCmd(),
 	)
+	c.everyCommandSpeaksJSON(root)
 	return root
 }
 
@@ -157,24 +159,52 @@ func group(use, short string, sub ...*cobra.Command) *cobra.Command {
 	return g
 }
 
-func (c *cli) versionCmd() *cobra.Command {
+func (c *cli) completionCmd() *cobra.Command {
 	return &cobra.Command{
+		Use:   "completion SHELL",
+		Short: "Print the completion script of bash, zsh or fish",
+		Long: `completion prints a script that lets a shell complete commands, flags and fields of
+the job file.`,
+		Example:   "  coffer completion bash > /etc/bash_completion.d/coffer\n  coffer completion zsh > ~/.zfunc/_coffer",
+		ValidArgs: []string{"bash", "zsh", "fish"},
+		Args:      exactly("a shell"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch args[0] {
+			case "bash":
+				return cmd.Root().GenBashCompletionV2(c.stdout, true)
+			case "zsh":
+				return cmd.Root().GenZshCompletion(c.stdout)
+			case "fish":
+				return cmd.Root().GenFishCompletion(c.stdout, true)
+			}
+			return usagef(cmd, "no completion for %.40q: want bash, zsh or fish", args[0])
+		},
+	}
+}
+
+func (c *cli) versionCmd() *cobra.Command {
+	cmd := &cobra.Command{
 		Use:     "version",
 		Short:   "Say which build this is",
 		Example: "  coffer version",
 		Args:    exactly(),
-		RunE: func(*cobra.Command, []string) error {
-			version, revision := "unknown", ""
-			if bi, ok := debug.ReadBuildInfo(); ok {
-				version = bi.Main.Version
-				for _, s := range bi.Settings {
-					if s.Key == "vcs.revision" {
-						revision = " " + s.Value
-					}
+	}
+	out := outputFlag(cmd)
+	cmd.RunE = func(*cobra.Command, []string) error {
+		version, revision := "unknown", ""
+		if bi, ok := debug.ReadBuildInfo(); ok {
+			version = bi.Main.Version
+			for _, s := range bi.Settings {
+				if s.Key == "vcs.revision" {
+					revision = s.Value
 				}
 			}
-			_, err := fmt.Fprintf(c.stdout, "coffer %s%s\n", version, revision)
-			return err
-		},
+		}
+		if *out == formatJSON {
+			return writeJSON(c.stdout, map[string]string{"version": version, "revision": revision})
+		}
+		_, err := fmt.Fprintln(c.stdout, strings.TrimRight("coffer "+version+" "+revision, " "))
+		return err
 	}
+	return cmd
 }

@@ -75,7 +75,7 @@ func table(w io.Writer, rows ...[]string) error {
 // clean makes foreign text fit for one line of a terminal.
 func clean(s string) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) || r == utf8.RuneError {
+		if !unicode.IsPrint(r) || r == utf8.RuneError {
 			return '?'
 		}
 		return r
@@ -156,6 +156,8 @@ type lines struct {
 	w    io.Writer
 	mark string
 	held []byte
+	// each takes a line in place of w.
+	each func(string)
 }
 
 func (l *lines) write(b []byte) error {
@@ -195,6 +197,11 @@ func (l *lines) line(b []byte) error {
 	if i := strings.LastIndexByte(s, '\r'); i >= 0 {
 		s = s[i+1:]
 	}
-	_, err := fmt.Fprintf(l.w, "%s%s\n", l.mark, clean(strings.ReplaceAll(strings.ToValidUTF8(s, "?"), "\t", "    ")))
+	s = clean(strings.ReplaceAll(strings.ToValidUTF8(s, "?"), "\t", "    "))
+	if l.each != nil {
+		l.each(s)
+		return nil
+	}
+	_, err := fmt.Fprintf(l.w, "%s%s\n", l.mark, s)
 	return err
 }

@@ -112,12 +112,12 @@ only wrapped to the broker, and never touches a disk.`,
 			return err
 		}
 		asset := &brokerv1.CreateAssetRequest{Name: name, Kind: assetKinds()[kind], Policy: policy, Labels: labels, KeyStore: f.keyStore}
-		return c.seal(cmd.Context(), args[0], asset, out)
+		return c.seal(cmd.Context(), args[0], asset, out, f.key)
 	}
 	return cmd
 }
 
-func (c *cli) seal(ctx context.Context, src string, asset *brokerv1.CreateAssetRequest, out string) error {
+func (c *cli) seal(ctx context.Context, src string, asset *brokerv1.CreateAssetRequest, out, signWith string) error {
 	name := asset.GetName()
 	tree, err := seal.OpenTree(src)
 	if err != nil {
@@ -147,6 +147,9 @@ func (c *cli) seal(ctx context.Context, src string, asset *brokerv1.CreateAssetR
 		if a.GetName() == name {
 			return &exitError{code: exitFailed, text: fmt.Sprintf("asset %s exists already: choose another name", name)}
 		}
+	}
+	if err := c.signAsset(ctx, b, asset, signWith); err != nil {
+		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(filepath.Clean(out)), 0o750); err != nil {
 		return err
@@ -253,7 +256,7 @@ func (p *progress) end() {
 }
 
 func (c *cli) assetsCmd() *cobra.Command {
-	return group("assets", "Register, list and guard sealed assets", c.assetsCreateCmd(), c.assetsListCmd(), c.assetsShowCmd(), c.assetsPolicyCmd(), c.assetsRewrapCmd())
+	return group("assets", "Register, list and guard sealed assets", c.assetsCreateCmd(), c.assetsListCmd(), c.assetsShowCmd(), c.assetsPolicyCmd(), c.assetsRewrapCmd(), c.assetsResealCmd())
 }
 
 func (c *cli) assetsCreateCmd() *cobra.Command {
@@ -285,9 +288,11 @@ created like this; datasets and weights come with coffer seal.`,
 		if err != nil {
 			return err
 		}
-		res, err := call(cmd.Context(), c, "register asset "+args[0], serverBroker, b.CreateAsset, &brokerv1.CreateAssetRequest{
-			Name: args[0], Kind: assetKinds()[kind], Policy: policy, Labels: labels, KeyStore: f.keyStore,
-		})
+		asset := &brokerv1.CreateAssetRequest{Name: args[0], Kind: assetKinds()[kind], Policy: policy, Labels: labels, KeyStore: f.keyStore}
+		if err := c.signAsset(cmd.Context(), b, asset, f.key); err != nil {
+			return err
+		}
+		res, err := call(cmd.Context(), c, "register asset "+args[0], serverBroker, b.CreateAsset, asset)
 		if err != nil {
 			return err
 		}

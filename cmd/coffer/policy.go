@@ -16,6 +16,7 @@ import (
 
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/policy"
+	"github.com/coffer-run/coffer/attest/policy/rego"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 )
@@ -33,8 +34,9 @@ func (c *cli) policyShow() *cobra.Command {
 		Use:   "show POLICY",
 		Short: "Say what a policy demands, and its digest",
 		Long: `show reads a policy: one that ships with coffer, by name, a document, or a folder
-with policy.json and its rules. Its digest is what plans and results pin. Whether
-its rules compile is for the verifier to say when it starts.`,
+with policy.json and its rules. Its digest is what plans and results pin. Rules
+that do not compile, or use a function that a verifier does not let them use, are
+an error.`,
 		Example: "  coffer policy show production\n  coffer policy show ./my-policy --output json",
 		Args:    exactly("a policy"),
 	}
@@ -110,9 +112,21 @@ func listed(n int, required bool) string {
 	return s
 }
 
-// readPolicy reads a policy by name, from a folder or from a document. A file of
-// a shipped policy's name is named with a slash.
+// readPolicy reads a policy by name, from a folder or from a document, and
+// compiles its rules as a verifier does. A file of a shipped policy's name is named
+// with a slash.
 func readPolicy(where string) (policy.Policy, error) {
+	p, err := findPolicy(where)
+	if err != nil {
+		return policy.Policy{}, err
+	}
+	if _, err := rego.Compile(p); err != nil {
+		return policy.Policy{}, fmt.Errorf("%s: %w", where, err)
+	}
+	return p, nil
+}
+
+func findPolicy(where string) (policy.Policy, error) {
 	if slices.Contains(policy.Names(), where) {
 		return policy.Named(where)
 	}
@@ -155,7 +169,8 @@ func (c *cli) policyPack() *cobra.Command {
 		Use:   "pack POLICY --out FILE",
 		Short: "Write a policy as one document, with its rules in it",
 		Long: `pack writes a policy in canonical form into one new file, which a verifier reads
-as it is. The digest is that of the folder or document that it was packed from.`,
+as it is. The digest is that of the folder or document that it was packed from. A
+policy whose rules a verifier would refuse is not packed.`,
 		Example: "  coffer policy pack ./my-policy --out my-policy.json",
 		Args:    exactly("a policy"),
 	}

@@ -87,3 +87,48 @@ func TestPolicySignAndPack(t *testing.T) {
 		t.Errorf("the key's mode is %v, %v", info.Mode(), err)
 	}
 }
+
+// A policy that no verifier would start with is neither shown as one nor packed.
+func TestPolicyRulesAreCompiled(t *testing.T) {
+	const document = `{"version":"coffer.run/policy/v1","name":"mine","allowSimulated":false,
+"snp":{"require":[],"allowDebug":false,"allowMigration":false,"maxVMPL":0,"products":["Genoa"]}}`
+	const decision = "package coffer.appraisal\n\ndecision := {\"checks\": [], \"submods\": {}}"
+	for situation, row := range map[string]struct{ rules, says string }{
+		"rules that decide":               {decision, ""},
+		"rules that ask somebody":         {decision + " if http.send({\"method\": \"get\", \"url\": \"https://rules.example\"}).status_code == 200\n", "http.send"},
+		"rules that ask for the time":     {decision + " if time.now_ns() > 0\n", "time.now_ns"},
+		"rules that draw lots":            {decision + " if rand.intn(\"x\", 2) == 1\n", "rand.intn"},
+		"rules that read the machine":     {decision + " if opa.runtime().env.HOME\n", "opa.runtime"},
+		"rules that are not Rego":         {"package coffer.appraisal\n\ndecision := ", "rego_parse_error"},
+		"rules of another package":        {"package mine\n\ndecision := {}\n", "want data.coffer.appraisal"},
+		"rules without a decision":        {"package coffer.appraisal\n\nverdict := {}\n", "no rule decision"},
+		"rules that speak of what is not": {decision + " if answer\n", "answer"},
+	} {
+		dir := t.TempDir()
+		for name, text := range map[string]string{"policy.json": document, "mine.rego": row.rules} {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		packed := filepath.Join(dir, "packed.json")
+		for _, args := range [][]string{{"show", dir}, {"pack", dir, "--out", packed}} {
+			var stdout, stderr bytes.Buffer
+			err := run(t.Context(), append([]string{"policy"}, args...), nil, &stdout, &stderr)
+			if row.says == "" {
+				if err != nil {
+					t.Errorf("%s: %s: %v", situation, args[0], err)
+				}
+				continue
+			}
+			if err == nil || !strings.Contains(err.Error(), row.says) {
+				t.Errorf("%s: %s: %v, want something about %q", situation, args[0], err, row.says)
+			}
+			if stdout.Len() > 0 {
+				t.Errorf("%s: %s says %s", situation, args[0], stdout.String())
+			}
+		}
+		if _, err := os.Stat(packed); (err == nil) != (row.says == "") {
+			t.Errorf("%s: packed: %v", situation, err)
+		}
+	}
+}

@@ -14,8 +14,49 @@ import (
 // jobMark stands before every line that a job prints.
 const jobMark = "  | "
 
-// watch shows a job until it has ended.
-func (c *cli) watch(ctx context.Context, a agentv1connect.AgentServiceClient, id string) error {
+// Phases of a stage in events.
+const (
+	phaseStarted = "started"
+	phaseDone    = "done"
+	phaseFailed  = "failed"
+	phaseWaiting = "waiting"
+)
+
+// watch shows a job until it has ended, and the attempts that follow it.
+func (c *cli) watch(ctx context.Context, a agentv1connect.AgentServiceClient, id, name string) error {
+	for {
+		var detached bool
+		var err error
+		if c.canLive() {
+			detached, err = c.watchLive(ctx, a, id, name)
+		} else {
+			err = c.watchLines(ctx, a, id)
+		}
+		if detached || ctx.Err() != nil {
+			if _, err := fmt.Fprintf(c.stderr, "\ndetached; job %s goes on. Come back with `coffer watch %s`, `coffer logs -f %s` or `coffer status %s`, stop it with `coffer cancel %s`\n", id, id, id, id, id); err != nil {
+				return err
+			}
+			return &exitError{code: exitUnknown, err: context.Canceled}
+		}
+		if err != nil {
+			return err
+		}
+		j, err := c.getJob(ctx, a, id)
+		if err != nil {
+			return err
+		}
+		if j.GetRetriedAs() == "" {
+			return c.outcome(j)
+		}
+		if _, err := fmt.Fprintf(c.stdout, "%s\nattempt %d follows: job %s\n", clean(endedLine(j)), j.GetAttempt()+1, j.GetRetriedAs()); err != nil {
+			return err
+		}
+		id = j.GetRetriedAs()
+	}
+}
+
+// watchLines shows a job as lines, for files and pipes.
+func (c *cli) watchLines(ctx context.Context, a agentv1connect.AgentServiceClient, id string) error {
 	out, errs := &lines{w: c.stdout, mark: jobMark}, &lines{w: c.stdout, mark: jobMark}
 	flush := func() error {
 		if err := out.flush(); err != nil {
@@ -23,64 +64,91 @@ func (c *cli) watch(ctx context.Context, a agentv1connect.AgentServiceClient, id
 		}
 		return errs.flush()
 	}
-	say := func(format string, args ...any) error {
+	err := c.events(ctx, a, id, true, func(e *agentv1.WatchResponse) error {
+		if l := e.GetLog(); l != nil {
+			w := out
+			if l.GetStream() == "stderr" {
+				w = errs
+			}
+			return w.write(l.GetData())
+		}
+		line := eventLine(e)
+		if line == "" {
+			return nil
+		}
 		if err := flush(); err != nil {
 			return err
 		}
-		_, err := fmt.Fprintf(c.stdout, format, args...)
+		_, err := fmt.Fprintf(c.stdout, "  %s\n", line)
 		return err
-	}
-	err := c.events(ctx, a, id, true, func(e *agentv1.WatchResponse) error {
-		switch {
-		case e.GetLog() != nil:
-			w := out
-			if e.GetLog().GetStream() == "stderr" {
-				w = errs
-			}
-			return w.write(e.GetLog().GetData())
-		case e.GetStage() != nil:
-			s := e.GetStage()
-			outcome, detail := "", clean(s.GetDetail())
-			switch s.GetPhase() {
-			case "done":
-				outcome = "ok"
-			case "failed":
-				// Why comes at the end, in full.
-				outcome, detail = "failed", ""
-			case "waiting":
-				outcome = "waits"
-			default:
-				// The line comes when the stage has ended, with its time.
-				return nil
-			}
-			line := fmt.Sprintf("  %-10s %-6s %8s  %s", clean(s.GetStage()), outcome, took(time.Duration(s.GetDurationNanos())), detail)
-			return say("%s\n", strings.TrimRight(line, " "))
-		case e.GetLease() != nil:
-			l := e.GetLease()
-			return say("  %-10s %-6s %8s  %s: %s\n", "lease", "over", took(time.Duration(l.GetGraceMillis())*time.Millisecond), clean(l.GetCode()), clean(l.GetReason()))
-		case e.GetCheckpoint() != nil:
-			k := e.GetCheckpoint()
-			return say("  %-10s %-6s %8s  #%d %s %s\n", "checkpoint", "sealed", stack.Bytes(k.GetBytes()), k.GetSequence(), clean(k.GetName()), k.GetDigest())
-		}
-		return nil
 	})
 	if ferr := flush(); err == nil {
 		err = ferr
 	}
-	if ctx.Err() != nil {
-		if _, err := fmt.Fprintf(c.stderr, "\ndetached; job %s goes on. Come back with `coffer logs -f %s` or `coffer status %s`, stop it with `coffer cancel %s`\n", id, id, id, id); err != nil {
-			return err
+	return err
+}
+
+// eventLine is an event on one line, or "" for one that says nothing to people, or
+// what the job prints.
+func eventLine(e *agentv1.WatchResponse) string {
+	row := func(what, outcome, amount, detail string) string {
+		return strings.TrimRight(clean(fmt.Sprintf("%-10s %-6s %8s  %s", what, outcome, amount, detail)), " ")
+	}
+	switch {
+	case e.GetStage() != nil:
+		s := e.GetStage()
+		spent := took(time.Duration(s.GetDurationNanos()))
+		switch s.GetPhase() {
+		case phaseDone:
+			return row(s.GetStage(), "ok", spent, s.GetDetail())
+		case phaseFailed:
+			// Why comes at the end, in full.
+			return row(s.GetStage(), "failed", spent, "")
+		case phaseWaiting:
+			return row(s.GetStage(), "waits", spent, s.GetDetail())
 		}
-		return &exitError{code: exitUnknown, err: ctx.Err()}
+		// The line of a stage that has started comes when it has ended, with its time.
+	case e.GetQueue() != nil:
+		return row("queue", "waits", "", queueLine(e.GetQueue()))
+	case e.GetLease() != nil:
+		l := e.GetLease()
+		return row("lease", "over", took(time.Duration(l.GetGraceMillis())*time.Millisecond), l.GetCode()+": "+l.GetReason())
+	case e.GetLogCut() != nil:
+		return row("log", "cut", stack.Bytes(e.GetLogCut().GetBytes()), "the job printed more than its plan allows")
+	case e.GetAlert() != nil:
+		l := e.GetAlert()
+		return row("rule", l.GetAction(), l.GetSeverity(), l.GetRule()+": "+l.GetSays())
+	case e.GetEgress().GetRule() != "":
+		g := e.GetEgress()
+		return row("egress", "refused", "", destination(g.GetHost(), int(g.GetPort()))+" by "+orDash(g.GetProcess())+": "+g.GetRule())
+	case e.GetCheckpoint() != nil && !e.GetCheckpoint().GetAnchored():
+		k := e.GetCheckpoint()
+		return row("checkpoint", "sealed", stack.Bytes(k.GetBytes()), fmt.Sprintf("#%d %s %s", k.GetSequence(), k.GetName(), k.GetDigest()))
 	}
-	if err != nil {
-		return err
+	return ""
+}
+
+func queueLine(q *agentv1.QueueEvent) string {
+	if q.GetPosition() == 0 {
+		return clean(orDash(q.GetWaitsFor()))
 	}
-	j, err := c.getJob(ctx, a, id)
-	if err != nil {
-		return err
+	return fmt.Sprintf("number %d in the queue: %s", q.GetPosition(), clean(orDash(q.GetWaitsFor())))
+}
+
+func logCutLine(l *agentv1.LogCutEvent) string {
+	return fmt.Sprintf("the job printed more than its plan allows: %s are dropped", stack.Bytes(l.GetBytes()))
+}
+
+// endedLine says how a job ended, where it did not end well.
+func endedLine(j *agentv1.Job) string {
+	text := fmt.Sprintf("%s at %s", j.GetState(), orDash(j.GetStage()))
+	if j.GetReason() != "" {
+		text += " (" + j.GetReason() + ")"
 	}
-	return c.outcome(j)
+	if j.GetMessage() != "" {
+		text += ": " + j.GetMessage()
+	}
+	return text
 }
 
 // outcome says how a job ended and turns it into an exit code.
@@ -100,14 +168,7 @@ func (c *cli) outcome(j *agentv1.Job) error {
 		}
 		return &exitError{code: exitRefused}
 	case stateFailed, stateCancelled:
-		text := fmt.Sprintf("%s at %s", j.GetState(), orDash(j.GetStage()))
-		if j.GetReason() != "" {
-			text += " (" + j.GetReason() + ")"
-		}
-		if j.GetMessage() != "" {
-			text += ": " + j.GetMessage()
-		}
-		if _, err := fmt.Fprintln(c.stdout, clean(text)); err != nil {
+		if _, err := fmt.Fprintf(c.stdout, "%s\nNext: `coffer why %s`\n", clean(endedLine(j)), id); err != nil {
 			return err
 		}
 		return &exitError{code: exitFailed}

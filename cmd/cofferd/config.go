@@ -3,18 +3,22 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/plugins/host"
+	"github.com/coffer-run/coffer/runner"
 	"github.com/coffer-run/coffer/runner/source/cache"
 	"github.com/coffer-run/coffer/runner/source/object"
+	"github.com/coffer-run/coffer/runner/source/sink"
 )
 
-// Config is the agent's configuration file. Every field but FirmwareLog and
-// Sources is required.
+// Config is the agent's configuration file. Every field but FirmwareLog, Sources,
+// Capacity, LogBytes and Access is required.
 type Config struct {
 	// Listen is the API's address.
 	Listen string     `json:"listen"`
@@ -48,8 +52,26 @@ type Config struct {
 	Broker   Service `json:"broker"`
 	// ImageStore says where image content lies: "disk" or "tmpfs".
 	ImageStore string `json:"imageStore"`
+	// GPUSpecs are folders with CDI specifications, as nvidia-ctk generates them
+	// (/var/run/cdi). If absent, sandboxes get no GPU device.
+	GPUSpecs []string `json:"gpuSpecs,omitempty"`
+	// Images says whose images jobs may run, and where they come from.
+	Images *Images `json:"images,omitempty"`
 	// Sources are the object stores that jobs may have inputs in. None if absent.
 	Sources *Sources `json:"sources,omitempty"`
+	// Egress lets jobs have the network that their plans allow. None if absent.
+	Egress *Egress `json:"egress,omitempty"`
+	// Capacity is what jobs may have together. What is absent is the machine's memory,
+	// four times its cores, since a job's cores are a limit, and 8 jobs at once.
+	Capacity runner.Room `json:"capacity,omitzero"`
+	// LogBytes bounds the kept logs of ended jobs; default 1 GiB.
+	LogBytes int64 `json:"logBytes,omitempty"`
+	// Access lets people call with tokens; without it certificates alone do.
+	Access *Access `json:"access,omitempty"`
+	// Rules is a file of rules for jobs' traces; those that ship if empty.
+	Rules string `json:"rules,omitempty"`
+	// Alerts says who is told what the rules find. Only the job's record is if absent.
+	Alerts *Alerts `json:"alerts,omitempty"`
 }
 
 // Sources are object stores, and the cache of what comes from them.
@@ -88,10 +110,48 @@ func (c Config) validate() error {
 	if c.TSM != "configfs" && c.TSM != paravisorTSM && !strings.HasPrefix(c.TSM, emulatedPrefix) {
 		return errors.New("configuration: tsm: want configfs, paravisor or emulated:SOCKET")
 	}
+	if err := c.Egress.validate(); err != nil {
+		return err
+	}
+	if err := c.Images.validate(); err != nil {
+		return err
+	}
+	if err := c.Access.validate(); err != nil {
+		return err
+	}
+	if err := c.Alerts.validate(); err != nil {
+		return err
+	}
+	if c.LogBytes < 0 {
+		return errors.New("configuration: logBytes is negative")
+	}
 	if s := c.Sources; s != nil && (!filepath.IsAbs(s.CacheDir) || s.CacheBytes <= 0 || len(s.Buckets) == 0) {
 		return errors.New("configuration: sources: want cacheDir (an absolute path), cacheBytes and buckets")
 	}
 	return nil
+}
+
+// sinkDir is the folder in CacheDir where checkpoints wait until they are in their
+// bucket. The cache's own folders have other names.
+const sinkDir = "checkpoints"
+
+// sinks is nil if no bucket takes checkpoints. k is that of cache.
+func (c Config) sinks(k *cache.Cache, log *slog.Logger) (*sink.Buckets, error) {
+	if k == nil {
+		return nil, nil
+	}
+	buckets, err := object.New(c.Sources.Buckets)
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	if !buckets.TakesCheckpoints() {
+		return nil, nil
+	}
+	dir := filepath.Join(c.Sources.CacheDir, sinkDir)
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("make folder for checkpoints: %w", err)
+	}
+	return sink.OpenBuckets(sink.BucketConfig{Dir: dir, Open: buckets.OpenSink, Fetch: k.Hold, Log: log})
 }
 
 // cache is nil if no sources are configured.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,13 +22,17 @@ import (
 	"github.com/coffer-run/coffer/enclave/collect"
 	"github.com/coffer-run/coffer/enclave/collect/tpm"
 	"github.com/coffer-run/coffer/enclave/collect/tsm"
+	"github.com/coffer-run/coffer/enclave/device"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/emulate"
 	"github.com/coffer-run/coffer/plugins/contract"
 	"github.com/coffer-run/coffer/plugins/host"
 	"github.com/coffer-run/coffer/runner"
+	"github.com/coffer-run/coffer/runner/bootkey"
 	"github.com/coffer-run/coffer/runner/journal"
+	"github.com/coffer-run/coffer/runner/logs"
 	"github.com/coffer-run/coffer/runner/remote"
+	"github.com/coffer-run/coffer/runner/rules"
 	"github.com/coffer-run/coffer/runner/sandbox"
 	"github.com/coffer-run/coffer/runner/server"
 )
@@ -76,7 +81,24 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	} else if collector.SNP, err = openTSM(cfg.TSM); err != nil {
 		return err
 	}
-	node, err := sandbox.Open(ctx, sandbox.Config{Containerd: cfg.Containerd, Runsc: cfg.Runsc, ShimPath: cfg.Shim, Cgroup: cfg.Cgroup, ImageStore: cfg.ImageStore})
+	network, networkProfile, err := cfg.Egress.open()
+	if err != nil {
+		return err
+	}
+	set, err := cfg.rules()
+	if err != nil {
+		return err
+	}
+	told, err := cfg.Alerts.open(log) //nolint:contextcheck // it is closed at the end, not by the call's
+	if err != nil {
+		return err
+	}
+	defer closeAlerts(told) //nolint:contextcheck // what is queued outlives the call
+	images, signers, err := cfg.Images.open()
+	if err != nil {
+		return err
+	}
+	node, err := sandbox.Open(ctx, sandbox.Config{Containerd: cfg.Containerd, Runsc: cfg.Runsc, ShimPath: cfg.Shim, Cgroup: cfg.Cgroup, ImageStore: cfg.ImageStore, ImageSigners: signers, GPUs: gpuDevices(cfg, inventory.DriverVersion), Egress: networkProfile, Rules: set.Digest(), Opens: set.Needs(rules.Open)})
 	if err != nil {
 		return err
 	}
@@ -97,6 +119,17 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	if inputs != nil {
 		defer closing(&err, inputs)
 	}
+	sinks, err := cfg.sinks(inputs, log)
+	if err != nil {
+		return err
+	}
+	if sinks != nil {
+		defer closing(&err, sinks)
+	}
+	kept, values, err := keep(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
 	gpus := gpuSource{plugin}
 	collector.GPUs = gpus
 	credential := (&enrolment{tpm: t, verifier: verifier}).credential
@@ -108,23 +141,44 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 		Node: node, Journal: jnl, Verifier: verifier, Broker: broker, GPUs: gpus, AKCredential: credential,
 		Collector: collector,
 		Cache:     inputs,
-		Holder:    cfg.Holder, RunDir: cfg.RunDir, Cgroup: cfg.Cgroup, Name: cfg.Node, Version: version(), Log: log,
+		Sinks:     sinks,
+		Images:    images,
+		Egress:    network,
+		Rules:     set, Alerts: told,
+		Room: cfg.Capacity, Logs: kept, Values: values,
+		Holder: cfg.Holder, RunDir: cfg.RunDir, Cgroup: cfg.Cgroup, Name: cfg.Node, Version: version(), Log: log,
 	})
 	if err != nil {
 		return err
 	}
 	defer agent.Close()
 
-	handler, err := server.New(agent, server.GPUInfo{Driver: inventory.DriverVersion, CCMode: string(inventory.CCMode)}, daemon.Identity, log)
+	who, tlsConfig, err := newCallers(cfg)
 	if err != nil {
 		return err
 	}
-	tlsConfig, err := cfg.TLS.Server()
+	handler, err := server.New(agent, server.GPUInfo{Driver: inventory.DriverVersion, CCMode: string(inventory.CCMode)}, who.identify, log)
 	if err != nil {
 		return err
 	}
 	log.InfoContext(ctx, "ready", slog.String("listen", cfg.Listen), slog.String("node", cfg.Node), slog.Int("gpus", len(inventory.Devices)))
 	return daemon.Serve(ctx, cfg.Listen, tlsConfig, handler, log)
+}
+
+// keep opens what is sealed under the key of this boot. A kernel without keyrings
+// has a key for this process alone: then what jobs print is readable for as long as
+// the agent runs, and jobs that wait do not survive it.
+func keep(ctx context.Context, cfg Config, log *slog.Logger) (*logs.Store, *runner.Values, error) {
+	var values *runner.Values
+	key, err := bootkey.Get("coffer-agent:" + cfg.StateDir)
+	if err != nil {
+		log.WarnContext(ctx, "nothing that is sealed outlives this process", slog.Any("error", err))
+		key = bootkey.New()
+	} else if values, err = runner.OpenValues(filepath.Join(cfg.StateDir, "values"), key); err != nil {
+		return nil, nil, err
+	}
+	kept, err := logs.Open(filepath.Join(cfg.StateDir, "logs"), key, cmp.Or(cfg.LogBytes, logs.DefaultMaxBytes))
+	return kept, values, err
 }
 
 // lockState keeps a second agent off the same state: two would take each other's
@@ -156,10 +210,14 @@ func measure(ctx context.Context, cfg Config, configFile string, t *tpm.TPM) err
 	if err != nil {
 		return fmt.Errorf("find own binary: %w", err)
 	}
-	events, err := tpm.Events([]tpm.File{
+	files := []tpm.File{
 		{Name: "agent", Path: self}, {Name: "holder", Path: cfg.Holder}, {Name: "runsc", Path: cfg.Runsc}, {Name: "shim", Path: cfg.Shim},
 		{Name: "gpu-plugin", Path: cfg.GPUPlugin.Path}, {Name: "configuration", Path: configFile},
-	})
+	}
+	if cfg.Egress != nil {
+		files = append(files, tpm.File{Name: "gateway", Path: cfg.Egress.Gateway})
+	}
+	events, err := tpm.Events(files)
 	if err != nil {
 		return err
 	}
@@ -238,6 +296,26 @@ func (g gpuSource) SetReady(ctx context.Context, ready bool) error {
 	return g.plugin.SetReady(ctx, ready)
 }
 
+func (g gpuSource) State(ctx context.Context, uuids []string) (device.State, error) {
+	st, err := g.plugin.State(ctx, uuids)
+	if err != nil {
+		return device.State{}, err
+	}
+	out := device.State{Mode: device.Mode(st.CCMode), Ready: st.Ready, AttackerAdvantage: st.AttackerAdvantage}
+	for _, d := range st.Devices {
+		out.GPUs = append(out.GPUs, device.GPU(d))
+	}
+	return out, nil
+}
+
+func (g gpuSource) Prepare(ctx context.Context, uuids []string, s device.Settings) error {
+	return g.plugin.Prepare(ctx, uuids, contract.Settings{UnprotectedBytes: s.UnprotectedBytes, MaxAttackerAdvantage: s.AttackerAdvantage})
+}
+
+func (g gpuSource) Clear(ctx context.Context, uuids []string) error {
+	return g.plugin.Clear(ctx, uuids)
+}
+
 // renewAfter is half of an attestation key credential's life.
 const renewAfter = 12 * time.Hour
 
@@ -275,4 +353,12 @@ func version() string {
 		return "cofferd " + bi.Main.Version + " " + bi.GoVersion
 	}
 	return "cofferd"
+}
+
+// gpuDevices is nil unless the configuration gives sandboxes GPU devices.
+func gpuDevices(cfg Config, driver string) *sandbox.GPUs {
+	if len(cfg.GPUSpecs) == 0 {
+		return nil
+	}
+	return &sandbox.GPUs{Driver: driver, SpecDirs: cfg.GPUSpecs}
 }

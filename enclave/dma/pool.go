@@ -23,6 +23,7 @@ type Pool struct {
 	held   int64
 	live   map[*Region]bool
 	free   map[int64][]*Region
+	near   int
 	closed bool
 }
 
@@ -30,6 +31,14 @@ type Pool struct {
 // is zero.
 func NewPool(limit int64) *Pool {
 	return &Pool{limit: limit, live: map[*Region]bool{}, free: map[int64][]*Region{}}
+}
+
+// Near has regions that are made from then on lie on memory node number node-1, as
+// far as there is room; 0: anywhere.
+func (p *Pool) Near(node int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.near = node
 }
 
 // Get returns a region of size bytes that holds zeros. ErrFull means that the
@@ -66,6 +75,10 @@ func (p *Pool) Get(name string, size int64) (*Region, error) {
 	r, err := New(name, size)
 	if err != nil {
 		return nil, err
+	}
+	if p.near > 0 {
+		// A hint: on a machine without this node pages come from any.
+		_ = r.prefer(p.near - 1)
 	}
 	p.live[r] = true
 	p.held += size

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/coffer-run/coffer/enclave/dma"
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/enclave/seal"
 )
 
@@ -55,7 +56,10 @@ type checkpointTree struct {
 	pool  *dma.Blocks // nil until there is a sink
 	nodes int
 	root  *checkpointNode
-	over  bool
+	// resume is the folder in root with what the job goes on from; nil if there is
+	// none.
+	resume *inputDir
+	over   bool
 
 	scrubMu  sync.Mutex
 	scrubErr error
@@ -354,6 +358,10 @@ func (n *checkpointNode) Statfs(_ context.Context, out *fuse.StatfsOut) syscall.
 func (n *checkpointNode) Lookup(_ context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
 	n.t.mu.Lock()
 	defer n.t.mu.Unlock()
+	if n.resumes(name) {
+		n.t.resume.fill(&out.Attr)
+		return n.t.resume.EmbeddedInode(), 0
+	}
 	c := n.children[name]
 	if c == nil {
 		return nil, syscall.ENOENT
@@ -366,6 +374,9 @@ func (n *checkpointNode) Readdir(context.Context) (fs.DirStream, syscall.Errno) 
 	n.t.mu.Lock()
 	defer n.t.mu.Unlock()
 	var l []fuse.DirEntry
+	if n.resumes(holdapi.ResumeName) {
+		l = append(l, fuse.DirEntry{Name: holdapi.ResumeName, Mode: syscall.S_IFDIR, Ino: n.t.resume.StableAttr().Ino})
+	}
 	for name, c := range n.children {
 		l = append(l, fuse.DirEntry{Name: name, Mode: c.StableAttr().Mode, Ino: c.StableAttr().Ino})
 	}
@@ -383,7 +394,7 @@ func (n *checkpointNode) add(ctx context.Context, name string, dir bool, mode ui
 		return nil, syscall.ENAMETOOLONG
 	case !utf8.ValidString(name):
 		return nil, syscall.EILSEQ
-	case n.children[name] != nil:
+	case n.children[name] != nil, n.resumes(name):
 		return nil, syscall.EEXIST
 	case n.t.nodes >= maxNodes:
 		return nil, syscall.ENOSPC
@@ -468,6 +479,8 @@ func (n *checkpointNode) remove(name string, dir bool) syscall.Errno {
 	}
 	c := n.children[name]
 	switch {
+	case n.resumes(name):
+		return syscall.EROFS
 	case c == nil:
 		return syscall.ENOENT
 	case c.frozen:
@@ -536,6 +549,8 @@ func (n *checkpointNode) checkRename(name string, to *checkpointNode, newName st
 		return nil, syscall.ENOENT
 	case c.frozen || old != nil && old.frozen:
 		return nil, syscall.EBUSY
+	case to.resumes(newName):
+		return nil, syscall.EEXIST
 	case len(newName) > 255:
 		return nil, syscall.ENAMETOOLONG
 	case !utf8.ValidString(newName):
@@ -557,7 +572,8 @@ func (n *checkpointNode) checkRename(name string, to *checkpointNode, newName st
 // commitEntry seals root/name as newName: every file or none. It returns once
 // the sealed folder is durable.
 func (t *checkpointTree) commitEntry(name, newName string, flags uint32) syscall.Errno {
-	if !commitName.MatchString(newName) {
+	// In the sink that ending marks a commit that was cut off.
+	if !commitName.MatchString(newName) || strings.HasSuffix(newName, commitSuffix) {
 		return syscall.EINVAL
 	}
 	t.committing.Lock()
@@ -625,6 +641,21 @@ func (r nodeReader) ReadAt(p []byte, off int64) (int, error) {
 		return int(k), io.EOF
 	}
 	return int(k), nil
+}
+
+// View is of seal.Viewer. Blocks are neither written nor given back while a commit is
+// under way: the node is frozen, and close waits for the commit.
+func (r nodeReader) View(off int64, n int) ([]byte, error) {
+	r.n.data.RLock()
+	defer r.n.data.RUnlock()
+	if r.n.dead || !r.n.shut {
+		return nil, errors.New("file is not frozen")
+	}
+	i, in := off/blockSpan, int(off%blockSpan)
+	if off < 0 || off+int64(n) > r.n.size || i >= int64(len(r.n.blocks)) || in+n > len(r.n.blocks[i]) {
+		return nil, nil
+	}
+	return r.n.blocks[i][in : in+n], nil
 }
 
 func (nodeReader) Close() error { return nil }

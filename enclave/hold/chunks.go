@@ -72,9 +72,7 @@ type chunk struct {
 
 // newChunkCache keeps up to size bytes in chunks of at most chunkSize.
 func newChunkCache(ending context.Context, use func() error, size int64, chunkSize int) *chunkCache {
-	// One core is left to those who answer: the cipher does not step aside within
-	// a chunk.
-	workers := max(1, workersFor(chunkSize)-1)
+	workers := workersFor(chunkSize)
 	c := &chunkCache{ending: ending, use: use, blocks: dma.NewBlocks(size), known: map[chunkKey]*chunk{}, lru: list.New(),
 		slots: make(chan struct{}, workers), window: min(2*int64(workers)+1, size/int64(dma.BlockSize(chunkSize))-1, maxAhead)}
 	c.change = sync.NewCond(&c.mu)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
@@ -212,12 +213,29 @@ func (f *demandFile) openChunks() (source, error) {
 		if err != nil {
 			return nil, err
 		}
-		// Not mapped: between two reads nobody looks whether a writer waits for
-		// the lease that a map takes.
+		o.Map()
 		f.sealed = o
+		go f.giveWay(o)
 	}
 	f.readers++
 	return &chunkSource{f: f, o: f.sealed}, nil
+}
+
+// yieldEvery is how long a writer of a sealed file waits for the lease that the
+// map takes, while nobody reads.
+const yieldEvery = 100 * time.Millisecond
+
+// giveWay looks between reads whether a writer waits for o, until o is closed.
+func (f *demandFile) giveWay(o *seal.OpenedFile) {
+	for range time.Tick(yieldEvery) {
+		f.mu.Lock()
+		if f.sealed != o {
+			f.mu.Unlock()
+			return
+		}
+		o.Yield()
+		f.mu.Unlock()
+	}
 }
 
 func (s *chunkSource) close() {

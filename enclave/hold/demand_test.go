@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -190,7 +191,12 @@ func TestSourceChangesWhileItIsRead(t *testing.T) {
 			b := make([]byte, 10*mib)
 			_, err = f.ReadAt(b[:100], 0)
 			must(t, err)
+			began := time.Now()
 			must(t, c.change(p, whole))
+			// The kernel's patience, lease-break-time, is 45 s.
+			if took := time.Since(began); took > 10*time.Second {
+				t.Errorf("the writer waited %v for the file", took)
+			}
 			n, err := f.ReadAt(b, 0)
 			if !errors.Is(err, unix.EIO) {
 				t.Errorf("%d bytes, %v", n, err)

@@ -42,7 +42,7 @@ func newEventLog(now func() time.Time) *eventLog {
 	return &eventLog{now: now, news: make(chan struct{})}
 }
 
-// add appends e. Those that a job can cause at will (exec, connect, ptrace,
+// add appends e. Those that a job can cause at will (exec, open, connect, ptrace,
 // input-error, checkpoint-error) stop at the bound, so that they cannot push out
 // the others.
 func (l *eventLog) add(e holdapi.Event) {
@@ -51,7 +51,7 @@ func (l *eventLog) add(e holdapi.Event) {
 	defer l.mu.Unlock()
 	limit := maxEvents - reservedEvents
 	switch e.Kind {
-	case "container-start", "operator-exec", "trace-lost", eventLeaseStop, eventLeaseOver, eventKilled, eventScrubbed:
+	case "container-start", eventResumed, "operator-exec", "trace-lost", eventLeaseStop, eventLeaseOver, eventKilled, eventScrubbed:
 		limit = maxEvents
 	case "checkpoint":
 		limit = maxEvents + maxCommits

@@ -32,8 +32,6 @@ type handout struct {
 	// wait returns an error while the gate is shut, for a container that has not
 	// started.
 	wait func(done <-chan struct{}) error
-	// group is this process's, as /proc says it.
-	group string
 
 	wg sync.WaitGroup
 	mu sync.Mutex
@@ -44,10 +42,6 @@ type handout struct {
 }
 
 func listenHandout(path string, wait func(<-chan struct{}) error, log *slog.Logger) (*handout, error) {
-	group, err := controlGroup(os.Getpid())
-	if err != nil {
-		return nil, fmt.Errorf("hand out regions: %w", err)
-	}
 	l, err := listen(path)
 	if err != nil {
 		return nil, fmt.Errorf("hand out regions: %w", err)
@@ -57,7 +51,7 @@ func listenHandout(path string, wait func(<-chan struct{}) error, log *slog.Logg
 		_ = l.Close()
 		return nil, fmt.Errorf("hand out regions: %w", err)
 	}
-	h := &handout{l: l, log: log, wait: wait, group: group, regions: map[string]*dma.Region{}, conns: map[*net.UnixConn]bool{}}
+	h := &handout{l: l, log: log, wait: wait, regions: map[string]*dma.Region{}, conns: map[*net.UnixConn]bool{}}
 	h.wg.Go(h.accept)
 	return h, nil
 }
@@ -118,7 +112,12 @@ func (h *handout) admit(c *net.UnixConn) error {
 	if err != nil {
 		return err
 	}
-	if group != h.group {
+	// Asked each time: the agent moves the holder to its group after it has begun.
+	own, err := controlGroup(os.Getpid())
+	if err != nil {
+		return err
+	}
+	if group != own {
 		return fmt.Errorf("process %d is not of this job", cred.Pid)
 	}
 	h.mu.Lock()

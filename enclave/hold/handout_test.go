@@ -2,6 +2,7 @@ package hold_test
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -205,6 +207,43 @@ func TestRegionsAreForTheJobAlone(t *testing.T) {
 	}
 	if b, err := run(filepath.Join(group, "cgroup.procs")); err == nil || bytes.Contains(b, []byte("hello")) {
 		t.Errorf("a process of another group was given it: %s", b)
+	}
+	// The agent moves a holder to its job's group only after it has begun.
+	move := func(group string) {
+		must(t, os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte(strconv.Itoa(h.cmd.Process.Pid)), 0o600))
+	}
+	move(group)
+	defer move(filepath.Dir(group))
+	if b, err := run(filepath.Join(group, "cgroup.procs")); err != nil || !bytes.HasPrefix(b, []byte("hello\n")) {
+		t.Errorf("a process of the group that the holder moved to: %v: %s", err, b)
+	}
+	if b, err := run("/dev/null"); err == nil || bytes.Contains(b, []byte("hello")) {
+		t.Errorf("a process of the group that the holder was in was given it: %s", b)
+	}
+}
+
+// The example's client in Go, outside a sandbox.
+func TestGoClient(t *testing.T) {
+	big := pattern(3<<20 + 8)
+	h := opened(t, map[string][]byte{"sub/big": big, "empty": nil})
+	h.trace().start()
+	h.waitStarted()
+	program := filepath.Join(t.TempDir(), "client")
+	if b, err := exec.Command("go", "build", "-o", program, "../../examples/regions/go").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, b)
+	}
+	for name, want := range map[string]string{
+		"data/sub/big":    fmt.Sprintf("%x  data/sub/big, %d bytes\n", sha256.Sum256(big), len(big)),
+		"data/empty":      fmt.Sprintf("%x  data/empty, 0 bytes\n", sha256.Sum256(nil)),
+		"data/none":       "open region data/none: no file of this name",
+		"data/../sub/big": "open region data/../sub/big: no file of this name",
+	} {
+		c := exec.Command(program, name)
+		c.Env = append(os.Environ(), "COFFER_REGIONS="+h.regions())
+		b, err := c.CombinedOutput()
+		if (err != nil) != strings.HasPrefix(want, "open region") || !strings.HasPrefix(string(b), want) {
+			t.Errorf("%s: %v: %s", name, err, b)
+		}
 	}
 }
 

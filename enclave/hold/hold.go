@@ -69,10 +69,19 @@ type Config struct {
 	UID, GID uint32
 	// LogBytes bounds what is kept of both log streams together.
 	LogBytes int64
+	// LogRate bounds how many bytes a second are kept; plan.DefaultLogBytesPerSecond
+	// if zero.
+	LogRate int64
+	// WatchOpen are the paths that are told of when the job opens them
+	// (holdapi.PathPattern).
+	WatchOpen []string
 	// RegionBytes bounds the memory that inputs are decrypted into. If they are
 	// larger together, files are decrypted when they are opened or read. Zero: no
 	// bound, and every input is decrypted before the job starts.
 	RegionBytes int64
+	// NearNode is 1 more than the number of the memory node that regions should lie
+	// on; 0: any.
+	NearNode int
 	// Procs is cgroup.procs of the job's control group, in which this process is
 	// too. When the lease is over, all others in it are killed. It becomes the
 	// holder's.
@@ -142,6 +151,8 @@ type Holder struct {
 	keys     map[string]heldKey
 	inputs   []*heldInput
 	sink     *heldSink
+	resume   resume
+	reseal   reseal
 	state    decryptState
 	filled   chan struct{} // closed when decrypting is over
 	result   holdapi.Decrypted
@@ -157,7 +168,7 @@ type Holder struct {
 // Create makes a holder in cfg.RunDir: its keys, pipes, mounts and trace socket.
 // The caller serves it, and Finish takes everything away again.
 func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
-	if cfg.JobID == "" || cfg.LogBytes <= 0 || cfg.RegionBytes < 0 || cfg.Procs == nil || cfg.Log == nil {
+	if cfg.JobID == "" || cfg.LogBytes <= 0 || cfg.LogRate < 0 || cfg.RegionBytes < 0 || cfg.Procs == nil || cfg.Log == nil {
 		return nil, errors.New("holder needs a job, its processes, a log budget and a logger")
 	}
 	st, err := os.Stat(cfg.RunDir)
@@ -169,7 +180,9 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 	}
 	cfg.StartWait = cmp.Or(cfg.StartWait, DefaultStartWait)
 	cfg.TraceGrace = cmp.Or(cfg.TraceGrace, DefaultTraceGrace)
-	h := &Holder{cfg: cfg, log: cfg.Log, keys: map[string]heldKey{}, events: newEventLog(time.Now), budget: &budget{left: cfg.LogBytes}, filled: make(chan struct{}), pool: dma.NewPool(cfg.RegionBytes)}
+	cfg.LogRate = cmp.Or(cfg.LogRate, plan.DefaultLogBytesPerSecond)
+	h := &Holder{cfg: cfg, log: cfg.Log, keys: map[string]heldKey{}, events: newEventLog(time.Now), budget: newBudget(cfg.LogBytes, cfg.LogRate, time.Now), filled: make(chan struct{}), pool: dma.NewPool(cfg.RegionBytes)}
+	h.pool.Near(cfg.NearNode)
 	// The job's end is said by an operation, not by the caller's context.
 	h.ending, h.end = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -195,7 +208,11 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 		return nil, err
 	}
 	h.made = append(h.made, holdapi.StderrName)
-	if h.trace, err = listenTrace(h.path(holdapi.TraceName), h.events, cfg.TraceGrace, cfg.Log); err != nil {
+	watched, err := newOpens(cfg.WatchOpen)
+	if err != nil {
+		return nil, fmt.Errorf("holder: %w", err)
+	}
+	if h.trace, err = listenTrace(h.path(holdapi.TraceName), h.events, watched, cfg.TraceGrace, cfg.Log); err != nil {
 		return nil, err
 	}
 	for _, n := range []string{holdapi.InputsName, holdapi.CheckpointsName, holdapi.RegionsDir} {
@@ -401,6 +418,9 @@ func (h *Holder) input(ctx context.Context, in holdapi.Input, root *os.Root) (er
 	if err := h.running(); err != nil {
 		return err
 	}
+	if h.reseal.source != nil {
+		return fail(holdapi.CodeState, "a job that reseals has no inputs")
+	}
 	if i := slices.IndexFunc(h.inputs, func(o *heldInput) bool { return o.Name == in.Name }); i >= 0 {
 		if h.inputs[i].Input != in {
 			return fail(holdapi.CodeState, "input %s is another one", in.Name)
@@ -481,6 +501,9 @@ func (h *Holder) setSink(s holdapi.Sink, root *os.Root) (err error) {
 	defer h.mu.Unlock()
 	if err := h.running(); err != nil {
 		return err
+	}
+	if h.reseal.source != nil {
+		return fail(holdapi.CodeState, "a job that reseals makes no checkpoints")
 	}
 	if h.sink != nil {
 		if h.sink.Sink != s {
@@ -685,13 +708,12 @@ func (h *Holder) sealCommit(name string, files []seal.Source) error {
 	if sink != nil {
 		k = h.keys[sink.Asset]
 	}
-	c := seal.Commit{JobID: h.cfg.JobID, Sequence: uint64(len(h.commits)) + 1, Name: name}
-	if n := len(h.commits); n > 0 {
-		c.Parent = h.commits[n-1].Digest
-	}
+	made := len(h.commits)
+	c := seal.Commit{JobID: h.cfg.JobID, Name: name}
+	c.Sequence, c.Parent = h.resume.next(h.commits)
 	h.mu.Unlock()
 	switch {
-	case c.Sequence > maxCommits:
+	case made >= maxCommits:
 		return fmt.Errorf("the job has made %d checkpoints already", maxCommits)
 	case sink == nil:
 		return errors.New("the job has no place for checkpoints")
@@ -792,9 +814,13 @@ func (h *Holder) release(ctx context.Context) error {
 	h.end()
 	h.mu.Lock()
 	waiting := h.state == decrypting
+	over := h.reseal.over
 	h.mu.Unlock()
 	if waiting {
 		<-h.filled
+	}
+	if over != nil {
+		<-over
 	}
 	if h.ckptFS != nil {
 		errs = append(errs, h.ckptFS.close(), h.ckptFS.unmount())
@@ -823,6 +849,7 @@ func (h *Holder) release(ctx context.Context) error {
 	if h.sink != nil {
 		errs = append(errs, h.sink.root.Close())
 	}
+	errs = append(errs, h.reseal.close())
 	if h.alarm != nil {
 		h.alarm.close()
 	}

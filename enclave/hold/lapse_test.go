@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -154,6 +156,16 @@ func TestPausedHolder(t *testing.T) {
 	must(t, err)
 
 	must(t, h.cmd.Process.Signal(unix.SIGSTOP))
+	// On a busy machine some of its threads run on for a while.
+	h.until("all threads to stop", func() bool {
+		states, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", h.cmd.Process.Pid))
+		must(t, err)
+		return len(states) > 0 && !slices.ContainsFunc(states, func(p string) bool {
+			b, err := os.ReadFile(p)
+			_, state, _ := strings.Cut(string(b), ") ")
+			return err != nil || !strings.HasPrefix(state, "T")
+		})
+	})
 	resume := func() error { return h.cmd.Process.Signal(unix.SIGCONT) }
 	defer func() { _ = resume() }()
 	type result struct {

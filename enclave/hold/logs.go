@@ -1,6 +1,7 @@
 package hold
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 )
 
@@ -24,21 +26,52 @@ const (
 	drainLimit = 2 * time.Second
 )
 
-// budget is what both streams together may still say.
+// budget is what both streams together may still say: in all, and at what rate.
 type budget struct {
-	mu   sync.Mutex
+	now func() time.Time
+
+	mu   sync.Mutex // guards what follows
 	left int64
 	cut  int64
+	// rate is in bytes a second, burst what may come at once, room what of it is
+	// left as of at.
+	rate, burst, room int64
+	at                time.Time
 }
 
-// take returns how many of n bytes are within the budget, and counts the rest.
-func (b *budget) take(n int) int {
+func newBudget(total, rate int64, now func() time.Time) *budget {
+	burst := rate * plan.LogBurst
+	return &budget{now: now, left: total, rate: rate, burst: burst, room: burst, at: now()}
+}
+
+// take returns how many bytes of b are within the budget, and counts the rest.
+// Where the rate is what ends it, it ends with a line if there is a whole one.
+func (b *budget) take(p []byte) int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	k := min(int64(n), b.left)
-	b.left -= k
-	b.cut += int64(n) - k
-	return int(k)
+	now := b.now()
+	// More than a burst's worth of time adds no more than a burst.
+	if gained := b.rate * int64(min(now.Sub(b.at), plan.LogBurst*time.Second)/time.Microsecond) / 1e6; gained > 0 {
+		b.room, b.at = min(b.burst, b.room+gained), now
+	}
+	k := int(min(int64(len(p)), b.left, b.room))
+	if k < len(p) && int64(k) == b.room {
+		// A line that is longer than a burst is kept in part.
+		if i := bytes.LastIndexByte(p[:k], '\n'); i >= 0 || b.room < b.burst {
+			k = i + 1
+		}
+	}
+	b.left -= int64(k)
+	b.room -= int64(k)
+	b.cut += int64(len(p) - k)
+	return k
+}
+
+// drop counts n bytes that are not kept.
+func (b *budget) drop(n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.cut += int64(n)
 }
 
 func (b *budget) dropped() int64 {
@@ -52,6 +85,9 @@ type logStream struct {
 	f      *os.File
 	budget *budget
 	done   chan struct{}
+
+	// cutting is the reader's: the rest of a line whose beginning was dropped goes too.
+	cutting bool
 
 	mu   sync.Mutex
 	data []byte
@@ -81,9 +117,9 @@ func (s *logStream) read() {
 	for {
 		n, err := s.f.Read(buf)
 		if n > 0 {
-			k := s.budget.take(n)
+			kept := s.within(buf[:n])
 			s.mu.Lock()
-			s.data = append(s.data, buf[:k]...)
+			s.data = append(s.data, kept...)
 			s.last = time.Now()
 			s.wake()
 			s.mu.Unlock()
@@ -96,6 +132,22 @@ func (s *logStream) read() {
 			return
 		}
 	}
+}
+
+// within returns what of b is kept.
+func (s *logStream) within(b []byte) []byte {
+	if s.cutting {
+		i := bytes.IndexByte(b, '\n')
+		if i < 0 {
+			s.budget.drop(len(b))
+			return nil
+		}
+		s.budget.drop(i + 1)
+		s.cutting, b = false, b[i+1:]
+	}
+	k := s.budget.take(b)
+	s.cutting = k < len(b) && b[len(b)-1] != '\n'
+	return b[:k]
 }
 
 func (s *logStream) wake() {
@@ -143,7 +195,7 @@ func (s *logStream) chunk(ctx context.Context, offset int64, wait time.Duration)
 		n := int64(len(s.data))
 		at := min(max(offset, 0), n)
 		end := min(at+maxLogChunk, n)
-		c := holdapi.LogChunk{Offset: at, Data: append([]byte(nil), s.data[at:end]...), EOF: s.eof && end == n}
+		c := holdapi.LogChunk{Offset: at, Data: append([]byte(nil), s.data[at:end]...), EOF: s.eof && end == n, Cut: s.budget.dropped()}
 		news := s.news
 		s.mu.Unlock()
 		if len(c.Data) > 0 || c.EOF {

@@ -99,3 +99,14 @@ func (r leasedReader) ReadAt(p []byte, off int64) (int, error) {
 	}
 	return r.Reader.ReadAt(p, off)
 }
+
+// View is of seal.Viewer.
+func (r leasedReader) View(off int64, n int) ([]byte, error) {
+	if err := r.use(); err != nil {
+		return nil, fmt.Errorf("seal: %w", err)
+	}
+	if v, ok := r.Reader.(seal.Viewer); ok {
+		return v.View(off, n)
+	}
+	return nil, nil
+}

@@ -215,6 +215,28 @@ func (h *Holder) answer(ctx context.Context, b []byte, fds []*os.File) (res hold
 		if root, err = openFolder(fds[0]); err == nil {
 			err = h.setSink(*q.Sink, root)
 		}
+	case holdapi.OpResumeBegin:
+		var v holdapi.ResumeRule
+		if v, err = h.resumeBegin(q.ResumeBegin.Plan); err == nil {
+			res.ResumeRule = &v
+		}
+	case holdapi.OpResume:
+		err = h.answerResume(ctx, *q.Resume, fds)
+	case holdapi.OpResealSource:
+		var root *os.Root
+		if root, err = openFolder(fds[0]); err == nil {
+			err = h.resealSource(*q.ResealSource, root)
+		}
+	case holdapi.OpReseal:
+		var root *os.Root
+		if root, err = openFolder(fds[0]); err == nil {
+			err = h.beginReseal(*q.Reseal, root) //nolint:contextcheck // it ends with the job, not with the request
+		}
+	case holdapi.OpResealStatus:
+		var v holdapi.ResealStatus
+		if v, err = h.resealStatus(*q.ResealStatus); err == nil {
+			res.Reseal = &v
+		}
 	case holdapi.OpDecrypt:
 		var d holdapi.Decrypted
 		if d, err = h.decrypt(ctx); err == nil {
@@ -262,14 +284,19 @@ func checkParts(q holdapi.Request, fds int) error {
 	parts := map[string]bool{
 		holdapi.OpSignRelease: q.SignRelease != nil, holdapi.OpSign: q.Sign != nil, holdapi.OpDeliver: q.Deliver != nil, holdapi.OpRenew: q.Renew != nil,
 		holdapi.OpInput: q.Input != nil, holdapi.OpSink: q.Sink != nil, holdapi.OpLogs: q.Logs != nil, holdapi.OpEvents: q.Events != nil,
+		holdapi.OpResumeBegin: q.ResumeBegin != nil, holdapi.OpResume: q.Resume != nil,
+		holdapi.OpResealSource: q.ResealSource != nil, holdapi.OpReseal: q.Reseal != nil, holdapi.OpResealStatus: q.ResealStatus != nil,
 	}
 	want := 0
 	switch q.Op {
 	case holdapi.OpHello, holdapi.OpLease, holdapi.OpDecrypt, holdapi.OpStatus, holdapi.OpFinish, holdapi.OpExit:
-	case holdapi.OpInput, holdapi.OpSink:
+	case holdapi.OpInput, holdapi.OpSink, holdapi.OpResume, holdapi.OpResealSource, holdapi.OpReseal:
 		want = 1
+		if q.Resume != nil && q.Resume.Nothing {
+			want = 0
+		}
 		fallthrough
-	case holdapi.OpSignRelease, holdapi.OpSign, holdapi.OpDeliver, holdapi.OpRenew, holdapi.OpLogs, holdapi.OpEvents:
+	case holdapi.OpSignRelease, holdapi.OpSign, holdapi.OpDeliver, holdapi.OpRenew, holdapi.OpLogs, holdapi.OpEvents, holdapi.OpResumeBegin, holdapi.OpResealStatus:
 		if !parts[q.Op] {
 			return fail(holdapi.CodeInvalid, "%s says nothing", q.Op)
 		}

@@ -36,6 +36,7 @@ type trace struct {
 	events *eventLog
 	log    *slog.Logger
 	grace  time.Duration
+	opens  opens
 	wg     sync.WaitGroup
 
 	// started is closed once a container/start arrived, finished when the job is
@@ -54,12 +55,12 @@ type trace struct {
 	dropped   int64
 }
 
-func listenTrace(path string, events *eventLog, grace time.Duration, log *slog.Logger) (*trace, error) {
+func listenTrace(path string, events *eventLog, watched opens, grace time.Duration, log *slog.Logger) (*trace, error) {
 	l, err := listen(path)
 	if err != nil {
 		return nil, fmt.Errorf("listen for the trace: %w", err)
 	}
-	t := &trace{l: l, events: events, log: log, grace: grace,
+	t := &trace{l: l, events: events, opens: watched, log: log, grace: grace,
 		started: make(chan struct{}), finished: make(chan struct{}), lost: make(chan struct{})}
 	t.wg.Go(t.accept)
 	return t, nil
@@ -272,6 +273,14 @@ func (t *trace) message(b []byte) error {
 		t.uncounted = t.uncounted || session
 		t.mu.Unlock()
 		t.events.add(e)
+	case pb.MessageType_MESSAGE_SYSCALL_OPEN:
+		var m pb.Open
+		if err := proto.Unmarshal(body, &m); err != nil {
+			return fmt.Errorf("syscall/open: %w", err)
+		}
+		if p, watched := t.opens.look(&m); watched {
+			t.events.add(holdapi.Event{Kind: "open", Detail: p, Process: m.ContextData.GetProcessName(), UnixNano: m.ContextData.GetTimeNs()})
+		}
 	case pb.MessageType_MESSAGE_SYSCALL_CONNECT:
 		var m pb.Connect
 		if err := proto.Unmarshal(body, &m); err != nil {

@@ -49,7 +49,7 @@ func TestTraceEnds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			events := newEventLog(time.Now)
 			path := filepath.Join(t.TempDir(), "t.sock")
-			tr, err := listenTrace(path, events, testGrace, slog.New(slog.DiscardHandler))
+			tr, err := listenTrace(path, events, nil, testGrace, slog.New(slog.DiscardHandler))
 			if err != nil {
 				t.Fatal(err)
 			}

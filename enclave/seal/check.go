@@ -32,7 +32,7 @@ func Check(ctx context.Context, root *os.Root, asset string, digest plan.Digest)
 }
 
 func (f *Folder) checkListing() error {
-	known := map[string]bool{ManifestName: true, RecordName: true}
+	known := map[string]bool{ManifestName: true, RecordName: true, AnchorName: true, anchorTmp: true}
 	for _, s := range f.manifest.Files {
 		known[SealedName(s.ID)] = true
 	}

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/enclave/keys"
 )
@@ -89,5 +91,51 @@ func TestKilledAtEachStep(t *testing.T) {
 		if !errors.As(err, &ee) || ee.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 			t.Fatalf("step %d: %v: %s", step, err, strings.TrimSpace(string(out)))
 		}
+	}
+}
+
+// TestFullDisk commits onto a disk that fills up in the middle, at several fills.
+// The commit fails as a whole, leaves nothing, and the one before it stays good.
+func TestFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("mounting a small disk needs root")
+		}
+		t.Skip("mounting a small disk needs root")
+	}
+	failed := 0
+	for _, left := range []int64{4 << 10, 12 << 10, 60 << 10, 100 << 10, 140 << 10, 160 << 10, 1 << 20} {
+		dir := t.TempDir()
+		must(t, unix.Mount("coffer-test", dir, "tmpfs", 0, "size=1m,mode=0700"))
+		t.Cleanup(func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+		first, err := commitFor(t, dir, 1, "", Options{})
+		must(t, err)
+		var st unix.Statfs_t
+		must(t, unix.Statfs(dir, &st))
+		if fill := int64(st.Bavail)*st.Bsize - left; fill > 0 {
+			must(t, os.WriteFile(filepath.Join(dir, "fill"), make([]byte, fill), 0o600))
+		}
+		_, err = commitFor(t, dir, 2, first.Record.Digest, Options{})
+		must(t, Check(t.Context(), openRoot(t, filepath.Join(dir, "000001-c")), "ckpt", first.Record.Digest))
+		if err == nil {
+			continue
+		}
+		failed++
+		if !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("%d bytes left: %v", left, err)
+		}
+		l, rerr := filepath.Glob(filepath.Join(dir, "000002*"))
+		if rerr != nil || len(l) != 0 {
+			t.Errorf("%d bytes left: %v lies about", left, l)
+		}
+		// With room again the same commit succeeds.
+		must(t, os.Remove(filepath.Join(dir, "fill")))
+		second, err := commitFor(t, dir, 2, first.Record.Digest, Options{})
+		must(t, err)
+		must(t, Check(t.Context(), openRoot(t, filepath.Join(dir, "000002-c")), "ckpt", second.Record.Digest))
+	}
+	t.Logf("the disk was full in %d commits", failed)
+	if failed < 4 {
+		t.Error("the disk was hardly ever full")
 	}
 }

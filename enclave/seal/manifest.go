@@ -336,6 +336,10 @@ func (o *OpenedFile) Sequential() {
 // as long as the kernel lets them be kept waiting (/proc/sys/fs/lease-break-time).
 func (o *OpenedFile) Map() { o.mapped = mapFile(int(o.f.Fd()), o.layout.cipherSize()) }
 
+// Yield lets a writer in who waits for a file that is mapped. Reads do so as
+// well, each at its end.
+func (o *OpenedFile) Yield() { o.mapped.yield() }
+
 // Close closes the descriptor.
 func (o *OpenedFile) Close() error {
 	o.mapped.close()

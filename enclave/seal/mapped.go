@@ -37,7 +37,13 @@ func mapFile(fd int, size int64) *mapping {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err == nil && st.Size == size && m.leased() {
 		if m.b, err = unix.Mmap(fd, 0, int(size), unix.PROT_READ, unix.MAP_SHARED); err == nil {
-			return m
+			// A process that locks all its memory (mlockall(2)) would keep the
+			// ciphertext beside its plaintext: the kernel may take these pages back.
+			if err = unix.Munlock(m.b); err == nil {
+				return m
+			}
+			m.close()
+			return nil
 		}
 	}
 	m.giveBack()
@@ -95,6 +101,13 @@ func populate(b []byte, off int64, n int) error {
 		return fmt.Errorf("fault in sealed file: %w", err)
 	}
 	return nil
+}
+
+// yield gives the map up if the lease is being taken down.
+func (m *mapping) yield() {
+	if m != nil && !m.leased() {
+		m.close()
+	}
 }
 
 func (m *mapping) giveBack() {

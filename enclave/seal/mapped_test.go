@@ -3,10 +3,14 @@ package seal
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -192,4 +196,27 @@ func TestCutFileIsNoSignal(t *testing.T) {
 		defer one.close()
 		one.read(0, 1, func([]byte) { panic("a defect") })
 	})
+}
+
+// A process that locks all its memory, as the holder does, keeps no ciphertext in
+// it: the pages of a mapped file stay the kernel's to take back.
+func TestMappedFileIsNotLocked(t *testing.T) {
+	// 4 is MCL_ONFAULT (mlockall(2)).
+	if err := unix.Mlockall(unix.MCL_FUTURE | 4); err != nil {
+		t.Skip("memory cannot be locked here: ", err)
+	}
+	defer func() { _ = unix.Munlockall() }()
+	o, _, _ := sealedFile(t)
+	wantMapped(t, o)
+	b, err := os.ReadFile("/proc/self/smaps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := fmt.Sprintf("%x-", uintptr(unsafe.Pointer(unsafe.SliceData(o.mapped.b))))
+	_, entry, found := strings.Cut(string(b), "\n"+at)
+	_, flags, _ := strings.Cut(entry, "VmFlags:")
+	flags, _, _ = strings.Cut(flags, "\n")
+	if !found || slices.Contains(strings.Fields(flags), "lo") {
+		t.Errorf("flags %q, found %v", flags, found)
+	}
 }

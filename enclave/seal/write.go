@@ -27,6 +27,14 @@ type Reader interface {
 	io.Closer
 }
 
+// Viewer is a Reader whose content lies in memory and does not change before Close.
+type Viewer interface {
+	Reader
+	// View returns the n bytes from off on where they lie; nil if they do not lie
+	// together. Nobody may write to them.
+	View(off int64, n int) ([]byte, error)
+}
+
 // Source is one file to be sealed.
 type Source struct {
 	// Name is a relative, slash-separated path.
@@ -130,8 +138,10 @@ func sealInto(ctx context.Context, key *keys.DataKey, asset string, sources []So
 	}
 	m := Manifest{Version: Version, Asset: asset, ChunkSize: o.ChunkSize}
 	var p privatePart
+	var flushing flushes
+	defer func() { err = errors.Join(err, flushing.wait()) }()
 	for i, s := range sources {
-		f, e, err := sealFile(ctx, key, s, tmp, fileID(i), o, progress)
+		f, e, err := sealFile(ctx, key, s, tmp, fileID(i), o, progress, flushing.add)
 		if err != nil {
 			return Sealed{}, fmt.Errorf("seal %s: %w", s.Name, err)
 		}
@@ -139,6 +149,10 @@ func sealInto(ctx context.Context, key *keys.DataKey, asset string, sources []So
 		m.Files = append(m.Files, f)
 		p.Files = append(p.Files, e)
 	}
+	if err := flushing.wait(); err != nil {
+		return Sealed{}, fmt.Errorf("seal: %w", err)
+	}
+	o.at()
 	var salt []byte
 	if o.salt != nil {
 		s := o.salt()
@@ -187,7 +201,46 @@ type sealJob struct {
 	progress                  func(n int)
 }
 
-func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id string, o Options, progress func(int)) (_ SealedFile, _ privateEntry, err error) {
+// flushes are files that are on their way to the disk while others are sealed.
+type flushes struct {
+	wg    sync.WaitGroup
+	slots chan struct{}
+	mu    sync.Mutex
+	err   error
+}
+
+// maxFlushes bounds the files that one sealing brings to the disk at one time.
+const maxFlushes = 4
+
+// add runs f, which closes one file, and waits if there are too many.
+func (s *flushes) add(f func() error) error {
+	if s.slots == nil {
+		s.slots = make(chan struct{}, maxFlushes)
+	}
+	s.slots <- struct{}{}
+	s.wg.Go(func() {
+		err := f()
+		s.mu.Lock()
+		s.err = errors.Join(s.err, err)
+		s.mu.Unlock()
+		<-s.slots
+	})
+	return nil
+}
+
+// wait returns when all files are on the disk, or with what went wrong, once.
+func (s *flushes) wait() error {
+	s.wg.Wait()
+	err := s.err
+	s.err = nil
+	return err
+}
+
+// atOnce is for a file that must be on the disk when it has been sealed.
+func atOnce(f func() error) error { return f() }
+
+// sealFile seals one file. flush is given what makes it durable and closes it.
+func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id string, o Options, progress func(int), flush func(func() error) error) (_ SealedFile, _ privateEntry, err error) {
 	l, err := layoutOf(s.Size, o.ChunkSize)
 	if err != nil {
 		return SealedFile{}, privateEntry{}, err
@@ -215,7 +268,12 @@ func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id
 	if err != nil {
 		return SealedFile{}, privateEntry{}, err
 	}
-	defer dst.Close()
+	handed := false
+	defer func() {
+		if !handed {
+			_ = dst.Close()
+		}
+	}()
 	o.at()
 	j := &sealJob{aead: aead, header: h, layout: l, src: src, dst: dst, progress: progress,
 		cipherLeaves: make([]leaf, 1+l.chunks)}
@@ -233,11 +291,14 @@ func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id
 		return SealedFile{}, privateEntry{}, err
 	}
 	o.at()
-	if err := dst.Sync(); err != nil {
-		return SealedFile{}, privateEntry{}, fmt.Errorf("sync sealed file: %w", err)
-	}
-	if err := dst.Close(); err != nil {
-		return SealedFile{}, privateEntry{}, fmt.Errorf("close sealed file: %w", err)
+	handed = true
+	if err := flush(func() error {
+		if err := errors.Join(dst.Sync(), dst.Close()); err != nil {
+			return fmt.Errorf("sync sealed file: %w", err)
+		}
+		return nil
+	}); err != nil {
+		return SealedFile{}, privateEntry{}, err
 	}
 	e := privateEntry{Name: s.Name, Size: s.Size, Salt: slices.Clone(h.salt())}
 	if j.plainLeaves != nil {
@@ -280,14 +341,15 @@ func (j *sealJob) work(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		n := j.layout.plainLen(i)
-		if m, err := j.src.ReadAt(buf[:n], i*int64(j.layout.chunkSize)); m < n {
-			return fmt.Errorf("read source: %w", cmp.Or(err, io.ErrUnexpectedEOF))
+		plain, err := j.plain(buf[:n], i*int64(j.layout.chunkSize))
+		if err != nil {
+			return fmt.Errorf("read source: %w", err)
 		}
 		if j.plainLeaves != nil {
-			h.sum(buf[:n], &j.plainLeaves[i])
+			h.sum(plain, &j.plainLeaves[i])
 		}
 		setNonce(nonce, i, i == j.layout.chunks-1)
-		c := j.aead.Seal(buf[:0], nonce[:], buf[:n], j.header[:])
+		c := j.aead.Seal(buf[:0], nonce[:], plain, j.header[:])
 		h.sum(c, &j.cipherLeaves[1+i])
 		if _, err := j.dst.WriteAt(c, j.layout.offset(i)); err != nil {
 			return fmt.Errorf("write sealed file: %w", err)
@@ -297,6 +359,24 @@ func (j *sealJob) work(ctx context.Context) error {
 		_ = unix.SyncFileRange(int(j.dst.Fd()), j.layout.offset(i), int64(len(c)), unix.SYNC_FILE_RANGE_WRITE)
 		j.progress(n)
 	}
+}
+
+// plain is the source's content from off on, as long as buf: where it lies, or copied
+// into buf.
+func (j *sealJob) plain(buf []byte, off int64) ([]byte, error) {
+	if v, ok := j.src.(Viewer); ok {
+		b, err := v.View(off, len(buf))
+		if err != nil {
+			return nil, err
+		}
+		if len(b) == len(buf) {
+			return b, nil
+		}
+	}
+	if m, err := j.src.ReadAt(buf, off); m < len(buf) {
+		return nil, cmp.Or(err, io.ErrUnexpectedEOF)
+	}
+	return buf, nil
 }
 
 func writeNew(root *os.Root, name string, b []byte) error {

@@ -2,10 +2,8 @@ package bench
 
 import (
 	"bytes"
-	"context"
 	"crypto/aes"
 	"crypto/cipher"
-	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -16,7 +14,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/enclave/dma"
 	"github.com/coffer-run/coffer/enclave/keys"
 	"github.com/coffer-run/coffer/enclave/seal"
@@ -174,70 +171,4 @@ func regions(t *testing.T) []row {
 		)
 	}
 	return out
-}
-
-// checkpoints measures sealing from memory to disk, durable when it returns.
-func checkpoints(t *testing.T) []row {
-	key := keys.GenerateDataKey()
-	session := must[*keys.Session](t)(keys.GenerateSession())
-	plain := plaintext()
-	dir := t.TempDir()
-	sink := must[*os.Root](t)(os.OpenRoot(dir))
-	t.Cleanup(func() { sink.Close() })
-	n := 0
-	commit := func() time.Duration {
-		n++
-		name := fmt.Sprintf("checkpoint-%d", n)
-		began := time.Now()
-		_, err := seal.SealCheckpoint(context.WithoutCancel(t.Context()), key, session, source(plain), sink, seal.Commit{
-			JobID: "job-1", Plan: plan.Sum([]byte("plan")), Asset: "a", Sequence: 1, Name: name, Folder: name,
-		}, time.Now, seal.Options{})
-		took := time.Since(began)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := sink.RemoveAll(name); err != nil {
-			t.Fatal(err)
-		}
-		return took
-	}
-	aead, nonce := gcm(t), make([]byte, 12)
-	// As many buffers as keep two workers from meeting in one.
-	out := make([][]byte, 64*runtime.GOMAXPROCS(0))
-	for i := range out {
-		out[i] = make([]byte, chunk+tag)
-	}
-	encrypt := func() time.Duration {
-		began := time.Now()
-		each(fileSize/chunk, func(i int) { aead.Seal(out[i%len(out)][:0], nonce, plain[i*chunk:(i+1)*chunk], nil) })
-		return time.Since(began)
-	}
-	disk := func() time.Duration {
-		name := filepath.Join(dir, "plain")
-		f := must[*os.File](t)(os.Create(name))
-		began := time.Now()
-		each(fileSize/chunk, func(i int) {
-			if _, err := f.WriteAt(plain[i*chunk:(i+1)*chunk], int64(i)*chunk); err != nil {
-				t.Error(err)
-			}
-		})
-		if err := f.Sync(); err != nil {
-			t.Fatal(err)
-		}
-		took := time.Since(began)
-		if err := f.Close(); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Remove(name); err != nil {
-			t.Fatal(err)
-		}
-		return took
-	}
-	m, ratio := rounds(t, fileRounds, func(s sample) float64 { return float64(max(s[1], s[2])) / float64(s[0]) }, commit, encrypt, disk)
-	return []row{
-		atLeast("checkpoint sealed and durable / the slower of cipher and disk", ratio, "x", 0.85),
-		info("  checkpoint", rate(m[0]), "GB/s"),
-		info("  cipher, AES-256-GCM seal, memory to memory, all cores", rate(m[1]), "GB/s"),
-		info("  disk, write and fsync of the same bytes", rate(m[2]), "GB/s"),
-	}
 }

@@ -175,6 +175,71 @@ func TestClientRefusesServerInAnotherRole(t *testing.T) {
 	}
 }
 
+// TestTrustDomains has two authorities in one file, each of its own trust domain:
+// only the comparison of the domains stands between them.
+func TestTrustDomains(t *testing.T) {
+	dirs := map[string]string{}
+	var both []byte
+	for _, domain := range []string{"a.example", "b.example"} {
+		dir := t.TempDir()
+		if err := pki.CreateFor(dir, domain); err != nil {
+			t.Fatal(err)
+		}
+		for _, role := range []string{"broker", "agent"} {
+			if err := pki.Issue(dir, role, "x"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ca, err := os.ReadFile(filepath.Join(dir, pki.CAFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		both = append(both, ca...)
+		dirs[domain] = dir
+	}
+	file := filepath.Join(t.TempDir(), "both.pem")
+	if err := os.WriteFile(file, both, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	files := func(domain, role string) daemon.TLS {
+		id := pki.Files(dirs[domain], role, "x")
+		id.CA = file
+		return id
+	}
+	for kind, server := range map[string]func(daemon.TLS) (*tls.Config, error){"mutual": daemon.TLS.Server, "for people": daemon.TLS.ServerForPeople} {
+		cfg, err := server(files("a.example", "broker"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		addr, stop := serveWith(t, cfg, whoami())
+		for _, tc := range []struct {
+			name, certificate, expects string
+			ok                         bool
+		}{
+			{"both of one domain", "a.example", "a.example", true},
+			{"a client of another domain, which expects the server's", "b.example", "a.example", false},
+			{"a server of another domain than the client expects", "a.example", "b.example", false},
+		} {
+			client, err := files(tc.expects, "agent").Client(daemon.RoleBroker)
+			if err != nil {
+				t.Fatal(err)
+			}
+			id := files(tc.certificate, "agent")
+			cert, err := tls.LoadX509KeyPair(id.Cert, id.Key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			client.Certificates = []tls.Certificate{cert}
+			if got, err := dial(addr, client); (err == nil) != tc.ok {
+				t.Errorf("%s, %s: %q, %v", kind, tc.name, got, err)
+			}
+		}
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestServePortInUse(t *testing.T) {
 	dir := newPKI(t, [2]string{"broker", "broker"})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -312,9 +377,9 @@ func TestServeStopEndsStreams(t *testing.T) {
 }
 
 func TestParseIdentity(t *testing.T) {
-	for _, tc := range []struct{ uri, role, name string }{
-		{"spiffe://coffer.local/agent/node-1", "agent", "node-1"},
-		{"spiffe://coffer.local/owner/a.b", "owner", "a.b"},
+	for _, tc := range []struct{ uri, domain, role, name string }{
+		{"spiffe://coffer.local/agent/node-1", "coffer.local", "agent", "node-1"},
+		{"spiffe://example.org/owner/a.b", "example.org", "owner", "a.b"},
 		{uri: "spiffe://coffer.local/root/node-1"},
 		{uri: "spiffe://coffer.local/agent"},
 		{uri: "spiffe://coffer.local/agent/"},
@@ -324,7 +389,8 @@ func TestParseIdentity(t *testing.T) {
 		{uri: "spiffe://coffer.local/agent/node-1#x"},
 		{uri: "spiffe://coffer.local:1/agent/node-1"},
 		{uri: "spiffe://x@coffer.local/agent/node-1"},
-		{uri: "spiffe://other.local/agent/node-1"},
+		{uri: "spiffe:///agent/node-1"},
+		{uri: "spiffe://Coffer.local/agent/node-1"},
 		{uri: "https://coffer.local/agent/node-1"},
 		{uri: "spiffe://coffer.local//agent/node-1"},
 		{uri: "spiffe://coffer.local/agent/node%2d1"},
@@ -334,9 +400,9 @@ func TestParseIdentity(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		role, name, err := daemon.ParseIdentity(u)
-		if (err == nil) != (tc.role != "") || (err == nil && (role != tc.role || name != tc.name)) {
-			t.Errorf("%s: got %q, %q, %v", tc.uri, role, name, err)
+		domain, role, name, err := daemon.ParseIdentity(u)
+		if (err == nil) != (tc.role != "") || (err == nil && (domain != tc.domain || role != tc.role || name != tc.name)) {
+			t.Errorf("%s: got %q, %q, %q, %v", tc.uri, domain, role, name, err)
 		}
 	}
 }

@@ -17,8 +17,9 @@ import (
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 )
 
-// TrustDomain is the SPIFFE trust domain of every coffer identity.
-const TrustDomain = "coffer.local"
+// EmbeddedTrustDomain is the SPIFFE trust domain of the embedded stack. Elsewhere a
+// program's own certificate says which is its own, and no other is spoken to.
+const EmbeddedTrustDomain = "coffer.local"
 
 // Roles that an identity may have.
 const (
@@ -49,49 +50,64 @@ func Serves(role string) bool {
 
 var nameForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
 
-// IdentityURI returns the SPIFFE name of an identity.
-func IdentityURI(role, name string) (*url.URL, error) {
+// IdentityURI returns the SPIFFE name of an identity in a trust domain.
+func IdentityURI(domain, role, name string) (*url.URL, error) {
+	td, err := spiffeid.TrustDomainFromString(domain)
+	if err != nil || td.Name() != domain {
+		return nil, fmt.Errorf("trust domain %.120q: want a name such as example.org", domain)
+	}
 	if !slices.Contains(Roles(), role) {
 		return nil, fmt.Errorf("identity role %.40q: want one of %s", role, strings.Join(Roles(), ", "))
 	}
 	if !nameForm.MatchString(name) {
 		return nil, fmt.Errorf("identity name %.80q: want lower-case letters, digits, '-' and '.', at most 63", name)
 	}
-	return &url.URL{Scheme: "spiffe", Host: TrustDomain, Path: "/" + role + "/" + name}, nil
+	return &url.URL{Scheme: "spiffe", Host: domain, Path: "/" + role + "/" + name}, nil
 }
 
-// ParseIdentity reads spiffe://coffer.local/ROLE/NAME, in that exact form.
-func ParseIdentity(u *url.URL) (role, name string, err error) {
+// ParseIdentity reads spiffe://DOMAIN/ROLE/NAME, in that exact form.
+func ParseIdentity(u *url.URL) (domain, role, name string, err error) {
 	// The SPIFFE ID specification, section 2: no port, user name, query,
 	// fragment, escape or empty segment.
 	id, err := spiffeid.FromURI(u)
 	if err != nil {
-		return "", "", fmt.Errorf("identity %.120q: %w", u.String(), err)
+		return "", "", "", fmt.Errorf("identity %.120q: %w", u.String(), err)
 	}
-	if id.TrustDomain().Name() != TrustDomain {
-		return "", "", fmt.Errorf("identity %.120q: trust domain %s, want %s", u.String(), id.TrustDomain().Name(), TrustDomain)
-	}
+	domain = id.TrustDomain().Name()
 	role, name, ok := strings.Cut(strings.TrimPrefix(id.Path(), "/"), "/")
 	if !ok {
-		return "", "", fmt.Errorf("identity %.120q: want spiffe://%s/ROLE/NAME", u.String(), TrustDomain)
+		return "", "", "", fmt.Errorf("identity %.120q: want spiffe://%s/ROLE/NAME", u.String(), domain)
 	}
-	want, err := IdentityURI(role, name)
+	want, err := IdentityURI(domain, role, name)
 	if err != nil {
-		return "", "", err
+		return "", "", "", err
 	}
 	if u.String() != want.String() {
-		return "", "", fmt.Errorf("identity %.120q: want %s", u.String(), want)
+		return "", "", "", fmt.Errorf("identity %.120q: want %s", u.String(), want)
 	}
-	return role, name, nil
+	return domain, role, name, nil
 }
 
 // certIdentity reads the one identity of a certificate (SPIFFE X.509-SVID,
 // section 2: exactly one URI SAN).
-func certIdentity(c *x509.Certificate) (role, name string, err error) {
+func certIdentity(c *x509.Certificate) (domain, role, name string, err error) {
 	if len(c.URIs) != 1 {
-		return "", "", fmt.Errorf("certificate has %d URI names, want exactly one", len(c.URIs))
+		return "", "", "", fmt.Errorf("certificate has %d URI names, want exactly one", len(c.URIs))
 	}
 	return ParseIdentity(c.URIs[0])
+}
+
+// ofDomain refuses a peer of another trust domain: roles and names of another mean
+// nothing here, whoever signed them.
+func ofDomain(cs tls.ConnectionState, own string) error {
+	domain, role, name, err := certIdentity(cs.PeerCertificates[0])
+	if err != nil {
+		return err
+	}
+	if domain != own {
+		return fmt.Errorf("identity %s/%s is of the trust domain %s, want %s", role, name, domain, own)
+	}
+	return nil
 }
 
 // HasCertificate reports whether the sender of a request showed a client
@@ -103,7 +119,17 @@ func Identity(r *http.Request) (role, name string, err error) {
 	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 || len(r.TLS.VerifiedChains[0]) == 0 {
 		return "", "", errors.New("request came without a verified client certificate")
 	}
-	return certIdentity(r.TLS.VerifiedChains[0][0])
+	// Its trust domain was compared when the connection was made.
+	_, role, name, err = certIdentity(r.TLS.VerifiedChains[0][0])
+	return role, name, err
+}
+
+// SPIFFEID returns who sent a request by the whole name, "spiffe://DOMAIN/ROLE/NAME".
+func SPIFFEID(r *http.Request) (string, error) {
+	if _, _, err := Identity(r); err != nil {
+		return "", err
+	}
+	return r.TLS.VerifiedChains[0][0].URIs[0].String(), nil
 }
 
 // TLS names the files of one identity: the authority that it trusts, its
@@ -117,7 +143,7 @@ type TLS struct {
 // Server returns the configuration of a server that requires a client
 // certificate under CA.
 func (t TLS) Server() (*tls.Config, error) {
-	cert, pool, err := t.load()
+	cert, pool, domain, err := t.load()
 	if err != nil {
 		return nil, err
 	}
@@ -128,8 +154,10 @@ func (t TLS) Server() (*tls.Config, error) {
 		ClientCAs:    pool,
 		NextProtos:   []string{"h2", "http/1.1"},
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			_, _, err := certIdentity(cs.PeerCertificates[0])
-			return err
+			if len(cs.PeerCertificates) == 0 {
+				return errors.New("no client certificate")
+			}
+			return ofDomain(cs, domain)
 		},
 	}, nil
 }
@@ -143,12 +171,12 @@ func (t TLS) ServerForPeople() (*tls.Config, error) {
 		return nil, err
 	}
 	cfg.ClientAuth = tls.VerifyClientCertIfGiven
+	shown := cfg.VerifyConnection
 	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
 		if len(cs.PeerCertificates) == 0 {
 			return nil
 		}
-		_, _, err := certIdentity(cs.PeerCertificates[0])
-		return err
+		return shown(cs)
 	}
 	return cfg, nil
 }
@@ -160,22 +188,31 @@ func (t TLS) Client(serverRole string) (*tls.Config, error) {
 	if !Serves(serverRole) {
 		return nil, fmt.Errorf("client of role %.40q: no such server", serverRole)
 	}
-	cert, pool, err := t.load()
+	cert, pool, domain, err := t.load()
 	if err != nil {
 		return nil, err
 	}
 	cfg := clientOf(serverRole, pool)
+	anyDomain := cfg.VerifyConnection
+	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
+		if err := ofDomain(cs, domain); err != nil {
+			return err
+		}
+		return anyDomain(cs)
+	}
 	cfg.Certificates = []tls.Certificate{cert}
 	return cfg, nil
 }
 
+// clientOf takes a server of any trust domain that the pool vouches for: a pool is
+// one domain's (SPIFFE Trust Domain and Bundle, section 4).
 func clientOf(serverRole string, pool *x509.CertPool) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		RootCAs:    pool,
 		NextProtos: []string{"h2", "http/1.1"},
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			role, name, err := certIdentity(cs.PeerCertificates[0])
+			_, role, name, err := certIdentity(cs.PeerCertificates[0])
 			if err != nil {
 				return err
 			}
@@ -235,29 +272,30 @@ func loadCA(file string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-func (t TLS) load() (tls.Certificate, *x509.CertPool, error) {
+// load reads the files, and the trust domain of the certificate.
+func (t TLS) load() (_ tls.Certificate, _ *x509.CertPool, domain string, err error) {
 	if t.CA == "" || t.Cert == "" || t.Key == "" {
-		return tls.Certificate{}, nil, errors.New("tls needs ca, cert and key files")
+		return tls.Certificate{}, nil, "", errors.New("tls needs ca, cert and key files")
 	}
 	pool, err := loadCA(t.CA)
 	if err != nil {
-		return tls.Certificate{}, nil, err
+		return tls.Certificate{}, nil, "", err
 	}
 	certPEM, err := os.ReadFile(t.Cert)
 	if err != nil {
-		return tls.Certificate{}, nil, fmt.Errorf("load identity: %w", err)
+		return tls.Certificate{}, nil, "", fmt.Errorf("load identity: %w", err)
 	}
 	keyPEM, err := keyfile.Read(t.Key)
 	if err != nil {
-		return tls.Certificate{}, nil, fmt.Errorf("load identity %s: %w", t.Cert, err)
+		return tls.Certificate{}, nil, "", fmt.Errorf("load identity %s: %w", t.Cert, err)
 	}
 	defer clear(keyPEM)
 	cert, err := tls.X509KeyPair(certPEM, keyPEM)
 	if err != nil {
-		return tls.Certificate{}, nil, fmt.Errorf("load identity %s: %w", t.Cert, err)
+		return tls.Certificate{}, nil, "", fmt.Errorf("load identity %s: %w", t.Cert, err)
 	}
-	if _, _, err := certIdentity(cert.Leaf); err != nil {
-		return tls.Certificate{}, nil, fmt.Errorf("load identity %s: %w", t.Cert, err)
+	if domain, _, _, err = certIdentity(cert.Leaf); err != nil {
+		return tls.Certificate{}, nil, "", fmt.Errorf("load identity %s: %w", t.Cert, err)
 	}
-	return cert, pool, nil
+	return cert, pool, domain, nil
 }

@@ -103,8 +103,14 @@ func TestRulesCanFail(t *testing.T) {
 		"the holder links tls": {
 			Graph{"./cmd/coffer-holder": {"crypto/tls"}}, "./cmd/coffer-holder -> crypto/tls",
 		},
+		"the gateway links the runner": {
+			Graph{"./cmd/coffer-gateway": {"./runner/egress"}}, "./cmd/coffer-gateway -> ./runner/egress",
+		},
 		"the broker parses evidence": {
 			Graph{"./cmd/coffer-broker": {"./attest/broker"}, "./attest/broker": {"./attest/evidence"}}, "./cmd/coffer-broker -> ./attest/broker -> ./attest/evidence",
+		},
+		"what attests for the broker has its keys": {
+			Graph{"./cmd/coffer-attest": {"./internal/keystore"}}, "./cmd/coffer-attest -> ./internal/keystore",
 		},
 		"the verifier has the broker's rules": {
 			Graph{"./cmd/coffer-verifier-simulated": {"./attest/broker"}}, "./cmd/coffer-verifier-simulated -> ./attest/broker",

@@ -90,9 +90,19 @@ func Rules() []Rule {
 			Why:    "the holder has no network",
 		},
 		{
+			About: []string{"./cmd/coffer-gateway"},
+			Ours:  []string{"./cmd/coffer-gateway", "./runner/egress/gate", "./attest/plan"},
+			Why:   "the gateway stands on the network and reads what jobs and strangers send: it links nothing that holds, orders or judges",
+		},
+		{
 			About:  []string{"./cmd/coffer-broker"},
 			Forbid: []string{"./attest/snp/...", "./attest/vtpm/...", "./attest/nvgpu/...", "./attest/evidence/...", "./attest/verifier/...", "./attest/policy/...", "./attest/simulate/...", "./enclave/...", "./runner/..."},
 			Why:    "the broker has the wrapped keys: it reads signed results only and parses no evidence",
+		},
+		{
+			About:  []string{"./cmd/coffer-attest"},
+			Forbid: []string{"./attest/broker/...", "./attest/verifier/...", "./enclave/keys/...", "./enclave/seal/...", "./internal/keystore"},
+			Why:    "what attests for the broker collects evidence in a process of its own, and has none of the broker's keys",
 		},
 		{
 			About:  []string{"./cmd/coffer-verifier", "./cmd/coffer-verifier-simulated"},
@@ -118,11 +128,11 @@ func Rules() []Rule {
 		{
 			About: []string{"./..."},
 			Except: []string{
-				"./attest/policy/rego", "./attest/verifier/...", "./attest/bundle/verify", "./attest/*/*test",
-				"./internal/verifierd", "./cmd/coffer-verifier", "./cmd/coffer-verifier-simulated", "./cmd/coffer-verify",
+				"./attest/policy/rego", "./attest/verifier/...", "./attest/bundle/verify", "./attest/report", "./attest/statement", "./attest/*/*test",
+				"./internal/verifierd", "./cmd/coffer-verifier", "./cmd/coffer-verifier-simulated", "./cmd/coffer-verify", "./cmd/coffer",
 			},
 			Forbid: []string{"github.com/open-policy-agent/..."},
-			Why:    "only who appraises evidence runs a policy's rules; all others name a policy by its digest",
+			Why:    "only who appraises evidence runs a policy's rules, and the command line compiles what it is to show or pack; all others name a policy by its digest",
 		},
 		{
 			About:  []string{"./..."},
@@ -159,8 +169,8 @@ func Rules() []Rule {
 			About:  []string{"./..."},
 			Except: []string{"./plugins/kubernetes/...", "./attest/translog/serve"},
 			Forbid: []string{"k8s.io/..."},
-			Past:   []string{"github.com/transparency-dev/tessera/...", "./attest/translog/serve"},
-			Why:    "Kubernetes is one way to use coffer, out of process; Tessera logs through k8s.io/klog, which attest/translog/serve turns to the daemon's own log",
+			Past:   []string{"github.com/transparency-dev/tessera/...", "./attest/translog/serve", "github.com/sigstore/..."},
+			Why:    "Kubernetes is one way to use coffer, out of process; Tessera logs through k8s.io/klog, which attest/translog/serve turns to the daemon's own log, and Sigstore's library links it",
 		},
 	}
 }

@@ -117,7 +117,7 @@ func TestCommands(t *testing.T) {
 			case "coffer-verify":
 				err = checkFlags(help(bin, program), c.words[1:])
 			case "git", "cd", "go", "mkdir", "cp", "ssh-keygen":
-			case "openssl", "chmod", "base64", "jq", "curl":
+			case "openssl", "chmod", "base64", "jq", "curl", "dd", "kill":
 				// docs/verifier.md runs as a test of cmd/coffer-verifier-simulated.
 			case "coffer-keystore-local", "coffer-keystore-pkcs11", "softhsm2-util":
 				// docs/keystores.md runs as tests of the first two.

@@ -49,9 +49,15 @@ func (n *node) people(t *testing.T, names ...string) people {
 	return p
 }
 
-func (p people) run(name string, args ...string) (string, error) {
+// command is the CLI for a person.
+func (p people) command(name string, args ...string) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(p.n.bin, "coffer"), args...)
 	cmd.Env = append(os.Environ(), "COFFER_DIR="+p.n.dir, "NO_COLOR=1", "COFFER_SESSIONS="+p.sessions, "COFFER_USER="+name)
+	return cmd
+}
+
+func (p people) run(name string, args ...string) (string, error) {
+	cmd := p.command(name, args...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	err := cmd.Run()
@@ -170,7 +176,7 @@ func TestTwoOfThree(t *testing.T) {
 func (n *node) approvers(t *testing.T) string {
 	t.Helper()
 	var list []byte
-	for _, name := range []string{"alice", "bob", "carol"} {
+	for name, group := range map[string]string{"alice": "weights-approvers", "bob": "weights-approvers", "carol": "weights-approvers", "owner": "owners"} {
 		b, err := os.ReadFile(filepath.Join(n.dir, "people", name+".ssh"))
 		if err != nil {
 			t.Fatal(err)
@@ -179,7 +185,7 @@ func (n *node) approvers(t *testing.T) string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		list = fmt.Appendf(list, "%s weights-approvers %s", name, ssh.MarshalAuthorizedKey(key.PublicKey()))
+		list = fmt.Appendf(list, "%s %s %s", name, group, ssh.MarshalAuthorizedKey(key.PublicKey()))
 	}
 	path := filepath.Join(t.TempDir(), "approvers")
 	if err := os.WriteFile(path, list, 0o600); err != nil {
@@ -258,6 +264,11 @@ func TestAccessExample(t *testing.T) {
 	}
 	if !strings.Contains(last, "guarded-checkpoints: alice, bob") {
 		t.Errorf("the bundle does not show who approved:\n%s", last)
+	}
+	for _, signed := range []string{"those of guarded-checkpoints are signed by owner", "approvals.consent"} {
+		if !strings.Contains(last, signed) {
+			t.Errorf("the bundle does not show what the owner signed, %q:\n%s", signed, last)
+		}
 	}
 }
 

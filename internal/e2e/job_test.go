@@ -6,6 +6,8 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -124,7 +126,8 @@ func TestMainJob(t *testing.T) {
 		}
 	}
 	for _, line := range strings.Split(out, "\n") {
-		if strings.Contains(line, "not checked") && (strings.Contains(line, "signature") || strings.Contains(line, "receipt") || strings.Contains(line, "ak-credential")) {
+		// Whose the owner's policies are needs a list of people, which is not pinned here.
+		if strings.Contains(line, "not checked") && !strings.Contains(line, "approvals.rules") && (strings.Contains(line, "signature") || strings.Contains(line, "receipt") || strings.Contains(line, "ak-credential")) {
 			t.Errorf("with pinned keys, still not checked: %s", line)
 		}
 	}
@@ -167,6 +170,40 @@ func unreadable(path string, err error) error {
 	return err
 }
 
+// search reads a file in pieces, since some are larger than memory, each with the
+// end of the one before.
+func search(path string, needles map[string][]byte) (hits []string, size int64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer f.Close()
+	const piece = 16 << 20
+	overlap := 0
+	for _, needle := range needles {
+		overlap = max(overlap, len(needle)-1)
+	}
+	found := map[string]bool{}
+	buf := make([]byte, 0, piece+overlap)
+	for {
+		n, err := io.ReadFull(f, buf[len(buf):len(buf)+piece])
+		buf, size = buf[:len(buf)+n], size+int64(n)
+		for name, needle := range needles {
+			if !found[name] && bytes.Contains(buf, needle) {
+				found[name] = true
+				hits = append(hits, path+" ("+name+")")
+			}
+		}
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return hits, size, nil
+		}
+		if err != nil {
+			return hits, size, err
+		}
+		buf = buf[:copy(buf, buf[len(buf)-min(overlap, len(buf)):])]
+	}
+}
+
 // scan looks for needles in every regular file below dirs.
 func scan(t *testing.T, dirs []string, needles map[string][]byte, skip func(string) bool) []string {
 	t.Helper()
@@ -186,16 +223,12 @@ func scan(t *testing.T, dirs []string, needles map[string][]byte, skip func(stri
 			if !d.Type().IsRegular() || d.Name() == "null-netns" { // a namespace, not a file
 				return nil
 			}
-			b, err := os.ReadFile(path)
+			found, n, err := search(path, needles)
 			if err != nil {
 				return unreadable(path, err)
 			}
-			files, size = files+1, size+int64(len(b))
-			for name, needle := range needles {
-				if bytes.Contains(b, needle) {
-					hits = append(hits, path+" ("+name+")")
-				}
-			}
+			files, size = files+1, size+n
+			hits = append(hits, found...)
 			return nil
 		})
 		if err != nil {

@@ -78,6 +78,7 @@ func (n *node) leased(t *testing.T, name, command string) (id, grant string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	n.must(t, "grant", "approve", res.Msg.GetGrant().GetId(), "--consent")
 	id = n.submit(t, job)
 	if s := n.wait(t, id, "running", running); s.Stage != "run" {
 		t.Fatalf("%+v", s)

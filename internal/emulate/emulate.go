@@ -36,6 +36,11 @@ const (
 	OpGPUs      = "gpus"
 	OpGPUReport = "gpu-report"
 	OpSetReady  = "set-ready"
+	// OpUnprotected, OpRotation and OpClear set a GPU's memory for staged copies,
+	// the driver's threshold for changing keys, and reset a GPU.
+	OpUnprotected = "unprotected"
+	OpRotation    = "rotation"
+	OpClear       = "clear"
 	// OpFlip flips one bit of the next GPU report. It is an attack, and refused
 	// unless the emulator's configuration allows faults.
 	OpFlip = "flip"
@@ -47,11 +52,15 @@ type Request struct {
 	// ReportData (64 bytes) and VMPL are for OpSNPReport.
 	ReportData []byte `json:"reportData,omitempty"`
 	VMPL       uint32 `json:"vmpl,omitempty"`
-	// UUID and Nonce (32 bytes) are for OpGPUReport.
+	// UUID is for OpGPUReport, OpUnprotected and OpClear, Nonce (32 bytes) for the
+	// first.
 	UUID  string `json:"uuid,omitempty"`
 	Nonce []byte `json:"nonce,omitempty"`
 	// Ready is for OpSetReady.
 	Ready bool `json:"ready,omitempty"`
+	// Bytes is for OpUnprotected, Advantage for OpRotation.
+	Bytes     uint64 `json:"bytes,omitempty"`
+	Advantage uint64 `json:"advantage,omitempty"`
 	// Bit is for OpFlip: bit Bit%8 of byte Bit/8.
 	Bit int `json:"bit,omitempty"`
 }
@@ -68,9 +77,11 @@ type Response struct {
 type GPUs struct {
 	DriverVersion string `json:"driverVersion"`
 	// CCMode is "on", "off" or "devtools".
-	CCMode  string `json:"ccMode"`
-	Ready   bool   `json:"ready"`
-	Devices []GPU  `json:"devices"`
+	CCMode string `json:"ccMode"`
+	Ready  bool   `json:"ready"`
+	// Advantage is the exponent of two at which keys are changed.
+	Advantage uint64 `json:"advantage"`
+	Devices   []GPU  `json:"devices"`
 }
 
 // GPU is one emulated GPU.
@@ -80,6 +91,10 @@ type GPU struct {
 	VBIOSVersion         string `json:"vbiosVersion"`
 	MemoryBytes          uint64 `json:"memoryBytes"`
 	ProtectedMemoryBytes uint64 `json:"protectedMemoryBytes"`
+	// UnprotectedBytes are for staged copies. UsedBytes stay behind a job that used
+	// the GPU, until it is cleared.
+	UnprotectedBytes uint64 `json:"unprotectedBytes"`
+	UsedBytes        uint64 `json:"usedBytes"`
 	// Chain is the device's certificates as PEM, leaf first.
 	Chain []byte `json:"chain"`
 }

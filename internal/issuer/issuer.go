@@ -31,8 +31,11 @@ import (
 )
 
 const (
-	// ClientID is the one client: the command line.
-	ClientID = "coffer"
+	// ClientID is the command line towards the broker, NodeClientID the command line
+	// towards nodes. Tokens for the one are none for the other: a node that is sent a
+	// token must not be able to use it at the broker.
+	ClientID     = "coffer"
+	NodeClientID = "coffer-node"
 	// Algorithm is what tokens are signed with.
 	Algorithm = "ES384"
 	// GroupsClaim is the claim with a person's groups.
@@ -101,10 +104,10 @@ func New(o Options) (http.Handler, error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+discoveryPath, func(w http.ResponseWriter, _ *http.Request) { op.Discover(w, discovery(o.URL)) })
 	mux.Handle("GET "+keysPath, provider)
-	mux.Handle("POST "+codePath, form(provider, func(f url.Values) bool { return f.Get("client_id") == ClientID }))
+	mux.Handle("POST "+codePath, form(provider, func(f url.Values) bool { return known(f.Get("client_id")) }))
 	mux.Handle("POST "+tokenPath, form(provider, func(f url.Values) bool {
 		g := f.Get("grant_type")
-		return f.Get("client_id") == ClientID && (g == string(oidc.GrantTypeDeviceCode) || g == string(oidc.GrantTypeRefreshToken))
+		return known(f.Get("client_id")) && (g == string(oidc.GrantTypeDeviceCode) || g == string(oidc.GrantTypeRefreshToken))
 	}))
 	d := &device{storage: s, log: o.Log}
 	mux.HandleFunc("GET "+devicePath, d.show)
@@ -233,10 +236,13 @@ func (k publicKey) Algorithm() jose.SignatureAlgorithm { return jose.ES384 }
 func (k publicKey) Use() string                        { return "sig" }
 func (k publicKey) Key() any                           { return &k.key.PublicKey }
 
-// client is the command line: public, by device code and refresh token alone.
-type client struct{}
+// known reports whether id is one of the clients.
+func known(id string) bool { return id == ClientID || id == NodeClientID }
 
-func (client) GetID() string                        { return ClientID }
+// client is the command line: public, by device code and refresh token alone.
+type client struct{ id string }
+
+func (c client) GetID() string                      { return c.id }
 func (client) RedirectURIs() []string               { return nil }
 func (client) PostLogoutRedirectURIs() []string     { return nil }
 func (client) ApplicationType() op.ApplicationType  { return op.ApplicationTypeNative }
@@ -264,15 +270,16 @@ func (client) RestrictAdditionalAccessTokenScopes() func([]string) []string {
 // session is one sign-in: what refresh tokens stand for.
 type session struct {
 	user   string
+	client string
 	at     time.Time
 	scopes []string
 }
 
 // GetAMR and what follows implement op.RefreshTokenRequest.
 func (s *session) GetAMR() []string                 { return []string{"pwd"} }
-func (s *session) GetAudience() []string            { return []string{ClientID} }
+func (s *session) GetAudience() []string            { return []string{s.client} }
 func (s *session) GetAuthTime() time.Time           { return s.at }
-func (s *session) GetClientID() string              { return ClientID }
+func (s *session) GetClientID() string              { return s.client }
 func (s *session) GetScopes() []string              { return slices.Clone(s.scopes) }
 func (s *session) GetSubject() string               { return s.user }
 func (s *session) SetCurrentScopes(scopes []string) { s.scopes = scopes }

@@ -20,7 +20,7 @@ import (
 
 	"golang.org/x/oauth2"
 
-	"github.com/coffer-run/coffer/attest/broker/serve/identity"
+	"github.com/coffer-run/coffer/internal/identity"
 	"github.com/coffer-run/coffer/internal/issuer"
 )
 

@@ -128,7 +128,7 @@ func (s *storage) CreateAccessAndRefreshTokens(_ context.Context, r op.TokenRequ
 		if !ok || len(s.tokens) >= maxTokens {
 			return "", "", time.Time{}, errors.New("no refresh token for this")
 		}
-		of = &session{user: state.Subject, at: state.AuthTime, scopes: state.Scopes}
+		of = &session{user: state.Subject, client: state.ClientID, at: state.AuthTime, scopes: state.Scopes}
 	} else {
 		held, err := s.take(current)
 		if err != nil {
@@ -192,10 +192,10 @@ func (s *storage) KeySet(context.Context) ([]op.Key, error) {
 
 // GetClientByClientID implements op.OPStorage.
 func (s *storage) GetClientByClientID(_ context.Context, id string) (op.Client, error) {
-	if id != ClientID {
+	if !known(id) {
 		return nil, oidc.ErrInvalidClient()
 	}
-	return client{}, nil
+	return client{id}, nil
 }
 
 // SetUserinfoFromScopes implements op.OPStorage, and does nothing.

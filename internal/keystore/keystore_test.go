@@ -83,7 +83,7 @@ func config(t *testing.T, name string, args ...string) keystore.Config {
 
 func start(t *testing.T, c keystore.Config) *keystore.Store {
 	t.Helper()
-	s, err := keystore.Start(t.Context(), c, slog.New(slog.DiscardHandler))
+	s, err := keystore.Start(t.Context(), c, nil, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -184,7 +184,7 @@ func TestStart(t *testing.T) {
 			cfg := good
 			cfg.Plugin.Args = append([]string{}, good.Plugin.Args...)
 			c.change(&cfg)
-			s, err := keystore.Start(t.Context(), cfg, slog.New(slog.DiscardHandler))
+			s, err := keystore.Start(t.Context(), cfg, nil, slog.New(slog.DiscardHandler))
 			if s != nil || err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("got %v", err)
 			}
@@ -205,7 +205,7 @@ func BenchmarkUnwrap(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	s, err := keystore.Start(b.Context(), keystore.Config{Name: "main", Plugin: host.Config{Path: exe, SHA256: sum, Args: []string{"main", path}}}, slog.New(slog.DiscardHandler))
+	s, err := keystore.Start(b.Context(), keystore.Config{Name: "main", Plugin: host.Config{Path: exe, SHA256: sum, Args: []string{"main", path}}}, nil, slog.New(slog.DiscardHandler))
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -47,7 +47,7 @@ const (
 // ourTools come with coffer; foreignTools are built by `make deps` or come from
 // Debian.
 func ourTools() []string {
-	return []string{"cofferd", "coffer-holder", "coffer-verifier-simulated", "coffer-broker", "coffer-issuer", "coffer-emulator", "coffer-gpu-nvidia", keyStoreProgram}
+	return []string{"cofferd", "coffer-holder", "coffer-gateway", "coffer-verifier-simulated", "coffer-broker", "coffer-issuer", "coffer-emulator", "coffer-gpu-nvidia", keyStoreProgram}
 }
 
 func foreignTools() []string {

@@ -80,7 +80,7 @@ func (s *starter) importImages(ctx context.Context) (string, error) {
 	ctx = namespaces.WithNamespace(ctx, Namespace)
 	var names []string
 	for _, archive := range s.o.Images {
-		n, err := importArchive(ctx, c, archive)
+		n, err := s.importArchive(ctx, c, archive)
 		if err != nil {
 			return "", fmt.Errorf("import %s: %w", archive, err)
 		}
@@ -89,7 +89,7 @@ func (s *starter) importImages(ctx context.Context) (string, error) {
 	return strings.Join(names, ", "), nil
 }
 
-func importArchive(ctx context.Context, c *containerd.Client, archive string) ([]string, error) {
+func (l Layout) importArchive(ctx context.Context, c *containerd.Client, archive string) ([]string, error) {
 	f, err := os.Open(archive)
 	if err != nil {
 		return nil, err
@@ -106,6 +106,9 @@ func importArchive(ctx context.Context, c *containerd.Client, archive string) ([
 	for _, i := range images {
 		if err := containerd.NewImage(c, i).Unpack(ctx, snapshotter); err != nil {
 			return nil, fmt.Errorf("unpack %s: %w", i.Name, err)
+		}
+		if err := l.signImage(i.Target.Digest.String()); err != nil {
+			return nil, fmt.Errorf("sign %s: %w", i.Name, err)
 		}
 		names = append(names, i.Name)
 	}

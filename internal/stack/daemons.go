@@ -23,6 +23,7 @@ import (
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/internal/daemon/pki"
+	"github.com/coffer-run/coffer/internal/emulate/boot"
 	"github.com/coffer-run/coffer/internal/emulate/server"
 	"github.com/coffer-run/coffer/internal/emulate/swtpm"
 )
@@ -144,7 +145,10 @@ func (s *starter) tpmState(ctx context.Context) (string, error) {
 	if err := os.MkdirAll(s.path("simulation", "roots", "tpm"), 0o700); err != nil {
 		return "", err
 	}
-	return "software TPM, simulated", keyfile.Write(root, ca)
+	if err := keyfile.Write(s.firmwareLog(), boot.Log()); err != nil {
+		return "", err
+	}
+	return "software TPM and measured boot, simulated", keyfile.Write(root, ca)
 }
 
 // service is a daemon of the stack and how to see that it is ready.
@@ -174,7 +178,7 @@ func (l Layout) services(t tools, p Ports) ([]service, error) {
 		return service{name, []string{t.our(binary), "--config", l.config(name)}, socket, probe}
 	}
 	return []service{
-		{swtpmName, append([]string{tpm}, swtpm.Args(l.path("tpm"), l.tpmSocket())[1:]...), l.tpmSocket(), socketThere(l.tpmSocket())},
+		{swtpmName, append([]string{tpm}, swtpm.Args(l.path("tpm"), l.tpmSocket())[1:]...), l.tpmSocket(), l.booted},
 		ours(emulatorName, "coffer-emulator", l.emulatorSocket(), socketAnswers(l.emulatorSocket())),
 		{containerdName, []string{ctrd, "--config", l.path("config", "containerd.toml")}, l.containerdSocket(), l.containerdAnswers},
 		ours(verifierName, "coffer-verifier-simulated", "", l.healthy(daemon.RoleVerifier, p.Verifier)),
@@ -182,15 +186,6 @@ func (l Layout) services(t tools, p Ports) ([]service, error) {
 		ours(brokerName, "coffer-broker", "", l.healthy(daemon.RoleBroker, p.Broker)),
 		ours(agentName, "cofferd", "", l.healthy(daemon.RoleAgent, p.Agent)),
 	}, nil
-}
-
-// socketThere waits for the socket of a daemon that takes one client at a time
-// and should not spend it on a probe.
-func socketThere(path string) func(context.Context) error {
-	return func(context.Context) error {
-		_, err := os.Stat(path)
-		return err
-	}
 }
 
 func socketAnswers(path string) func(context.Context) error {
@@ -266,8 +261,9 @@ type brokerConfig struct {
 }
 
 type brokerLog struct {
-	Dir     string `json:"dir"`
-	KeyFile string `json:"keyFile"`
+	Dir       string          `json:"dir"`
+	KeyFile   string          `json:"keyFile"`
+	Witnesses []brokerWitness `json:"witnesses,omitempty"`
 }
 
 type brokerVerifier struct {
@@ -276,22 +272,35 @@ type brokerVerifier struct {
 }
 
 type agentConfig struct {
-	Listen     string      `json:"listen"`
-	TLS        daemon.TLS  `json:"tls"`
-	Node       string      `json:"node"`
-	StateDir   string      `json:"stateDir"`
-	RunDir     string      `json:"runDir"`
-	Cgroup     string      `json:"cgroup"`
-	Containerd string      `json:"containerd"`
-	Runsc      string      `json:"runsc"`
-	Shim       string      `json:"shim"`
-	Holder     string      `json:"holder"`
-	GPUPlugin  agentPlugin `json:"gpuPlugin"`
-	TSM        string      `json:"tsm"`
-	TPM        string      `json:"tpm"`
-	Verifier   agentPeer   `json:"verifier"`
-	Broker     agentPeer   `json:"broker"`
-	ImageStore string      `json:"imageStore"`
+	Listen      string       `json:"listen"`
+	TLS         daemon.TLS   `json:"tls"`
+	Node        string       `json:"node"`
+	StateDir    string       `json:"stateDir"`
+	RunDir      string       `json:"runDir"`
+	Cgroup      string       `json:"cgroup"`
+	Containerd  string       `json:"containerd"`
+	Runsc       string       `json:"runsc"`
+	Shim        string       `json:"shim"`
+	Holder      string       `json:"holder"`
+	GPUPlugin   agentPlugin  `json:"gpuPlugin"`
+	TSM         string       `json:"tsm"`
+	TPM         string       `json:"tpm"`
+	FirmwareLog string       `json:"firmwareLog"`
+	Verifier    agentPeer    `json:"verifier"`
+	Broker      agentPeer    `json:"broker"`
+	ImageStore  string       `json:"imageStore"`
+	Access      *agentAccess `json:"access"`
+	Egress      agentEgress  `json:"egress"`
+	Images      agentImages  `json:"images"`
+	Alerts      agentAlerts  `json:"alerts"`
+}
+
+type agentAlerts struct {
+	File string `json:"file"`
+}
+
+type agentEgress struct {
+	Gateway string `json:"gateway"`
 }
 
 type agentPlugin struct {
@@ -343,6 +352,9 @@ func (s *starter) configure(context.Context) (string, error) {
 	if err := s.setKeyStores(s.tools, &broker); err != nil {
 		return "", err
 	}
+	if err := s.setWitnesses(&broker); err != nil {
+		return "", err
+	}
 	configs := map[string]any{
 		emulatorName: server.Config{
 			SimulationDir: s.path("simulation"),
@@ -364,12 +376,16 @@ func (s *starter) configure(context.Context) (string, error) {
 			Listen: listen(p.Agent), TLS: ids[daemon.RoleAgent], Node: NodeName,
 			StateDir: s.path("agent"), RunDir: s.Run, Cgroup: s.Cgroup(),
 			Containerd: s.containerdSocket(), Runsc: runsc, Shim: shim, Holder: s.tools.our("coffer-holder"),
-			GPUPlugin:  agentPlugin{Path: plugin, SHA256: sum, Args: []string{"--emulated", s.emulatorSocket()}},
-			TSM:        "emulated:" + s.emulatorSocket(),
-			TPM:        s.tpmSocket(),
+			GPUPlugin: agentPlugin{Path: plugin, SHA256: sum, Args: []string{"--emulated", s.emulatorSocket()}},
+			TSM:       "emulated:" + s.emulatorSocket(),
+			TPM:       s.tpmSocket(), FirmwareLog: s.firmwareLog(),
 			Verifier:   agentPeer{URL: baseURL(p.Verifier), ID: VerifierID, KeysFile: s.path("verifier", "jwks.json")},
 			Broker:     agentPeer{URL: baseURL(p.Broker), ID: BrokerID, KeysFile: s.path("broker", "jwks.json")},
 			ImageStore: "disk",
+			Images:     s.agentImages(),
+			Access:     s.agentAccess(),
+			Egress:     agentEgress{Gateway: s.tools.our("coffer-gateway")},
+			Alerts:     agentAlerts{File: s.path("agent", "alerts.jsonl")},
 		},
 	}
 	for name, c := range configs {
@@ -478,7 +494,8 @@ func restartSet(all []service, rec record, names []string) ([]string, error) {
 			want[v.name] = true
 		}
 	}
-	// A TPM that starts again has empty PCRs, which only a starting agent fills.
+	// A TPM that starts again has the boot's PCRs, to which only a starting agent
+	// adds its own.
 	if want[swtpmName] {
 		want[agentName] = true
 	}

@@ -3,7 +3,6 @@ package stack
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"strconv"
@@ -25,7 +24,7 @@ func Doctor(o Options) ([]Finding, error) {
 			out[i].Outcome, out[i].Advice = OK, ""
 		}
 	}
-	return append(out, checkMemlock(), checkHugePages(), checkShmemTHP(), checkOverlay(), checkCgroups(), checkKVM(), checkPassthrough(), checkResourceCap(), checkConfidential()), nil
+	return append(out, checkMemlock(), checkShmemTHP(), checkInitOnFree(), checkOverlay(), checkCgroups(), checkKVM(), checkPassthrough(), checkResourceCap(), checkConfidential()), nil
 }
 
 func checkMemlock() Finding {
@@ -37,19 +36,6 @@ func checkMemlock() Finding {
 		return Finding{Name: "memlock", Outcome: OK, Found: "unlimited"}
 	}
 	return Finding{Name: "memlock", Outcome: Warn, Found: Bytes(int64(r.Max)), Advice: "raise it with `ulimit -l unlimited`: opened data is locked in memory"}
-}
-
-func checkHugePages() Finding {
-	b, err := os.ReadFile("/proc/meminfo")
-	if err != nil {
-		return Finding{Name: "huge pages", Outcome: Warn, Found: err.Error(), Advice: "coffer needs /proc"}
-	}
-	n, _ := memField(b, "HugePages_Total")
-	size, _ := memField(b, "Hugepagesize")
-	if n == 0 {
-		return Finding{Name: "huge pages", Outcome: Warn, Found: "none reserved", Advice: "for faster opening of large inputs: `sysctl vm.nr_hugepages=512`"}
-	}
-	return Finding{Name: "huge pages", Outcome: OK, Found: fmt.Sprintf("%d of %s", n, Bytes(size))}
 }
 
 func checkShmemTHP() Finding {

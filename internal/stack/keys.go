@@ -38,6 +38,9 @@ func (s *starter) keys(context.Context) (string, error) {
 			return "", err
 		}
 	}
+	if err := s.imageSigner(); err != nil {
+		return "", err
+	}
 	for _, p := range []struct{ id, dir string }{{VerifierID, "verifier"}, {BrokerID, "broker"}} {
 		if err := publish(p.id, s.path(p.dir, "key.pem"), s.path(p.dir, "jwks.json")); err != nil {
 			return "", err

@@ -196,14 +196,17 @@ func (l Layout) checkKeyStores() Finding {
 	return Finding{Name: "key stores", Outcome: OK, Found: strings.Join(names, ", ")}
 }
 
-// takeKeyStores writes the broker's configuration anew with the key stores that
-// the stack has.
+// takeKeyStores writes the broker's configuration anew with the key stores and the
+// witnesses that the stack has.
 func (l Layout) takeKeyStores(t tools) error {
 	var c brokerConfig
 	if err := readJSON(l.config(brokerName), &c); err != nil {
 		return err
 	}
 	if err := l.setKeyStores(t, &c); err != nil {
+		return err
+	}
+	if err := l.setWitnesses(&c); err != nil {
 		return err
 	}
 	return writeJSON(l.config(brokerName), c)

@@ -35,7 +35,7 @@ func groups() []access.Group {
 	}
 }
 
-// person is one of the stack's people. An approver has an SSH key too.
+// person is one of the stack's people. Approvers and owners have an SSH key too.
 type person struct{ name, group string }
 
 func people() []person {
@@ -48,8 +48,8 @@ func people() []person {
 // peopleFile has names, groups and password hashes for the issuer.
 func (l Layout) peopleFile() string { return l.path("people", "people.json") }
 
-// passwordFile has a person's password, and sshKey the key that signs approvals:
-// the stack plays those whose secrets these are.
+// passwordFile has a person's password, and sshKey the key that signs approvals,
+// consents and policies of assets: the stack plays those whose secrets these are.
 func (l Layout) passwordFile(name string) string { return l.path("people", name+".password") }
 func (l Layout) sshKey(name string) string       { return l.path("people", name+".ssh") }
 
@@ -57,7 +57,7 @@ func (l Layout) sshKey(name string) string       { return l.path("people", name+
 func (e Endpoint) PasswordFile(name string) string { return e.layout.passwordFile(name) }
 
 // SSHKeyFile returns the file with the private SSH key of one of the stack's
-// approvers, or of "maintainer", who signs its policy set.
+// approvers or owners, or of "maintainer", who signs its policy set.
 func (e Endpoint) SSHKeyFile(name string) string { return e.layout.sshKey(name) }
 
 // people makes the stack's people, their passwords and keys, and the policy set
@@ -85,7 +85,7 @@ func (s *starter) makePeople() error {
 			return err
 		}
 	}
-	for _, name := range append(approvers(), maintainer) {
+	for _, name := range append(signers(), maintainer) {
 		if err := createSSHKey(s.sshKey(name), name); err != nil {
 			return err
 		}
@@ -97,11 +97,12 @@ func (s *starter) makePeople() error {
 	return keyfile.Write(s.peopleFile(), b)
 }
 
-// approvers are the people whose approvals count.
-func approvers() []string {
+// signers are the people who sign what they decide: approvers, and owners.
+func signers() []string {
 	var out []string
 	for _, p := range people() {
-		if i := slices.IndexFunc(groups(), func(g access.Group) bool { return g.Name == p.group }); i >= 0 && slices.Contains(groups()[i].Roles, access.RoleApprover) {
+		i := slices.IndexFunc(groups(), func(g access.Group) bool { return g.Name == p.group })
+		if i >= 0 && (slices.Contains(groups()[i].Roles, access.RoleApprover) || slices.Contains(groups()[i].Roles, access.RoleOwner)) {
 			out = append(out, p.name)
 		}
 	}
@@ -151,7 +152,7 @@ func (s *starter) makePolicies() error {
 	entities := access.People{Groups: groups()}
 	for _, p := range people() {
 		u := access.User{Name: p.name, Groups: []string{p.group}, Keys: []string{}}
-		if slices.Contains(approvers(), p.name) {
+		if slices.Contains(signers(), p.name) {
 			line, err := publicSSHKey(s.sshKey(p.name))
 			if err != nil {
 				return err
@@ -215,6 +216,21 @@ type brokerIssuer struct {
 	Audience   string   `json:"audience"`
 	Algorithms []string `json:"algorithms"`
 	Embedded   bool     `json:"embedded"`
+}
+
+// agentAccess lets the stack's people call the node agent with tokens of their own.
+type agentAccess struct {
+	Issuers []brokerIssuer    `json:"issuers"`
+	Roles   map[string]string `json:"roles"`
+}
+
+func (s *starter) agentAccess() *agentAccess {
+	return &agentAccess{
+		Issuers: []brokerIssuer{{URL: baseURL(s.o.Ports.Issuer), Audience: issuer.NodeClientID, Algorithms: []string{issuer.Algorithm}, Embedded: true}},
+		Roles: map[string]string{
+			"engineers": daemon.RoleEngineer, "owners": daemon.RoleOwner, "auditors": daemon.RoleAuditor, "operators": daemon.RoleOperator,
+		},
+	}
 }
 
 func (s *starter) access() (brokerAccess, error) {

@@ -28,7 +28,7 @@ const (
 	maxPEM = 1 << 20
 )
 
-// KeyFiles are the keys that change while the daemon serves. Files with private
+// KeyFiles are the verifier's own keys. Files with private
 // or secret keys are mode 0600 and must exist.
 type KeyFiles struct {
 	// KeyFile holds the P-384 key that signs results (PKCS#8 PEM).
@@ -61,7 +61,7 @@ func (f KeyFiles) read(id string) (k verifier.Keys, err error) {
 	for _, path := range append([]string{f.NonceKeyFile}, f.OtherNonceKeyFiles...) {
 		secret, err := keyfile.ReadSecret(path, verifier.NonceKeySize)
 		if err != nil {
-			wipe(k)
+			wipe(verifier.Options{NonceKeys: k.NonceKeys})
 			return k, err
 		}
 		k.NonceKeys = append(k.NonceKeys, secret)
@@ -70,8 +70,8 @@ func (f KeyFiles) read(id string) (k verifier.Keys, err error) {
 }
 
 // wipe clears the secrets that a verifier has made its own from.
-func wipe(k verifier.Keys) {
-	for _, s := range k.NonceKeys {
+func wipe(o verifier.Options) {
+	for _, s := range o.NonceKeys {
 		clear(s)
 	}
 }

@@ -10,10 +10,8 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"reflect"
 	"runtime/debug"
 	"syscall"
-	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
 	endorsements "github.com/coffer-run/coffer/attest/endorse/serve"
@@ -63,8 +61,8 @@ type Config struct {
 const GCPercent = 400
 
 // Run serves a verifier with the given anchors and the named policies that ship
-// with coffer, until ctx ends. On SIGHUP it reads the configuration again and
-// takes the key files from it.
+// with coffer, until ctx ends. On SIGHUP it reads the configuration again, with
+// every file that it names, and takes all of it but what Config.fixed keeps.
 func Run(ctx context.Context, name string, read func() (Config, error), anchors anchor.Set, policies []string, stderr io.Writer) error {
 	c, err := read()
 	if err != nil {
@@ -79,52 +77,37 @@ func Run(ctx context.Context, name string, read func() (Config, error), anchors 
 	if err != nil {
 		return err
 	}
-	if anchors, err = c.anchors(anchors); err != nil {
-		return err
-	}
-	o := verifier.Options{ID: c.ID, Anchors: anchors, Clock: time.Now, Build: build(), KBSPolicy: c.KBSPolicy}
-	if o.Policies, err = c.policies(policies); err != nil {
-		return err
-	}
-	if o.References, err = c.references(); err != nil {
-		return err
-	}
-	keys, err := c.KeyFiles.read(c.ID)
+	o, err := c.options(anchors, policies)
 	if err != nil {
 		return err
 	}
-	o.Signer, o.Published, o.NonceKeys = keys.Signer, keys.Published, keys.NonceKeys
-	so := serve.Options{Identify: daemon.Identity, Log: log}
+	r := &reloader{log: log, began: c, read: read, anchors: anchors, policies: policies}
+	so := serve.Options{Identify: daemon.Identity, Log: log, Reloads: r.counts}
 	if c.Endorsements != nil {
-		e, err := endorsements.Open(*c.Endorsements, anchors, log)
+		e, err := endorsements.Open(*c.Endorsements, o.Anchors, log)
 		if err != nil {
 			return err
 		}
 		defer e.Close()
 		o.Endorsements, so.FetchFailures = e.Cache, e.Failures
 	}
-	v, err := verifier.New(o)
-	wipe(keys)
+	r.v, err = verifier.New(o) //nolint:contextcheck // rules are compiled within limits of their own
+	wipe(o)
 	if err != nil {
 		return err
 	}
-	so.Verifier = v
+	so.Verifier = r.v
 	handler, err := serve.Handler(so)
 	if err != nil {
 		return err
 	}
-	names := make([]string, len(o.Policies))
-	for i, p := range o.Policies {
-		d, err := p.Digest()
-		if err != nil {
-			return err
-		}
-		names[i] = p.Name + "@" + string(d)
+	attrs, err := c.describe(o)
+	if err != nil {
+		return err
 	}
-	log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("address", c.Listen), slog.String("id", c.ID), slog.Bool("simulated", v.Simulated()),
-		slog.Int("endorsementKeyRoots", len(anchors.EKRoots())), slog.Any("policies", names), slog.String("kbsPolicy", c.KBSPolicy), slog.Int("referenceValues", len(o.References)),
-		slog.Bool("endorsements", c.Endorsements != nil), slog.Bool("fetch", c.Endorsements != nil && c.Endorsements.Fetch))
-	defer onHangup(func() { rotate(ctx, log, v, c, read) })()
+	log.LogAttrs(ctx, slog.LevelInfo, "serving", append(attrs, slog.String("address", c.Listen), slog.String("id", c.ID), slog.Bool("simulated", r.v.Simulated()),
+		slog.Bool("endorsements", c.Endorsements != nil), slog.Bool("fetch", c.Endorsements != nil && c.Endorsements.Fetch))...)
+	defer onHangup(func() { r.reload(ctx) })()
 	return daemon.Serve(ctx, c.Listen, tlsConfig, handler, log)
 }
 
@@ -147,28 +130,6 @@ func onHangup(f func()) (stop func()) {
 		signal.Stop(signals)
 		close(done)
 		<-ended
-	}
-}
-
-// rotate takes the key files from the configuration as it is. What goes wrong is
-// logged, and the keys stay as they were.
-func rotate(ctx context.Context, log *slog.Logger, v *verifier.Verifier, began Config, read func() (Config, error)) {
-	c, err := read()
-	if err == nil {
-		var keys verifier.Keys
-		if keys, err = c.KeyFiles.read(began.ID); err == nil {
-			err = v.Rotate(keys)
-			wipe(keys)
-		}
-	}
-	if err != nil {
-		log.LogAttrs(ctx, slog.LevelError, "keys not changed", slog.String("error", err.Error()))
-		return
-	}
-	log.LogAttrs(ctx, slog.LevelInfo, "keys read", slog.Int("published", 1+len(c.PublishedKeyFiles)), slog.Int("nonceKeys", 1+len(c.OtherNonceKeyFiles)))
-	c.KeyFiles, began.KeyFiles = KeyFiles{}, KeyFiles{}
-	if !reflect.DeepEqual(c, began) {
-		log.LogAttrs(ctx, slog.LevelWarn, "the configuration has other changes: they count after a restart")
 	}
 }
 

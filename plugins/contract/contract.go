@@ -65,6 +65,15 @@ const (
 	CCUnknown  CCMode = "unknown"
 )
 
+func (m CCMode) check() error {
+	switch m {
+	case CCOn, CCOff, CCDevtools, CCUnknown:
+		return nil
+	default:
+		return fmt.Errorf("confidential computing is %.40q: want on, off, devtools or unknown", m)
+	}
+}
+
 // Inventory is what a plugin says about the machine. It decides no trust.
 type Inventory struct {
 	DriverVersion string
@@ -105,6 +114,15 @@ type GPU interface {
 	Collect(ctx context.Context, nonce [NonceSize]byte, uuids []string) ([]Evidence, error)
 	// SetReady tells the driver whether the GPUs may take work.
 	SetReady(ctx context.Context, ready bool) error
+	// State says how the driver stands, and of each named GPU, in the order asked,
+	// what it holds.
+	State(ctx context.Context, uuids []string) (*State, error)
+	// Prepare makes settings for the named GPUs. It MUST fail while GPUs are ready,
+	// and unless the driver says afterwards that it has them.
+	Prepare(ctx context.Context, uuids []string, s Settings) error
+	// Clear resets the named GPUs, so that nothing of who used them is left. It MUST
+	// fail while anybody uses one.
+	Clear(ctx context.Context, uuids []string) error
 }
 
 // GPUPlugin is a GPU on the wire. Impl is set in a plugin, and nil in a host.
@@ -207,10 +225,8 @@ func (c *client) Inventory(ctx context.Context) (*Inventory, error) {
 	inv := &Inventory{
 		DriverVersion: resp.GetDriverVersion(), CCMode: CCMode(resp.GetCcMode()), Ready: resp.GetReady(), Simulated: resp.GetSimulated(),
 	}
-	switch inv.CCMode {
-	case CCOn, CCOff, CCDevtools, CCUnknown:
-	default:
-		return nil, fmt.Errorf("GPU inventory: confidential computing is %.40q: want on, off, devtools or unknown", inv.CCMode)
+	if err := inv.CCMode.check(); err != nil {
+		return nil, fmt.Errorf("GPU inventory: %w", err)
 	}
 	if err := checkText("driver version", inv.DriverVersion); err != nil {
 		return nil, fmt.Errorf("GPU inventory: %w", err)

@@ -20,6 +20,8 @@ type fake struct {
 	inventory contract.Inventory
 	evidence  func(nonce [32]byte, uuids []string) []contract.Evidence
 	err       error
+	state     contract.State
+	settings  contract.Settings
 }
 
 func (f *fake) Inventory(context.Context) (*contract.Inventory, error) { return &f.inventory, f.err }
@@ -30,6 +32,36 @@ func (f *fake) SetReady(_ context.Context, ready bool) error {
 
 func (f *fake) Collect(ctx context.Context, nonce [32]byte, uuids []string) ([]contract.Evidence, error) {
 	return f.evidence(nonce, uuids), errors.Join(f.err, ctx.Err())
+}
+
+func (f *fake) State(_ context.Context, uuids []string) (*contract.State, error) {
+	out := f.state
+	out.CCMode, out.Ready = f.inventory.CCMode, f.inventory.Ready
+	if len(out.Devices) == 0 {
+		for _, u := range uuids {
+			if u != "a" && u != "b" {
+				return nil, errors.New("no such GPU")
+			}
+			out.Devices = append(out.Devices, contract.DeviceState{UUID: u, ProtectedBytes: 1, UnprotectedBytes: f.settings.UnprotectedBytes})
+		}
+	}
+	out.AttackerAdvantage = f.settings.MaxAttackerAdvantage
+	return &out, f.err
+}
+
+func (f *fake) Prepare(_ context.Context, _ []string, s contract.Settings) error {
+	if f.inventory.Ready {
+		return errors.New("ready")
+	}
+	f.settings = s
+	return f.err
+}
+
+func (f *fake) Clear(_ context.Context, uuids []string) error {
+	if uuids[0] != "a" {
+		return errors.New("no such GPU")
+	}
+	return f.err
 }
 
 func wellBehaved() *fake {
@@ -123,13 +155,35 @@ func TestEvidenceThatIsRefused(t *testing.T) {
 	}
 }
 
+func TestStatesThatAreRefused(t *testing.T) {
+	for name, change := range map[string]func(*fake){
+		"a state of confidential computing not known": func(f *fake) { f.inventory.CCMode = "very on" },
+		"of another GPU":         func(f *fake) { f.state.Devices = []contract.DeviceState{{UUID: "a"}, {UUID: "c"}} },
+		"in another order":       func(f *fake) { f.state.Devices = []contract.DeviceState{{UUID: "b"}, {UUID: "a"}} },
+		"of fewer GPUs":          func(f *fake) { f.state.Devices = []contract.DeviceState{{UUID: "a"}} },
+		"less than no memory":    func(f *fake) { f.state.Devices = []contract.DeviceState{{UUID: "a", UsedBytes: -1}, {UUID: "b"}} },
+		"a node that cannot be":  func(f *fake) { f.state.Devices = []contract.DeviceState{{UUID: "a"}, {UUID: "b", NearNode: -1}} },
+		"less than no processes": func(f *fake) { f.state.Devices = []contract.DeviceState{{UUID: "a"}, {UUID: "b", Processes: -1}} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := wellBehaved()
+			change(f)
+			if st, err := contracttest.Served(t, f).State(t.Context(), []string{"a", "b"}); err == nil {
+				t.Errorf("accepted %+v", st)
+			}
+		})
+	}
+}
+
 func TestErrorsKeepTheirText(t *testing.T) {
 	f := wellBehaved()
 	f.err = errors.New("the driver said no")
 	g := contracttest.Served(t, f)
 	_, inventory := g.Inventory(t.Context())
 	_, collect := g.Collect(t.Context(), [32]byte{}, []string{"a"})
-	for _, err := range []error{inventory, collect, g.SetReady(t.Context(), true)} {
+	_, state := g.State(t.Context(), []string{"a"})
+	prepare := g.Prepare(t.Context(), []string{"a"}, contract.Settings{UnprotectedBytes: 1024, MaxAttackerAdvantage: 50})
+	for _, err := range []error{inventory, collect, state, prepare, g.Clear(t.Context(), []string{"a"}), g.SetReady(t.Context(), true)} {
 		if err == nil || !strings.Contains(err.Error(), "the driver said no") {
 			t.Errorf("got %v", err)
 		}

@@ -239,6 +239,18 @@ func pin(cfg Config) (_ *os.File, sum []byte, err error) {
 	return f, want, nil
 }
 
+// Command returns a command that runs the binary of cfg once, if it has the
+// configured checksum. The caller closes the binary when the command has started.
+func Command(ctx context.Context, cfg Config) (*exec.Cmd, io.Closer, error) {
+	binary, _, err := pin(cfg)
+	if err != nil {
+		return nil, nil, fmt.Errorf("start %s: %w", filepath.Base(cfg.Path), err)
+	}
+	cmd := exec.CommandContext(ctx, fmt.Sprintf("/proc/self/fd/%d", binary.Fd()), cfg.Args...) // #nosec G204 -- pinned by checksum
+	cmd.Args[0], cmd.Env = cfg.Path, []string{}
+	return cmd, binary, nil
+}
+
 // Checksum returns the checksum of the binary at path in the configuration's form.
 func Checksum(path string) (string, error) {
 	f, err := os.Open(path) // #nosec G304 -- the caller names the binary
@@ -266,6 +278,23 @@ func (g *GPU) Collect(ctx context.Context, nonce [contract.NonceSize]byte, uuids
 // SetReady tells the driver, through the plugin, whether GPUs may take work.
 func (g *GPU) SetReady(ctx context.Context, ready bool) error {
 	_, err := bounded(ctx, g.process, func(ctx context.Context) (struct{}, error) { return struct{}{}, g.gpu.SetReady(ctx, ready) })
+	return err
+}
+
+// State asks the plugin how the driver and the named GPUs stand.
+func (g *GPU) State(ctx context.Context, uuids []string) (*contract.State, error) {
+	return bounded(ctx, g.process, func(ctx context.Context) (*contract.State, error) { return g.gpu.State(ctx, uuids) })
+}
+
+// Prepare makes settings for the named GPUs, through the plugin.
+func (g *GPU) Prepare(ctx context.Context, uuids []string, s contract.Settings) error {
+	_, err := bounded(ctx, g.process, func(ctx context.Context) (struct{}, error) { return struct{}{}, g.gpu.Prepare(ctx, uuids, s) })
+	return err
+}
+
+// Clear resets the named GPUs, through the plugin.
+func (g *GPU) Clear(ctx context.Context, uuids []string) error {
+	_, err := bounded(ctx, g.process, func(ctx context.Context) (struct{}, error) { return struct{}{}, g.gpu.Clear(ctx, uuids) })
 	return err
 }
 

@@ -89,6 +89,16 @@ func (f fake) SetReady(context.Context, bool) error {
 	return nil
 }
 
+func (fake) State(context.Context, []string) (*contract.State, error) {
+	return nil, errors.New("not here")
+}
+
+func (fake) Prepare(context.Context, []string, contract.Settings) error {
+	return errors.New("not here")
+}
+
+func (fake) Clear(context.Context, []string) error { return errors.New("not here") }
+
 // asHost in the environment makes this binary a host that waits to be killed.
 const asHost = "COFFER_TEST_AS_HOST"
 

@@ -55,7 +55,7 @@ type attempt struct {
 	err  error
 }
 
-var _ keystore.Store = (*KeyStore)(nil)
+var _ keystore.AttestedStore = (*KeyStore)(nil)
 
 // StartKeyStore starts a key store plugin whose binary has the configured
 // checksum. A plugin that cannot be started for the first time is an error.
@@ -205,6 +205,29 @@ func (k *KeyStore) Wrap(ctx context.Context, keyID string, key *keystore.DataKey
 func (k *KeyStore) Unwrap(ctx context.Context, w *keystore.Wrapped, associated []byte) (*keystore.DataKey, error) {
 	return asked(ctx, k, func(ctx context.Context, s keystore.Store) (*keystore.DataKey, error) {
 		return s.Unwrap(ctx, w, associated)
+	})
+}
+
+// Challenge asks the store for a challenge. A plugin that asks for no attestation
+// answers with an error.
+func (k *KeyStore) Challenge(ctx context.Context) ([]byte, error) {
+	return asked(ctx, k, func(ctx context.Context, s keystore.Store) ([]byte, error) {
+		a, ok := s.(keystore.AttestedStore)
+		if !ok {
+			return nil, errors.New("the store cannot be told what its caller is")
+		}
+		return a.Challenge(ctx)
+	})
+}
+
+// UnwrapFor asks the store to decrypt a data key for a caller that proves what it is.
+func (k *KeyStore) UnwrapFor(ctx context.Context, w *keystore.Wrapped, associated []byte, p keystore.Proof) (*keystore.Sealed, error) {
+	return asked(ctx, k, func(ctx context.Context, s keystore.Store) (*keystore.Sealed, error) {
+		a, ok := s.(keystore.AttestedStore)
+		if !ok {
+			return nil, errors.New("the store cannot be told what its caller is")
+		}
+		return a.UnwrapFor(ctx, w, associated, p)
 	})
 }
 

@@ -40,6 +40,14 @@ type Config struct {
 	UID, GID int
 	// LogBytes is the job's output budget.
 	LogBytes int64
+	// LogRate is the job's rate of output, in bytes a second.
+	LogRate int64
+	// WatchOpen are patterns of the paths whose opening the holder tells of.
+	WatchOpen []string
+	// RegionBytes bounds the memory that inputs are decrypted into; 0: no bound.
+	RegionBytes int64
+	// NearNode is 1 more than the number of the memory node for them; 0: any.
+	NearNode int
 	// Join puts the process into the job's cgroup. It is called right after the
 	// start, before the holder is given anything to hold.
 	Join func(pid int) error
@@ -72,7 +80,10 @@ func Start(ctx context.Context, c Config) (_ *Holder, err error) {
 	}
 	defer procs.Close()
 	cmd := exec.Command(c.Path, "--run", c.RunDir, "--job", c.JobID, "--uid", strconv.Itoa(c.UID), "--gid", strconv.Itoa(c.GID), //nolint:gosec,noctx // the configured holder; it must outlive ctx
-		"--log-bytes", strconv.FormatInt(c.LogBytes, 10), "--procs", strconv.Itoa(procsFD))
+		"--log-bytes", strconv.FormatInt(c.LogBytes, 10), "--log-rate", strconv.FormatInt(c.LogRate, 10), "--region-bytes", strconv.FormatInt(c.RegionBytes, 10), "--near-node", strconv.Itoa(c.NearNode), "--procs", strconv.Itoa(procsFD))
+	for _, glob := range c.WatchOpen {
+		cmd.Args = append(cmd.Args, "--watch-open", glob)
+	}
 	cmd.ExtraFiles = []*os.File{procs}
 	cmd.Env = []string{}
 	cmd.Dir = c.RunDir

@@ -3,13 +3,10 @@
 package jobspec
 
 import (
-	"errors"
 	"fmt"
 	"maps"
 	"net/url"
 	"path"
-	"reflect"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,7 +14,6 @@ import (
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
-	"github.com/goccy/go-yaml/parser"
 
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/runner/source"
@@ -43,17 +39,54 @@ const (
 
 // Spec is a job as its author wrote it, checked.
 type Spec struct {
-	APIVersion        string            `yaml:"apiVersion"`
-	Name              string            `yaml:"name"`
-	Image             string            `yaml:"image"`
-	Command           []string          `yaml:"command"`
-	Env               map[string]string `yaml:"env,omitempty"`
-	Inputs            []Input           `yaml:"inputs"`
-	Checkpoints       *Checkpoints      `yaml:"checkpoints,omitempty"`
-	Resources         Resources         `yaml:"resources"`
-	MaxDuration       Duration          `yaml:"maxDuration,omitempty"`
-	Output            Output            `yaml:"output,omitempty"`
-	AttestationPolicy string            `yaml:"attestationPolicy"`
+	APIVersion  string       `yaml:"apiVersion"`
+	Name        string       `yaml:"name"`
+	Image       string       `yaml:"image,omitempty"`
+	Command     []string     `yaml:"command,omitempty"`
+	Env         Env          `yaml:"env,omitempty"`
+	Inputs      []Input      `yaml:"inputs"`
+	Checkpoints *Checkpoints `yaml:"checkpoints,omitempty"`
+	// Reseal stands in the place of Image, Command and all that a container sees.
+	Reseal      *Reseal   `yaml:"reseal,omitempty"`
+	Egress      []Egress  `yaml:"egress,omitempty"`
+	Resources   Resources `yaml:"resources"`
+	MaxDuration Duration  `yaml:"maxDuration,omitempty"`
+	Output      Output    `yaml:"output,omitempty"`
+	// Priority orders the jobs that wait for room: higher ones first.
+	Priority int    `yaml:"priority,omitempty"`
+	Retry    *Retry `yaml:"retry,omitempty"`
+	// StopGrace is how long the job may take to end when it is told to, for a last
+	// checkpoint.
+	StopGrace Duration `yaml:"stopGrace,omitempty"`
+	// MaxWait is how long the job may wait for approvals and for room.
+	MaxWait           Duration `yaml:"maxWait,omitempty"`
+	AttestationPolicy string   `yaml:"attestationPolicy"`
+}
+
+// Env is variables by name. Values are what is written: 010 is not 8.
+type Env map[string]string
+
+// UnmarshalYAML reads a mapping of names to scalars.
+func (e *Env) UnmarshalYAML(node ast.Node) error {
+	*e = Env{}
+	var values []*ast.MappingValueNode
+	switch n := node.(type) {
+	case *ast.MappingNode:
+		values = n.Values
+	case *ast.MappingValueNode:
+		values = []*ast.MappingValueNode{n}
+	}
+	for _, v := range values {
+		text := v.Value.GetToken().Value
+		switch n := v.Value.(type) {
+		case *ast.StringNode:
+			text = n.Value
+		case *ast.LiteralNode:
+			text = n.Value.Value
+		}
+		(*e)[v.Key.GetToken().Value] = text
+	}
+	return nil
 }
 
 // Input is a sealed asset and where the job sees it opened.
@@ -69,8 +102,14 @@ type Input struct {
 // Checkpoints is where the job writes and where the sealed result goes.
 type Checkpoints struct {
 	Asset string `yaml:"asset"`
+	// URI is the folder of the node where sealed checkpoints go, each job's into a
+	// folder of its own.
 	URI   string `yaml:"uri"`
 	Mount string `yaml:"mount"`
+	// Resume is "none" (the default), "latest", or the digest of a checkpoint. What
+	// the job goes on from lies in resume/ below Mount.
+	Resume string `yaml:"resume,omitempty"`
+	Keep   *Keep  `yaml:"keep,omitempty"`
 }
 
 // Resources are limits.
@@ -84,6 +123,15 @@ type Resources struct {
 // Output bounds what the job may print.
 type Output struct {
 	LogBytes Bytes `yaml:"logBytes,omitempty"`
+	// What the job may send to all destinations of Egress together, how fast, and
+	// how many different refusals are told by name.
+	EgressBytes          Bytes `yaml:"egressBytes,omitempty"`
+	EgressBytesPerSecond Bytes `yaml:"egressBytesPerSecond,omitempty"`
+	EgressEvents         int64 `yaml:"egressEvents,omitempty"`
+	// LogBytesPerSecond bounds the rate.
+	LogBytesPerSecond Bytes `yaml:"logBytesPerSecond,omitempty"`
+	// LogKey is a public key to which the kept log is sealed: "x25519:" and base64.
+	LogKey string `yaml:"logKey,omitempty"`
 }
 
 // CPU is in thousandths of a core: "2" or "1500m".
@@ -96,23 +144,30 @@ type Bytes int64
 type Duration time.Duration
 
 // UnmarshalYAML reads "2" or "1500m".
-func (c *CPU) UnmarshalYAML(node ast.Node) error {
-	s, line := scalar(node)
+func (c *CPU) UnmarshalYAML(node ast.Node) (err error) {
+	*c, err = parseCPU(node.GetToken().Value)
+	return at(node, err)
+}
+
+func parseCPU(s string) (CPU, error) {
 	whole, unit := s, int64(1000)
 	if t, ok := strings.CutSuffix(s, "m"); ok {
 		s, unit = t, 1
 	}
 	n, err := strconv.ParseInt(s, 10, 32)
 	if err != nil || n <= 0 {
-		return &Error{Line: line, Problem: fmt.Sprintf("%.40q is not a number of cores: write 2 or 1500m", whole)}
+		return 0, fmt.Errorf("%.40q is not a number of cores: write 2 or 1500m", whole)
 	}
-	*c = CPU(n * unit)
-	return nil
+	return CPU(n * unit), nil
 }
 
 // UnmarshalYAML reads "4Gi".
-func (v *Bytes) UnmarshalYAML(node ast.Node) error {
-	s, line := scalar(node)
+func (v *Bytes) UnmarshalYAML(node ast.Node) (err error) {
+	*v, err = parseBytes(node.GetToken().Value)
+	return at(node, err)
+}
+
+func parseBytes(s string) (Bytes, error) {
 	whole, unit := s, int64(1)
 	for i, suffix := range []string{"Ki", "Mi", "Gi", "Ti"} {
 		if t, ok := strings.CutSuffix(s, suffix); ok {
@@ -121,232 +176,51 @@ func (v *Bytes) UnmarshalYAML(node ast.Node) error {
 	}
 	n, err := strconv.ParseInt(s, 10, 64)
 	if err != nil || n <= 0 || n > (1<<50)/unit {
-		return &Error{Line: line, Problem: fmt.Sprintf("%.40q is not a size: write 512Mi or 4Gi", whole)}
+		return 0, fmt.Errorf("%.40q is not a size: write 512Mi or 4Gi", whole)
 	}
-	*v = Bytes(n * unit)
-	return nil
+	return Bytes(n * unit), nil
 }
 
 // UnmarshalYAML reads "30m".
-func (d *Duration) UnmarshalYAML(node ast.Node) error {
-	s, line := scalar(node)
+func (d *Duration) UnmarshalYAML(node ast.Node) (err error) {
+	*d, err = parseDuration(node.GetToken().Value)
+	return at(node, err)
+}
+
+func parseDuration(s string) (Duration, error) {
 	t, err := time.ParseDuration(s)
 	if err != nil || t < time.Second {
-		return &Error{Line: line, Problem: fmt.Sprintf("%.40q is not a duration of at least a second: write 30m or 12h", s)}
+		return 0, fmt.Errorf("%.40q is not a duration of at least a second: write 30m or 12h", s)
 	}
-	*d = Duration(t)
-	return nil
+	return Duration(t), nil
 }
 
-// scalar returns a node's text and line.
-func scalar(node ast.Node) (string, int) {
-	return node.GetToken().Value, node.GetToken().Position.Line
+// at says where a value stands that is wrong.
+func at(node ast.Node, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &Error{Line: node.GetToken().Position.Line, Problem: err.Error()}
 }
 
-// Error says where a job file is wrong. Line is 0 where no line is to blame.
-type Error struct {
-	Line    int
-	Field   string
-	Problem string
-}
-
-// Error names line, field and problem.
-func (e *Error) Error() string {
-	var b strings.Builder
-	b.WriteString("job file")
-	if e.Line > 0 {
-		fmt.Fprintf(&b, ", line %d", e.Line)
-	}
-	if e.Field != "" {
-		fmt.Fprintf(&b, ", %s", e.Field)
-	}
-	return b.String() + ": " + e.Problem
-}
-
-// Parse reads and checks a job file. Every problem is an *Error.
-func Parse(b []byte) (Spec, error) {
-	if len(b) > MaxSize {
-		return Spec{}, &Error{Problem: fmt.Sprintf("%d bytes, at most %d are allowed", len(b), MaxSize)}
-	}
-	file, err := parser.ParseBytes(b, 0)
-	if err != nil {
-		return Spec{}, syntax(err)
-	}
-	if len(file.Docs) != 1 || file.Docs[0].Body == nil {
-		return Spec{}, &Error{Problem: "want exactly one YAML document"}
-	}
-	if err := noAliases(file); err != nil {
-		return Spec{}, err
-	}
-	var s Spec
-	if err := yaml.UnmarshalWithOptions(b, &s, yaml.Strict()); err != nil {
-		return Spec{}, syntax(err)
-	}
-	c := checker{file: file}
-	c.check(&s)
-	if c.err != nil {
-		return Spec{}, c.err
-	}
-	return s, nil
-}
-
-// noAliases refuses anchors and aliases: a few lines of them can stand for
-// gigabytes, and a reviewer should see what is asked for where it is asked.
-func noAliases(file *ast.File) error {
-	v := &aliasFinder{}
-	ast.Walk(v, file.Docs[0].Body)
-	if v.line > 0 {
-		return &Error{Line: v.line, Problem: "anchors and aliases are not allowed"}
-	}
-	return nil
-}
-
-type aliasFinder struct{ line int }
-
-func (v *aliasFinder) Visit(n ast.Node) ast.Visitor {
-	switch n.Type() {
-	case ast.AnchorType, ast.AliasType, ast.MergeKeyType:
-		v.line = n.GetToken().Position.Line
-	default:
-	}
-	return v
-}
-
-func syntax(err error) error {
-	var ours *Error
-	if errors.As(err, &ours) {
-		return ours
-	}
-	var unknown *yaml.UnknownFieldError
-	if errors.As(err, &unknown) {
-		field := unknown.Token.Value
-		return &Error{Line: unknown.Token.Position.Line, Field: field, Problem: "unknown field" + suggest(field)}
-	}
-	var located yaml.Error
-	if errors.As(err, &located) && located.GetToken() != nil {
-		return &Error{Line: located.GetToken().Position.Line, Problem: located.GetMessage()}
-	}
-	return &Error{Problem: err.Error()}
-}
-
-// suggest names the nearest known field, or all of them if none is near.
-func suggest(field string) string {
-	known := map[string]bool{}
-	fieldNames(reflect.TypeFor[Spec](), known)
-	names := slices.Sorted(maps.Keys(known))
-	best, distance := "", 4
-	for _, n := range names {
-		if d := levenshtein(strings.ToLower(field), strings.ToLower(n)); d < distance {
-			best, distance = n, d
-		}
-	}
-	if best != "" {
-		return fmt.Sprintf("; did you mean %q?", best)
-	}
-	return "; known fields: " + strings.Join(names, ", ")
-}
-
-func fieldNames(t reflect.Type, into map[string]bool) {
-	for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
-		t = t.Elem()
-	}
-	if t.Kind() != reflect.Struct {
-		return
-	}
-	for i := range t.NumField() {
-		name, _, _ := strings.Cut(t.Field(i).Tag.Get("yaml"), ",")
-		into[name] = true
-		fieldNames(t.Field(i).Type, into)
-	}
-}
-
-func levenshtein(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		prev := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := 1
-			if a[i] == b[j] {
-				cost = 0
-			}
-			prev, row[j+1] = row[j+1], min(row[j+1]+1, row[j]+1, prev+cost)
-		}
-	}
-	return row[len(b)]
-}
-
-type checker struct {
-	file *ast.File
-	err  error
-}
-
-// require records the first requirement that does not hold.
-func (c *checker) require(ok bool, field, format string, args ...any) {
-	if ok || c.err != nil {
-		return
-	}
-	e := &Error{Field: field, Problem: fmt.Sprintf(format, args...)}
-	// The field itself, or the nearest parent that is there.
-	for p := field; p != ""; {
-		if yp, err := yaml.PathString("$." + p); err == nil {
-			if n, err := yp.FilterFile(c.file); err == nil && n != nil {
-				e.Line = n.GetToken().Position.Line
-				break
-			}
-		}
-		i := strings.LastIndexAny(p, ".[")
-		if i < 0 {
-			break
-		}
-		p = p[:i]
-	}
-	c.err = e
-}
-
-var (
-	nameForm  = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)
-	envForm   = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,127}$`)
-	imageForm = regexp.MustCompile(`^[a-z0-9][a-z0-9./:_-]{0,200}(@sha256:[0-9a-f]{64})?$`)
-)
-
-const nameRule = "want lower-case letters, digits, '-' and '.', at most 63, starting and ending with a letter or digit"
-
+// check makes the checks that the schema does not: those of several fields together,
+// and of values that have a form of their own. It fills in what the file leaves out.
 func (c *checker) check(s *Spec) {
-	c.require(s.APIVersion == APIVersion, "apiVersion", "%.40q is not supported: want %s", s.APIVersion, APIVersion)
-	c.require(nameForm.MatchString(s.Name), "name", "%.80q: %s", s.Name, nameRule)
-	c.require(imageForm.MatchString(s.Image), "image", "%.120q: want a name, or name@sha256:<digest>", s.Image)
-	c.require(len(s.Command) > 0, "command", "want the program and its arguments as a list")
-	c.require(len(s.Command) == 0 || strings.HasPrefix(s.Command[0], "/"), "command", "want an absolute path as the program, such as /usr/bin/python3")
 	for _, k := range slices.Sorted(maps.Keys(s.Env)) {
-		c.require(envForm.MatchString(k), "env", "%.80q is not the name of a variable", k)
 		c.require(!strings.ContainsRune(s.Env[k], 0), "env."+k, "a value may not hold a zero byte")
 	}
-	c.require(len(s.Inputs) <= MaxInputs, "inputs", "%d inputs, at most %d are allowed", len(s.Inputs), MaxInputs)
 	mounts, names := map[string]bool{}, map[string]bool{}
 	for i := range s.Inputs {
 		in, at := &s.Inputs[i], fmt.Sprintf("inputs[%d].", i)
-		c.require(nameForm.MatchString(in.Name), at+"name", "%.80q: %s", in.Name, nameRule)
 		c.require(!names[in.Name], at+"name", "%q is used twice", in.Name)
 		names[in.Name] = true
-		c.require(nameForm.MatchString(in.Asset), at+"asset", "%.80q: %s", in.Asset, nameRule)
 		if _, err := source.Parse(in.URI); err != nil {
 			c.folder(in.URI, at+"uri", ", s3://bucket/prefix, gs://bucket/prefix or azblob://container/prefix")
 		}
 		c.mount(in.Mount, at+"mount", mounts)
 	}
-	if p := s.Checkpoints; p != nil {
-		c.require(nameForm.MatchString(p.Asset), "checkpoints.asset", "%.80q: %s", p.Asset, nameRule)
-		c.folder(p.URI, "checkpoints.uri", "")
-		c.mount(p.Mount, "checkpoints.mount", mounts)
-	}
-	c.require(s.Resources.CPU > 0, "resources.cpu", "want a number of cores, such as 2 or 1500m")
+	c.checkpoints(s.Checkpoints, mounts)
 	c.require(s.Resources.Memory >= 64<<20, "resources.memory", "want at least 64Mi")
-	c.require(s.Resources.GPUs >= 0 && s.Resources.GPUs <= 16, "resources.gpus", "want 0 to 16")
-	c.require(s.Resources.Pids >= 0 && s.Resources.Pids <= 32768, "resources.pids", "want 1 to 32768")
 	if s.Resources.Pids == 0 {
 		s.Resources.Pids = DefaultPids
 	}
@@ -357,7 +231,10 @@ func (c *checker) check(s *Spec) {
 		s.Output.LogBytes = DefaultLogBytes
 	}
 	c.require(s.Output.LogBytes <= MaxLogBytes, "output.logBytes", "want at most 256Mi")
-	c.require(s.AttestationPolicy != "", "attestationPolicy", "want the name of an attestation policy, such as production")
+	c.output(s)
+	c.retry(s)
+	c.egress(s)
+	c.reseal(s)
 }
 
 // folder wants a folder of the node; or names what else is allowed.
@@ -371,6 +248,9 @@ func (c *checker) folder(uri, field, or string) {
 var reserved = []string{"/proc", "/sys", "/dev", "/tmp", "/usr", "/bin", "/lib", "/lib64", "/sbin", "/etc", "/app", "/run/coffer"}
 
 func (c *checker) mount(m, field string, seen map[string]bool) {
+	if m == "" {
+		return // the schema has said so
+	}
 	c.require(path.IsAbs(m) && path.Clean(m) == m && m != "/", field, "%.200q: want an absolute path", m)
 	for _, r := range reserved {
 		c.require(m != r && !strings.HasPrefix(m, r+"/"), field, "%q lies under %s, which belongs to the sandbox", m, r)
@@ -396,10 +276,11 @@ func (s Spec) Plan(r Resolved) (plan.Plan, error) {
 	p := plan.Plan{
 		Version: plan.Version, Name: s.Name, Image: r.Image, Command: s.Command, Policy: r.Policy, SandboxProfile: r.Profile,
 		Inputs: []plan.Input{},
-		Output: plan.Output{LogBytes: int64(s.Output.LogBytes)},
+		Output: plan.Output{LogBytes: int64(s.Output.LogBytes), LogBytesPerSecond: int64(s.Output.LogBytesPerSecond)},
+		Retry:  s.Retry.plan(),
 		Resources: plan.Resources{
 			CPUMillis: int64(s.Resources.CPU), MemoryBytes: int64(s.Resources.Memory), Pids: s.Resources.Pids, GPUs: s.Resources.GPUs,
-			MaxSeconds: int64(time.Duration(s.MaxDuration) / time.Second),
+			MaxSeconds: int64(time.Duration(s.MaxDuration) / time.Second), StopSeconds: int64(time.Duration(s.StopGrace) / time.Second),
 		},
 	}
 	for _, k := range slices.Sorted(maps.Keys(s.Env)) {
@@ -412,9 +293,9 @@ func (s Spec) Plan(r Resolved) (plan.Plan, error) {
 		}
 		p.Inputs = append(p.Inputs, plan.Input{Name: in.Name, Asset: in.Asset, Digest: d, Mount: in.Mount})
 	}
-	if c := s.Checkpoints; c != nil {
-		p.Checkpoints = &plan.Checkpoints{Asset: c.Asset, Mount: c.Mount}
-	}
+	s.planEgress(&p)
+	p.Checkpoints = s.Checkpoints.plan()
+	p.Reseal = s.Reseal.plan(r.Digests)
 	if _, err := p.Canonical(); err != nil {
 		return plan.Plan{}, err
 	}

@@ -69,7 +69,6 @@ func TestParseNamesLineAndField(t *testing.T) {
 		{"uri of another scheme", "file:///srv/sealed/data", "http://example/data", 10, "want file:///"},
 		{"uri with dots", "file:///srv/sealed/data", "file:///srv/../sealed", 10, "want file:///"},
 		{"bucket with a query", "file:///srv/sealed/data", "s3://b-1/data?endpoint=x", 10, "s3://bucket/prefix"},
-		{"checkpoints in a bucket", "file:///srv/sealed/ckpt", "s3://b-1/data", 14, "want file:///absolute/path"},
 		{"a log for ever", "maxDuration: 30m", "output: {logBytes: 100Ti}", 20, "at most 256Mi"},
 		{"no policy", "attestationPolicy: simulation", "", 0, "attestation policy"},
 		{"not yaml", "inputs:", "inputs: [", 0, ""},

@@ -59,6 +59,15 @@ type Job struct {
 	Submitted  time.Time
 	Ended      time.Time
 	ExitCode   int
+
+	// Attempt counts from 1. RetryOf is the job that was submitted, for every later
+	// attempt; RetriedAs the attempt that follows this one.
+	Attempt   int
+	RetryOf   string
+	RetriedAs string
+	// NotBefore is when a later attempt may begin.
+	NotBefore time.Time
+	Priority  int
 }
 
 // Entry is what a stage left behind: values that the next stages and the bundle
@@ -77,9 +86,10 @@ var ErrNotFound = errors.New("no such job")
 var ErrConflict = errors.New("conflict")
 
 // Journal is an open journal. Its methods may be called concurrently; SQLite
-// sees one writer.
+// sees one writer, for whom readers do not wait.
 type Journal struct {
-	db *sql.DB
+	db   *sql.DB
+	read *sql.DB
 }
 
 const schema = `
@@ -91,6 +101,13 @@ CREATE TABLE IF NOT EXISTS jobs (
 	bundle BLOB
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS jobs_key ON jobs (submitter, idempotency_key) WHERE idempotency_key <> '';
+CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state, id);
+CREATE INDEX IF NOT EXISTS jobs_unfinished ON jobs (id) WHERE ended = 0;
+CREATE TABLE IF NOT EXISTS attempts (
+	job TEXT PRIMARY KEY REFERENCES jobs (id), attempt INTEGER NOT NULL, retry_of TEXT NOT NULL, retried_as TEXT NOT NULL DEFAULT '',
+	not_before INTEGER NOT NULL DEFAULT 0, priority INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS bundles (job TEXT PRIMARY KEY REFERENCES jobs (id), bundle BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS entries (
 	job TEXT NOT NULL REFERENCES jobs (id), seq INTEGER NOT NULL, stage TEXT NOT NULL, at INTEGER NOT NULL, data BLOB NOT NULL,
 	PRIMARY KEY (job, seq)
@@ -100,7 +117,9 @@ CREATE TABLE IF NOT EXISTS events (
 	PRIMARY KEY (job, seq)
 ) STRICT;`
 
-const version = 1
+// version is that of the schema. Version 1 has no attempts, and keeps bundles in the
+// jobs' own rows, where they are read on; what is missing is made.
+const version = 2
 
 // Open opens the journal at path and creates it if there is none.
 func Open(path string) (*Journal, error) {
@@ -120,15 +139,22 @@ func Open(path string) (*Journal, error) {
 	if err := j.migrate(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open journal %s: %w", path, err), db.Close())
 	}
+	if j.read, err = sql.Open("sqlite", "file:"+path+"?_pragma=query_only(1)&_pragma=busy_timeout(5000)"); err != nil {
+		return nil, errors.Join(fmt.Errorf("open journal: %w", err), db.Close())
+	}
+	j.read.SetMaxOpenConns(readers)
 	return j, nil
 }
+
+// readers bounds the connections that read.
+const readers = 4
 
 func (j *Journal) migrate() error {
 	var v int
 	if err := j.db.QueryRow("PRAGMA user_version").Scan(&v); err != nil {
 		return err
 	}
-	if v != 0 && v != version {
+	if v > version {
 		return fmt.Errorf("it has schema version %d, this agent reads %d", v, version)
 	}
 	if _, err := j.db.Exec(schema); err != nil {
@@ -139,7 +165,7 @@ func (j *Journal) migrate() error {
 }
 
 // Close closes the journal.
-func (j *Journal) Close() error { return j.db.Close() }
+func (j *Journal) Close() error { return errors.Join(j.read.Close(), j.db.Close()) }
 
 // Submit records a new job, or finds the one that the same submitter submitted
 // under the same idempotency key.
@@ -160,10 +186,8 @@ func (j *Journal) Submit(ctx context.Context, job Job) (Job, bool, error) {
 			return Job{}, false, err
 		}
 	}
-	if _, err := tx.ExecContext(ctx, `INSERT INTO jobs (id, name, idempotency_key, file_digest, job_file, plan, plan_digest, submitter, state, stage, submitted)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, job.ID, job.Name, job.IdempotencyKey, job.FileDigest, job.JobFile, job.Plan, job.PlanDigest, job.Submitter,
-		job.State, job.Stage, job.Submitted.UnixNano()); err != nil {
-		return Job{}, false, fmt.Errorf("submit job: %w", err)
+	if err := insert(ctx, tx, job); err != nil {
+		return Job{}, false, err
 	}
 	if err := tx.Commit(); err != nil {
 		return Job{}, false, fmt.Errorf("submit job: %w", err)
@@ -171,9 +195,31 @@ func (j *Journal) Submit(ctx context.Context, job Job) (Job, bool, error) {
 	return job, true, nil
 }
 
+func insert(ctx context.Context, tx *sql.Tx, job Job) error {
+	if _, err := tx.ExecContext(ctx, `INSERT INTO jobs (id, name, idempotency_key, file_digest, job_file, plan, plan_digest, submitter, state, stage, submitted)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, job.ID, job.Name, job.IdempotencyKey, job.FileDigest, job.JobFile, job.Plan, job.PlanDigest, job.Submitter,
+		job.State, job.Stage, job.Submitted.UnixNano()); err != nil {
+		return fmt.Errorf("submit job: %w", err)
+	}
+	notBefore := int64(0)
+	if !job.NotBefore.IsZero() {
+		notBefore = job.NotBefore.UnixNano()
+	}
+	if _, err := tx.ExecContext(ctx, "INSERT INTO attempts (job, attempt, retry_of, not_before, priority) VALUES (?, ?, ?, ?, ?)",
+		job.ID, max(job.Attempt, 1), job.RetryOf, notBefore, job.Priority); err != nil {
+		return fmt.Errorf("submit job: %w", err)
+	}
+	return nil
+}
+
+// Wait moves a job that is not in a final state to a stage in which it waits.
+func (j *Journal) Wait(ctx context.Context, id, stage string) error {
+	return j.update(ctx, j.db, id, "UPDATE jobs SET state = ?, stage = ? WHERE id = ? AND ended = 0", Queued, stage, id)
+}
+
 // Enter moves a job that is not in a final state to a stage.
 func (j *Journal) Enter(ctx context.Context, id, stage string) error {
-	return j.update(ctx, id, "UPDATE jobs SET state = ?, stage = ? WHERE id = ? AND ended = 0", Running, stage, id)
+	return j.update(ctx, j.db, id, "UPDATE jobs SET state = ?, stage = ? WHERE id = ? AND ended = 0", Running, stage, id)
 }
 
 // Leave records what a stage produced. data is encoded as JSON.
@@ -182,12 +228,56 @@ func (j *Journal) Leave(ctx context.Context, id, stage string, data any) error {
 	if err != nil {
 		return fmt.Errorf("journal %s: %w", stage, err)
 	}
-	return j.update(ctx, id, `INSERT INTO entries (job, seq, stage, at, data)
+	return j.update(ctx, j.db, id, `INSERT INTO entries (job, seq, stage, at, data)
 		SELECT id, (SELECT count(*) + 1 FROM entries WHERE job = jobs.id), ?, ?, ? FROM jobs WHERE id = ? AND ended = 0`, stage, time.Now().UnixNano(), b, id)
 }
 
 // End gives a job its final state. A job ends once.
 func (j *Journal) End(ctx context.Context, job Job, bundle []byte) error {
+	tx, err := j.db.BeginTx(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("end job %s: %w", job.ID, err)
+	}
+	defer tx.Rollback() //nolint:errcheck // no effect after a commit
+	if err := j.end(ctx, tx, job, bundle); err != nil {
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		return fmt.Errorf("end job %s: %w", job.ID, err)
+	}
+	return nil
+}
+
+// Retry gives a job its final state and submits the next attempt, both or neither.
+func (j *Journal) Retry(ctx context.Context, job Job, bundle []byte, next Job) error {
+	tx, err := j.db.BeginTx(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("retry job: %w", err)
+	}
+	defer tx.Rollback() //nolint:errcheck // no effect after a commit
+	if err := j.end(ctx, tx, job, bundle); err != nil {
+		return err
+	}
+	if err := insert(ctx, tx, next); err != nil {
+		return err
+	}
+	// A job of the first schema has no row yet.
+	if _, err := tx.ExecContext(ctx, `INSERT INTO attempts (job, attempt, retry_of, retried_as) VALUES (?, 1, '', ?)
+		ON CONFLICT (job) DO UPDATE SET retried_as = excluded.retried_as`, job.ID, next.ID); err != nil {
+		return fmt.Errorf("retry job: %w", err)
+	}
+	if err := tx.Commit(); err != nil {
+		return fmt.Errorf("retry job: %w", err)
+	}
+	return nil
+}
+
+// execer is the database or a transaction.
+type execer interface {
+	ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
+}
+
+func (j *Journal) end(ctx context.Context, db execer, job Job, bundle []byte) error {
 	if !job.State.Final() {
 		return fmt.Errorf("end job %s: %q is not a final state", job.ID, job.State)
 	}
@@ -195,12 +285,18 @@ func (j *Journal) End(ctx context.Context, job Job, bundle []byte) error {
 	if err != nil {
 		return fmt.Errorf("end job %s: %w", job.ID, err)
 	}
-	return j.update(ctx, job.ID, `UPDATE jobs SET state = ?, stage = ?, reason = ?, message = ?, checks = ?, ended = ?, exit_code = ?, bundle = ?
-		WHERE id = ? AND ended = 0`, job.State, job.Stage, job.Reason, job.Message, string(checks), job.Ended.UnixNano(), job.ExitCode, bundle, job.ID)
+	if err := j.update(ctx, db, job.ID, `UPDATE jobs SET state = ?, stage = ?, reason = ?, message = ?, checks = ?, ended = ?, exit_code = ?
+		WHERE id = ? AND ended = 0`, job.State, job.Stage, job.Reason, job.Message, string(checks), job.Ended.UnixNano(), job.ExitCode, job.ID); err != nil || len(bundle) == 0 {
+		return err
+	}
+	if _, err := db.ExecContext(ctx, "INSERT INTO bundles (job, bundle) VALUES (?, ?)", job.ID, bundle); err != nil {
+		return fmt.Errorf("end job %s: %w", job.ID, err)
+	}
+	return nil
 }
 
-func (j *Journal) update(ctx context.Context, id, query string, args ...any) error {
-	r, err := j.db.ExecContext(ctx, query, args...)
+func (j *Journal) update(ctx context.Context, db execer, id, query string, args ...any) error {
+	r, err := db.ExecContext(ctx, query, args...)
 	if err != nil {
 		return fmt.Errorf("journal job %s: %w", id, err)
 	}
@@ -214,14 +310,22 @@ func (j *Journal) update(ctx context.Context, id, query string, args ...any) err
 	return nil
 }
 
-const selectJob = `SELECT id, name, coalesce(idempotency_key, ''), file_digest, job_file, plan, plan_digest, submitter, state, stage, reason, message, checks, submitted, ended, exit_code FROM jobs`
+// Lists leave out the job file and the plan, which nobody asks for there.
+const (
+	selectJob  = `SELECT id, name, coalesce(idempotency_key, ''), file_digest, job_file, plan, ` + selectRest
+	selectList = `SELECT id, name, coalesce(idempotency_key, ''), file_digest, x'', x'', ` + selectRest
+)
+
+const selectRest = `plan_digest, submitter, state, stage, reason, message, checks, submitted, ended, exit_code,
+	coalesce(attempt, 1), coalesce(retry_of, ''), coalesce(retried_as, ''), coalesce(not_before, 0), coalesce(priority, 0) FROM jobs LEFT JOIN attempts ON attempts.job = jobs.id`
 
 func scan(row interface{ Scan(...any) error }) (Job, error) {
 	var job Job
 	var checks string
-	var submitted, ended int64
+	var submitted, ended, notBefore int64
 	err := row.Scan(&job.ID, &job.Name, &job.IdempotencyKey, &job.FileDigest, &job.JobFile, &job.Plan, &job.PlanDigest, &job.Submitter,
-		&job.State, &job.Stage, &job.Reason, &job.Message, &checks, &submitted, &ended, &job.ExitCode)
+		&job.State, &job.Stage, &job.Reason, &job.Message, &checks, &submitted, &ended, &job.ExitCode,
+		&job.Attempt, &job.RetryOf, &job.RetriedAs, &notBefore, &job.Priority)
 	if errors.Is(err, sql.ErrNoRows) {
 		return Job{}, ErrNotFound
 	}
@@ -235,18 +339,27 @@ func scan(row interface{ Scan(...any) error }) (Job, error) {
 	if ended != 0 {
 		job.Ended = time.Unix(0, ended)
 	}
+	if notBefore != 0 {
+		job.NotBefore = time.Unix(0, notBefore)
+	}
 	return job, nil
 }
 
 // Job returns one job.
 func (j *Journal) Job(ctx context.Context, id string) (Job, error) {
-	return scan(j.db.QueryRowContext(ctx, selectJob+" WHERE id = ?", id))
+	return scan(j.read.QueryRowContext(ctx, selectJob+" WHERE id = ?", id))
 }
 
-// Jobs returns up to limit jobs older than the job named before, newest first.
-// Job ids sort by time; an empty before starts at the newest.
+// Jobs returns up to limit jobs older than the job named before, newest first,
+// without job files and plans. Job ids sort by time; an empty before starts at the
+// newest.
 func (j *Journal) Jobs(ctx context.Context, before string, limit int) ([]Job, error) {
-	return j.query(ctx, selectJob+" WHERE ? = '' OR id < ? ORDER BY id DESC LIMIT ?", before, before, limit)
+	return j.query(ctx, selectList+" WHERE ? = '' OR id < ? ORDER BY id DESC LIMIT ?", before, before, limit)
+}
+
+// JobsIn is Jobs of those in one state.
+func (j *Journal) JobsIn(ctx context.Context, state State, before string, limit int) ([]Job, error) {
+	return j.query(ctx, selectList+" WHERE state = ? AND (? = '' OR id < ?) ORDER BY id DESC LIMIT ?", state, before, before, limit)
 }
 
 // Unfinished returns every job that has not ended, oldest first.
@@ -255,7 +368,7 @@ func (j *Journal) Unfinished(ctx context.Context) ([]Job, error) {
 }
 
 func (j *Journal) query(ctx context.Context, query string, args ...any) ([]Job, error) {
-	rows, err := j.db.QueryContext(ctx, query, args...)
+	rows, err := j.read.QueryContext(ctx, query, args...)
 	if err != nil {
 		return nil, fmt.Errorf("read journal: %w", err)
 	}
@@ -277,7 +390,7 @@ func (j *Journal) query(ctx context.Context, query string, args ...any) ([]Job, 
 // Entry decodes what stage left behind for a job into v.
 func (j *Journal) Entry(ctx context.Context, id, stage string, v any) error {
 	var b []byte
-	err := j.db.QueryRowContext(ctx, "SELECT data FROM entries WHERE job = ? AND stage = ? ORDER BY seq DESC LIMIT 1", id, stage).Scan(&b)
+	err := j.read.QueryRowContext(ctx, "SELECT data FROM entries WHERE job = ? AND stage = ? ORDER BY seq DESC LIMIT 1", id, stage).Scan(&b)
 	if errors.Is(err, sql.ErrNoRows) {
 		return fmt.Errorf("job %s left nothing in stage %s: %w", id, stage, ErrNotFound)
 	}
@@ -293,7 +406,7 @@ func (j *Journal) Entry(ctx context.Context, id, stage string, v any) error {
 // Bundle returns a job's evidence bundle, or ErrNotFound if it has none.
 func (j *Journal) Bundle(ctx context.Context, id string) ([]byte, error) {
 	var b []byte
-	err := j.db.QueryRowContext(ctx, "SELECT bundle FROM jobs WHERE id = ? AND bundle IS NOT NULL", id).Scan(&b)
+	err := j.read.QueryRowContext(ctx, "SELECT coalesce(bundles.bundle, jobs.bundle) FROM jobs LEFT JOIN bundles ON bundles.job = jobs.id WHERE id = ? AND (bundles.bundle IS NOT NULL OR jobs.bundle IS NOT NULL)", id).Scan(&b)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, ErrNotFound
 	}
@@ -321,7 +434,7 @@ func (j *Journal) AddEvent(ctx context.Context, id string, e Event) error {
 
 // Events returns up to limit events of a job after a sequence number.
 func (j *Journal) Events(ctx context.Context, id string, after uint64, limit int) ([]Event, error) {
-	rows, err := j.db.QueryContext(ctx, "SELECT seq, at, body FROM events WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?", id, after, limit)
+	rows, err := j.read.QueryContext(ctx, "SELECT seq, at, body FROM events WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?", id, after, limit)
 	if err != nil {
 		return nil, fmt.Errorf("read journal: %w", err)
 	}

@@ -1,8 +1,13 @@
 package journal
 
 import (
+	"database/sql"
 	"errors"
+	"fmt"
 	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -139,5 +144,133 @@ func TestEventsResume(t *testing.T) {
 	got, err := j.Events(ctx, "1", 2, 2)
 	if err != nil || len(got) != 2 || got[0].Sequence != 3 || got[1].Sequence != 4 {
 		t.Errorf("events: %v %v", got, err)
+	}
+}
+
+func TestRetryIsBothOrNeither(t *testing.T) {
+	path, ctx := filepath.Join(t.TempDir(), "j"), t.Context()
+	j := open(t, path)
+	first := job("1", "k", "f")
+	if _, _, err := j.Submit(ctx, first); err != nil {
+		t.Fatal(err)
+	}
+	first.State, first.Reason, first.Ended = Failed, "holder-lost", time.Now()
+	next := job("2", "", "f")
+	next.Attempt, next.RetryOf, next.NotBefore, next.Priority = 2, "1", time.Now().Add(time.Minute), 7
+	// Another job has the id: nothing of it happens.
+	taken := job("3", "", "f")
+	if _, _, err := j.Submit(ctx, taken); err != nil {
+		t.Fatal(err)
+	}
+	clash := next
+	clash.ID = "3"
+	if err := j.Retry(ctx, first, []byte("bundle"), clash); err == nil {
+		t.Fatal("an attempt takes another job's place")
+	}
+	if got, err := j.Job(ctx, "1"); err != nil || got.State != Queued || got.RetriedAs != "" || !got.Ended.IsZero() {
+		t.Errorf("after a retry that failed: %+v %v", got, err)
+	}
+	if err := j.Retry(ctx, first, []byte("bundle"), next); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Retry(ctx, first, nil, next); !errors.Is(err, ErrConflict) {
+		t.Errorf("a job is retried twice: %v", err)
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+	j = open(t, path)
+	if got, err := j.Job(ctx, "1"); err != nil || got.State != Failed || got.RetriedAs != "2" || got.Attempt != 1 {
+		t.Errorf("the first attempt: %+v %v", got, err)
+	}
+	if got, err := j.Job(ctx, "2"); err != nil || got.Attempt != 2 || got.RetryOf != "1" || !got.NotBefore.Equal(next.NotBefore) || got.Priority != 7 {
+		t.Errorf("the second attempt: %+v %v", got, err)
+	}
+	if b, err := j.Bundle(ctx, "1"); err != nil || string(b) != "bundle" {
+		t.Errorf("the first attempt's bundle: %q %v", b, err)
+	}
+	// The key answers with the job that was submitted, also after a restart.
+	if got, isNew, err := j.Submit(ctx, job("9", "k", "f")); err != nil || isNew || got.ID != "1" {
+		t.Errorf("the same key again: %v %v %v", got.ID, isNew, err)
+	}
+	if _, _, err := j.Submit(ctx, job("9", "k", "other")); !errors.Is(err, ErrConflict) {
+		t.Errorf("the same key with another file: %v", err)
+	}
+	failed, err := j.JobsIn(ctx, Failed, "", 10)
+	if err != nil || len(failed) != 1 || failed[0].ID != "1" {
+		t.Errorf("failed jobs: %v %v", failed, err)
+	}
+	queued, err := j.JobsIn(ctx, Queued, "3", 10)
+	if err != nil || len(queued) != 1 || queued[0].ID != "2" {
+		t.Errorf("queued jobs before 3: %v %v", queued, err)
+	}
+}
+
+// TestRacingSubmissions has one of many with the same key win.
+func TestRacingSubmissions(t *testing.T) {
+	j, ctx := open(t, filepath.Join(t.TempDir(), "j")), t.Context()
+	var wg sync.WaitGroup
+	var won atomic.Int64
+	ids := make([]string, 16)
+	for i := range ids {
+		wg.Go(func() {
+			got, isNew, err := j.Submit(ctx, job(fmt.Sprint(i), "k", "f"))
+			if err != nil {
+				t.Error(err)
+			}
+			if isNew {
+				won.Add(1)
+			}
+			ids[i] = got.ID
+		})
+	}
+	wg.Wait()
+	if won.Load() != 1 || len(slices.Compact(ids)) != 1 {
+		t.Errorf("%d won: %v", won.Load(), ids)
+	}
+}
+
+// TestFirstSchema reads a journal that an agent of the first schema wrote.
+func TestFirstSchema(t *testing.T) {
+	path, ctx := filepath.Join(t.TempDir(), "j"), t.Context()
+	db, err := sql.Open("sqlite", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range []string{
+		`CREATE TABLE jobs (id TEXT PRIMARY KEY, name TEXT NOT NULL, idempotency_key TEXT, file_digest TEXT NOT NULL, job_file BLOB NOT NULL, plan BLOB NOT NULL,
+			plan_digest TEXT NOT NULL, submitter TEXT NOT NULL, state TEXT NOT NULL, stage TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', message TEXT NOT NULL DEFAULT '',
+			checks TEXT NOT NULL DEFAULT 'null', submitted INTEGER NOT NULL, ended INTEGER NOT NULL DEFAULT 0, exit_code INTEGER NOT NULL DEFAULT 0, bundle BLOB) STRICT`,
+		`INSERT INTO jobs VALUES ('1', 'n', '', '', x'', x'', '', 'engineer/a', 'succeeded', 'run', '', '', 'null', 1, 2, 0, x'4142')`,
+		"PRAGMA user_version = 1",
+	} {
+		if _, err := db.ExecContext(ctx, q); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	j := open(t, path)
+	if got, err := j.Job(ctx, "1"); err != nil || got.Attempt != 1 || got.State != Succeeded {
+		t.Errorf("%+v %v", got, err)
+	}
+	if b, err := j.Bundle(ctx, "1"); err != nil || string(b) != "AB" {
+		t.Errorf("its bundle: %q %v", b, err)
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if db, err = sql.Open("sqlite", path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.ExecContext(ctx, "PRAGMA user_version = 3"); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if j, err := Open(path); err == nil {
+		t.Error("a journal of a later schema is opened", j.Close())
 	}
 }

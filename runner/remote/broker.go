@@ -72,8 +72,9 @@ func (b *Broker) Grants(ctx context.Context, p plan.Digest) ([]*brokerv1.Grant, 
 }
 
 // Approved is what a grant allows and which of its approvals counted, by the
-// digests that a release receipt names, with the rules that asked for them.
-func (b *Broker) Approved(ctx context.Context, grant string, counted []plan.Digest) (bundle.Approved, error) {
+// digests that a release receipt names, with the rules that asked for them and the
+// policies, again by the digests in receipts, that their owner signed.
+func (b *Broker) Approved(ctx context.Context, grant string, counted, policies []plan.Digest) (bundle.Approved, error) {
 	r, err := persist(ctx, "broker", "look up grant "+grant, func(ctx context.Context) (*connect.Response[brokerv1.GetGrantResponse], error) {
 		return b.client.GetGrant(ctx, connect.NewRequest(&brokerv1.GetGrantRequest{Id: grant}))
 	})
@@ -81,7 +82,7 @@ func (b *Broker) Approved(ctx context.Context, grant string, counted []plan.Dige
 		return bundle.Approved{}, err
 	}
 	out := bundle.Approved{Terms: r.Msg.GetGrant().GetTerms()}
-	if len(counted) == 0 {
+	if len(counted) == 0 && len(policies) == 0 {
 		return out, nil
 	}
 	for _, s := range r.Msg.GetApprovals() {
@@ -96,6 +97,9 @@ func (b *Broker) Approved(ctx context.Context, grant string, counted []plan.Dige
 		}
 		for _, rule := range a.GetPolicy().GetApprovals() {
 			out.Rules = append(out.Rules, bundle.ApprovalRule{Asset: name, Group: rule.GetGroup(), Count: int(rule.GetCount())})
+		}
+		if slices.Contains(policies, plan.Sum(a.GetStatement())) {
+			out.Policies = append(out.Policies, bundle.SignedApproval{Document: a.GetStatement(), Signature: a.GetStatementSignature()})
 		}
 	}
 	return out, nil

@@ -72,7 +72,7 @@ func TestApproved(t *testing.T) {
 		{"by consent alone", nil, bundle.Approved{Terms: []byte("terms")}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got, err := b.Approved(t.Context(), "grant-1", c.counted)
+			got, err := b.Approved(t.Context(), "grant-1", c.counted, nil)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -72,11 +72,11 @@ func swapAccounted(unified bool) error {
 	if _, err := os.Stat(cgroupRoot + "/memory/memory.memsw.limit_in_bytes"); err == nil {
 		return nil
 	}
-	b, err := os.ReadFile("/proc/swaps")
+	on, err := swapOn()
 	if err != nil {
-		return fmt.Errorf("look for swap: %w", err)
+		return err
 	}
-	if strings.Count(strings.TrimSpace(string(b)), "\n") > 0 {
+	if on {
 		return errors.New("this kernel cannot keep a group out of swap, and swap is on: swapoff -a")
 	}
 	return nil

@@ -73,6 +73,17 @@ type Config struct {
 	Cgroup string
 	// ImageStore says where image content lies: "disk" or "tmpfs".
 	ImageStore string
+	// GPUs is how they come into sandboxes; nil if they do not.
+	GPUs *GPUs
+	// ImageSigners is who must have signed images; nil if nobody must.
+	ImageSigners *plan.ImageSigners
+	// Egress is what stands between sandboxes and the network; nil if the node
+	// offers none.
+	Egress *plan.EgressProfile
+	// Rules are what traces are held against, and Opens says that one of them looks
+	// at files that are opened.
+	Rules plan.Digest
+	Opens bool
 }
 
 // Node is a connection to containerd, and the profile of the sandboxes it makes.
@@ -81,31 +92,38 @@ type Node struct {
 	client  *containerd.Client
 	profile plan.Profile
 	version string
+
+	programs programs
+	content  contents
+	drivers  []string // of GPUs, that the runtime knows
 }
 
 // Open connects to containerd, digests the runtime's binaries and fixes the profile.
 func Open(ctx context.Context, cfg Config) (*Node, error) {
-	if cfg.ImageStore != "disk" && cfg.ImageStore != "tmpfs" {
+	if cfg.ImageStore != plan.ImageStoreDisk && cfg.ImageStore != plan.ImageStoreTmpfs {
 		return nil, fmt.Errorf("open sandbox node: image store %q: want disk or tmpfs", cfg.ImageStore)
 	}
 	runtime, err := runscVersion(ctx, cfg.Runsc)
 	if err != nil {
 		return nil, err
 	}
-	t, err := trace("")
+	t, err := trace("", cfg.Opens)
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{cfg: cfg, profile: plan.Profile{
-		Version: plan.SandboxVersion, Shim: Shim, Runtime: runtime, RuntimeFlags: runtimeFlags, Trace: plan.Sum(t), Rules: Rules, ImageStore: cfg.ImageStore,
+	n := &Node{cfg: cfg, programs: programs{known: map[string]Programs{}}, content: contents{known: map[string][]layer{}}, profile: plan.Profile{
+		Version: plan.SandboxVersion, Shim: Shim, Runtime: runtime, RuntimeFlags: runtimeFlags, Trace: plan.Sum(t), Rules: Rules, ImageStore: cfg.ImageStore, Egress: cfg.Egress, RuleSet: cfg.Rules, ImageSigners: cfg.ImageSigners,
 	}}
+	if err := n.openGPUs(ctx); err != nil {
+		return nil, err
+	}
 	if n.profile.RuntimeDigest, err = FileDigest(cfg.Runsc); err != nil {
 		return nil, err
 	}
 	if n.profile.ShimDigest, err = FileDigest(cfg.ShimPath); err != nil {
 		return nil, err
 	}
-	n.client, err = containerd.New(cfg.Containerd, containerd.WithDefaultNamespace(Namespace), containerd.WithTimeout(10*time.Second))
+	n.client, err = containerd.New(cfg.Containerd, containerd.WithDefaultNamespace(Namespace), containerd.WithTimeout(redialEvery))
 	if err != nil {
 		return nil, fmt.Errorf("connect to containerd at %s: %w", cfg.Containerd, err)
 	}
@@ -152,38 +170,14 @@ func FileDigest(path string) (plan.Digest, error) {
 	return plan.Digest("sha384:" + hex.EncodeToString(h.Sum(nil))), nil
 }
 
-// Image is an image of the node's store, pinned by digest.
-type Image struct {
-	Name string
-	// Digest is that of the manifest, "sha256:<hex>".
-	Digest string
-}
-
-// Image finds an image by name, or by name@digest, in which case the stored
-// digest must be the one asked for.
-func (n *Node) Image(ctx context.Context, ref string) (Image, error) {
-	name, want, pinned := strings.Cut(ref, "@")
-	img, err := n.client.ImageService().Get(ctx, name)
-	if errdefs.IsNotFound(err) {
-		return Image{}, fmt.Errorf("image %q is not in this node's store: import it first", name)
-	}
-	if err != nil {
-		return Image{}, fmt.Errorf("find image %q: %w", name, err)
-	}
-	got := img.Target.Digest.String()
-	if pinned && got != want {
-		var l check.List
-		l.Fail("image.digest", want, got, "the image under this name is another one")
-		return Image{}, check.Refuse("admit", l)
-	}
-	return Image{Name: name, Digest: got}, nil
-}
-
 // Request is what a sandbox is made from.
 type Request struct {
 	JobID string
 	Plan  plan.Plan
 	Image Image
+	// ImageSignature is the digest of the signature by which the image was admitted,
+	// where the node has signers.
+	ImageSignature plan.Digest
 	// Env are the values, in the order of Plan.Env.
 	Env   []string
 	Binds []Bind
@@ -192,6 +186,10 @@ type Request struct {
 	// TraceSocket, Stdout and Stderr are the holder's.
 	TraceSocket    string
 	Stdout, Stderr string
+	// GPUs are the job's, by UUID.
+	GPUs []string
+	// Network is there if and only if the plan allows egress.
+	Network *Network
 }
 
 // Sandbox is a created container. Its description is fixed; Recheck says
@@ -204,19 +202,26 @@ type Sandbox struct {
 	container   containerd.Container
 	task        containerd.Task
 	exit        <-chan containerd.ExitStatus
+	unwatch     context.CancelFunc
 }
 
 // Create makes the container and its runtime process, not yet started. The
 // job's cgroup must exist. On an error nothing is left behind.
 func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
-	image, err := n.client.GetImage(ctx, r.Image.Name)
-	if err != nil {
+	var image containerd.Image
+	if err = patient(ctx, awayFor, func() (err error) {
+		image, err = n.client.GetImage(ctx, r.Image.Name)
+		return err
+	}); err != nil {
 		return nil, fmt.Errorf("create sandbox: image %s: %w", r.Image.Name, err)
 	}
 	if got := image.Target().Digest.String(); got != r.Plan.Image {
 		var l check.List
 		l.Fail("sandbox.image", r.Plan.Image, got, "the image changed after the plan was made")
 		return nil, check.Refuse("sandbox", l)
+	}
+	if (n.profile.ImageSigners != nil) != (r.ImageSignature != "") {
+		return nil, errors.New("create sandbox: an image has a signature if and only if the node has signers")
 	}
 	if len(r.Env) != len(r.Plan.Env) {
 		return nil, errors.New("create sandbox: environment does not match the plan")
@@ -228,19 +233,26 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 		}
 		env = append(env, r.Plan.Env[i].Name+"="+v)
 	}
-	spec, err := buildSpec(r.Plan, env, r.Binds, JobCgroup(n.cfg.Cgroup, r.JobID))
+	spec, err := buildSpec(r.Plan, env, r.Binds, r.Network, JobCgroup(n.cfg.Cgroup, r.JobID))
 	if err != nil {
 		return nil, err
 	}
+	if err := n.enterGPUs(spec, r); err != nil {
+		return nil, err
+	}
 	traceFile := filepath.Join(r.RunDir, traceName)
-	tc, err := trace(r.TraceSocket)
+	tc, err := trace(r.TraceSocket, n.cfg.Opens)
 	if err != nil {
 		return nil, err
 	}
 	if err := os.WriteFile(traceFile, tc, 0o600); err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
-	argv := append([]string{n.cfg.Runsc}, runtimeFlags...)
+	flags, err := n.flags(r.Plan)
+	if err != nil {
+		return nil, err
+	}
+	argv := append([]string{n.cfg.Runsc}, flags...)
 	argv = append(argv, "--pod-init-config="+traceFile)
 	wrapper := filepath.Join(r.RunDir, wrapperName)
 	if err := os.WriteFile(wrapper, wrapperScript(argv), 0o700); err != nil { //nolint:gosec // the shim executes it
@@ -251,7 +263,7 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 	if err != nil {
 		return nil, err
 	}
-	d := plan.Sandbox{Version: plan.SandboxVersion, JobID: r.JobID, Image: r.Plan.Image, Profile: n.profile, Wrapper: argv, Trace: tc, Spec: redacted}
+	d := plan.Sandbox{Version: plan.SandboxVersion, JobID: r.JobID, Image: r.Plan.Image, ImageSignature: r.ImageSignature, Profile: n.profile, Wrapper: argv, Trace: tc, Spec: redacted}
 	description, err := d.Canonical()
 	if err != nil {
 		return nil, err
@@ -276,8 +288,11 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("create sandbox process: %w", err)
 	}
-	if s.exit, err = s.task.Wait(context.WithoutCancel(ctx)); err != nil {
-		return nil, fmt.Errorf("watch sandbox process: %w", err)
+	if err := s.checkStore(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.watch(ctx); err != nil {
+		return nil, err
 	}
 	return s, nil
 }
@@ -293,17 +308,33 @@ func (n *Node) Adopt(ctx context.Context, jobID, runDir string, description []by
 	if err != nil {
 		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
 	}
-	exit, err := t.Wait(context.WithoutCancel(ctx))
-	if err != nil {
+	s := &Sandbox{node: n, job: jobID, runDir: runDir, description: description, container: c, task: t}
+	if err := s.watch(ctx); err != nil {
 		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
 	}
-	return &Sandbox{node: n, job: jobID, runDir: runDir, description: description, container: c, task: t, exit: exit}, nil
+	return s, nil
+}
+
+// watch begins to wait for the container's end, until Remove.
+func (s *Sandbox) watch(ctx context.Context) error {
+	ctx, s.unwatch = context.WithCancel(context.WithoutCancel(ctx))
+	first, err := s.task.Wait(ctx)
+	if err != nil {
+		s.unwatch()
+		return fmt.Errorf("watch sandbox process: %w", err)
+	}
+	s.exit = s.node.ended(ctx, containerID(s.job), first)
+	return nil
 }
 
 // Forget removes what is left of a job's container when nobody holds its Sandbox.
 func (n *Node) Forget(ctx context.Context, jobID, runDir string) error {
 	s := &Sandbox{node: n, job: jobID, runDir: runDir}
-	c, err := n.client.LoadContainer(ctx, containerID(jobID))
+	var c containerd.Container
+	err := patient(ctx, awayFor, func() (err error) {
+		c, err = n.client.LoadContainer(ctx, containerID(jobID))
+		return err
+	})
 	switch {
 	case errdefs.IsNotFound(err):
 	case err != nil:
@@ -506,7 +537,7 @@ func (s *Sandbox) Exited() <-chan containerd.ExitStatus { return s.exit }
 // Stop asks the container to end and kills it after grace.
 func (s *Sandbox) Stop(ctx context.Context, grace time.Duration) error {
 	if grace > 0 {
-		if err := s.task.Kill(ctx, syscall.SIGTERM); err != nil && !errdefs.IsNotFound(err) {
+		if err := patient(ctx, awayFor, func() error { return s.task.Kill(ctx, syscall.SIGTERM) }); err != nil && !errdefs.IsNotFound(err) {
 			return fmt.Errorf("stop container: %w", err)
 		}
 		t := time.NewTimer(grace)
@@ -518,7 +549,8 @@ func (s *Sandbox) Stop(ctx context.Context, grace time.Duration) error {
 		case <-ctx.Done():
 		}
 	}
-	if err := s.task.Kill(context.WithoutCancel(ctx), syscall.SIGKILL, containerd.WithKillAll); err != nil && !errdefs.IsNotFound(err) {
+	ctx = context.WithoutCancel(ctx)
+	if err := patient(ctx, awayFor, func() error { return s.task.Kill(ctx, syscall.SIGKILL, containerd.WithKillAll) }); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("kill container: %w", err)
 	}
 	return nil
@@ -530,13 +562,22 @@ func (s *Sandbox) Remove(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 30*time.Second)
 	defer cancel()
 	var errs []error
+	if s.unwatch != nil {
+		defer s.unwatch()
+	}
 	if s.task != nil {
-		errs = append(errs, s.end(ctx))
+		errs = append(errs, patient(ctx, awayFor, func() error { return s.end(ctx) }))
 	}
 	if s.container != nil {
-		if err := s.container.Delete(ctx, containerd.WithSnapshotCleanup); err != nil && !errdefs.IsNotFound(err) {
+		if err := patient(ctx, awayFor, func() error { return s.container.Delete(ctx, containerd.WithSnapshotCleanup) }); err != nil && !errdefs.IsNotFound(err) {
 			errs = append(errs, fmt.Errorf("delete container: %w", err))
 		}
+	}
+	// An agent that was killed between the two leaves a snapshot without a container.
+	if err := patient(ctx, awayFor, func() error {
+		return s.node.client.SnapshotService(snapshotter).Remove(ctx, containerID(s.job))
+	}); err != nil && !errdefs.IsNotFound(err) {
+		errs = append(errs, fmt.Errorf("remove snapshot: %w", err))
 	}
 	// With --network=none runsc keeps a network namespace mounted in its root.
 	ns := filepath.Join(s.runDir, runscRoot, Namespace, "null-netns")

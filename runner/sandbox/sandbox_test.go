@@ -48,8 +48,14 @@ func need(t *testing.T) (tools, images string) {
 // startContainerd runs a containerd of the test's own with the numpy image in it.
 func startContainerd(t *testing.T) *Node {
 	t.Helper()
+	return startContainerdIn(t, "/run", plan.ImageStoreDisk)
+}
+
+// startContainerdIn keeps everything of containerd's below a folder.
+func startContainerdIn(t *testing.T, base, store string) *Node {
+	t.Helper()
 	tools, images := need(t)
-	dir, err := os.MkdirTemp("/run", "sbx")
+	dir, err := os.MkdirTemp(base, "sbx")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +90,7 @@ func startContainerd(t *testing.T) *Node {
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		if _, err := os.Stat(sock); err == nil {
 			node, err = Open(t.Context(), Config{
-				Containerd: sock, Runsc: filepath.Join(tools, "runsc"), ShimPath: filepath.Join(tools, "containerd-shim-runc-v2"), Cgroup: "/coffer-test", ImageStore: "disk",
+				Containerd: sock, Runsc: filepath.Join(tools, "runsc"), ShimPath: filepath.Join(tools, "containerd-shim-runc-v2"), Cgroup: "/coffer-test", ImageStore: store,
 			})
 			if err == nil {
 				break
@@ -126,6 +132,21 @@ func (n *Node) testJob(t *testing.T, id string, command ...string) *job {
 }
 
 func (n *Node) testJobWith(t *testing.T, id string, binds []Bind, command ...string) *job {
+	t.Helper()
+	return n.testJobOf(t, id, func(r *Request) { r.Binds = binds }, command...)
+}
+
+// testJobOf makes a job whose request is changed before it is created.
+func (n *Node) testJobOf(t *testing.T, id string, change func(*Request), command ...string) *job {
+	t.Helper()
+	j, err := n.tryJob(t, id, change, command...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return j
+}
+
+func (n *Node) tryJob(t *testing.T, id string, change func(*Request), command ...string) (*job, error) {
 	t.Helper()
 	img, err := n.Image(t.Context(), "coffer.local/numpy:latest")
 	if err != nil {
@@ -182,20 +203,23 @@ func (n *Node) testJobWith(t *testing.T, id string, binds []Bind, command ...str
 	if err != nil {
 		t.Fatal(err)
 	}
-	j.Sandbox, err = n.Create(t.Context(), Request{
-		JobID: id, Plan: p, Image: img, Env: []string{secret}, Binds: binds, RunDir: j.runDir, TraceSocket: sock,
+	req := Request{
+		JobID: id, Plan: p, Image: img, Env: []string{secret}, RunDir: j.runDir, TraceSocket: sock,
 		Stdout: filepath.Join(j.runDir, "out"), Stderr: filepath.Join(j.runDir, "err"),
-	})
+	}
+	change(&req)
+	j.plan = req.Plan
+	j.Sandbox, err = n.Create(t.Context(), req)
 	if err != nil {
 		_ = cg.Remove()
-		t.Fatal(err)
+		return nil, err
 	}
 	t.Cleanup(func() {
 		if err := errors.Join(j.Remove(context.Background()), cg.Remove()); err != nil {
 			t.Error(err)
 		}
 	})
-	return j
+	return j, nil
 }
 
 // probe prints what a job can see and do.

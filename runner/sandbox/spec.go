@@ -13,7 +13,7 @@ import (
 
 // Rules names the version of the allow-list in this file. Whoever changes what a
 // specification may hold changes this name, and with it every plan digest.
-const Rules = "coffer.run/sandbox-rules/v2"
+const Rules = "coffer.run/sandbox-rules/v3"
 
 // RegionsMount is where a job finds the holder's socket for its inputs' memory
 // (docs/formats/regions.md).
@@ -42,9 +42,9 @@ var (
 
 // buildSpec makes the OCI specification of a job. Everything in it is listed
 // here; nothing comes from the image but its files.
-func buildSpec(p plan.Plan, env []string, binds []Bind, cgroup string) (*specs.Spec, error) {
-	if len(p.Egress) > 0 {
-		return nil, errors.New("this agent offers no network: the job file may not ask for egress")
+func buildSpec(p plan.Plan, env []string, binds []Bind, network *Network, cgroup string) (*specs.Spec, error) {
+	if (len(p.Egress) > 0) != (network != nil) {
+		return nil, errors.New("a sandbox has a network if and only if its plan allows egress")
 	}
 	tmp := fmt.Sprintf("size=%d", min(p.Resources.MemoryBytes/4, 1<<30))
 	s := &specs.Spec{
@@ -83,6 +83,9 @@ func buildSpec(p plan.Plan, env []string, binds []Bind, cgroup string) (*specs.S
 			opts[4] = "rw"
 		}
 		s.Mounts = append(s.Mounts, specs.Mount{Destination: b.Target, Type: "bind", Source: b.Source, Options: opts})
+	}
+	if network != nil {
+		network.enter(s)
 	}
 	return s, nil
 }
@@ -128,21 +131,28 @@ type traceSink struct {
 
 // trace returns the trace configuration for a receiver at endpoint. A point that
 // the runtime does not know only warns and runs untraced, so the holder requires
-// container/start to arrive before it hands anything over.
-func trace(endpoint string) ([]byte, error) {
+// container/start to arrive before it hands anything over. With opens, it is told of
+// every file that is opened, and picks.
+func trace(endpoint string, opens bool) ([]byte, error) {
 	who := []string{"time", "container_id", "process_name", "is_exec_session"}
+	points := []tracePoint{
+		{Name: "container/start", Context: []string{"time", "container_id"}},
+		{Name: "sentry/execve", Optional: []string{"binary_sha256"}, Context: who},
+		// Clones and exits tell the end of the last task from a trace that was cut.
+		{Name: "sentry/clone", Context: who},
+		{Name: "sentry/task_exit", Context: who},
+		{Name: "syscall/socket/enter", Context: who},
+		{Name: "syscall/connect/enter", Context: who},
+		{Name: "syscall/ptrace/enter", Context: who},
+	}
+	if opens {
+		at := []string{"time", "process_name", "cwd"}
+		points = append(points, tracePoint{Name: "syscall/open/enter", Context: at},
+			tracePoint{Name: "syscall/openat/enter", Optional: []string{"fd_path"}, Context: at})
+	}
 	return json.Marshal(traceConfig{Session: traceSession{
-		Name: "Default",
-		Points: []tracePoint{
-			{Name: "container/start", Context: []string{"time", "container_id"}},
-			{Name: "sentry/execve", Optional: []string{"binary_sha256"}, Context: who},
-			// Clones and exits tell the end of the last task from a trace that was cut.
-			{Name: "sentry/clone", Context: who},
-			{Name: "sentry/task_exit", Context: who},
-			{Name: "syscall/socket/enter", Context: who},
-			{Name: "syscall/connect/enter", Context: who},
-			{Name: "syscall/ptrace/enter", Context: who},
-		},
-		Sinks: []traceSink{{Name: "remote", Config: map[string]any{"endpoint": endpoint, "retries": 10, "backoff": "25us", "backoff_max": "10ms"}}},
+		Name:   "Default",
+		Points: points,
+		Sinks:  []traceSink{{Name: "remote", Config: map[string]any{"endpoint": endpoint, "retries": 10, "backoff": "25us", "backoff_max": "10ms"}}},
 	}})
 }

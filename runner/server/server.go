@@ -1,6 +1,6 @@
 // Package server answers the agent's API for those who run, follow and audit jobs.
 //
-// Trusted: the identity that Identify reads from a verified client certificate.
+// Trusted: the identity that Identify reads from a verified client certificate or token.
 // Checked: the role for each call, that an engineer's or scheduler's job is its own
 // where its output or its end is concerned, and sizes. Not trusted: job files.
 package server
@@ -12,7 +12,7 @@ import (
 	"log/slog"
 	"net/http"
 	"regexp"
-	"slices"
+	"strings"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
@@ -35,8 +35,11 @@ const (
 	eventPage   = 1000
 )
 
-// Identify says who sent a request.
-type Identify func(*http.Request) (role, name string, err error)
+// Identify says who sent a request. A *check.Refusal is answered with its checks.
+type Identify func(*http.Request) (Caller, error)
+
+// ErrUnavailable is what Identify's errors wrap when nobody could tell: ask again.
+var ErrUnavailable = errors.New("who calls cannot be established at this moment")
 
 // GPUInfo is what Capacity says of the GPUs.
 type GPUInfo struct {
@@ -52,47 +55,50 @@ func New(agent *runner.Agent, gpu GPUInfo, identify Identify, log *slog.Logger) 
 	s := &server{agent: agent, gpu: gpu}
 	path, h := agentv1connect.NewAgentServiceHandler(s, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(&guard{log}))
 	mux := http.NewServeMux()
+	answer := connect.NewErrorWriter()
 	mux.Handle(path, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		role, name, err := identify(r)
-		if err != nil {
-			http.Error(w, "who are you? "+err.Error(), http.StatusUnauthorized)
-			return
+		c, err := identify(r)
+		var refused *check.Refusal
+		switch {
+		case errors.As(err, &refused):
+			log.WarnContext(r.Context(), "not answered", slog.String("call", r.URL.Path), slog.Any("error", err))
+			_ = answer.Write(w, r, refusal.Encode(refused))
+		case errors.Is(err, ErrUnavailable):
+			_ = answer.Write(w, r, connect.NewError(connect.CodeUnavailable, err))
+		case err != nil || c.Principal == "":
+			http.Error(w, "who you are could not be established", http.StatusUnauthorized)
+		default:
+			h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, c)))
 		}
-		h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, caller{role, name})))
 	}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) })
 	return mux, nil
 }
 
-type callerKey struct{}
-
-type caller struct{ role, name string }
-
-func (c caller) String() string { return c.role + "/" + c.name }
-
 // allowed lists which roles may make which call. A call that is not listed is
 // nobody's.
 var allowed = map[string][]string{
-	agentv1connect.AgentServicePlanProcedure:     {"engineer", "owner", "auditor", "scheduler"},
-	agentv1connect.AgentServiceSubmitProcedure:   {"engineer", "scheduler"},
-	agentv1connect.AgentServiceGetProcedure:      {"engineer", "owner", "operator", "auditor", "scheduler"},
-	agentv1connect.AgentServiceListProcedure:     {"engineer", "owner", "operator", "auditor", "scheduler"},
-	agentv1connect.AgentServiceWatchProcedure:    {"engineer", "scheduler"},
-	agentv1connect.AgentServiceCancelProcedure:   {"engineer", "operator", "scheduler"},
-	agentv1connect.AgentServiceBundleProcedure:   {"engineer", "owner", "auditor"},
-	agentv1connect.AgentServiceCapacityProcedure: {"engineer", "owner", "operator", "auditor", "scheduler"},
+	agentv1connect.AgentServicePlanProcedure:     {roleEngineer, roleOwner, roleAuditor, roleScheduler},
+	agentv1connect.AgentServiceSubmitProcedure:   {roleEngineer, roleScheduler},
+	agentv1connect.AgentServiceGetProcedure:      {roleEngineer, roleOwner, roleOperator, roleAuditor, roleScheduler},
+	agentv1connect.AgentServiceListProcedure:     {roleEngineer, roleOwner, roleOperator, roleAuditor, roleScheduler},
+	agentv1connect.AgentServiceWatchProcedure:    {roleEngineer, roleScheduler},
+	agentv1connect.AgentServiceCancelProcedure:   {roleEngineer, roleOperator, roleScheduler},
+	agentv1connect.AgentServiceLogsProcedure:     {roleEngineer, roleScheduler},
+	agentv1connect.AgentServiceBundleProcedure:   {roleEngineer, roleOwner, roleAuditor},
+	agentv1connect.AgentServiceCapacityProcedure: {roleEngineer, roleOwner, roleOperator, roleAuditor, roleScheduler},
 }
 
 // guard refuses calls by role and turns errors into codes.
 type guard struct{ log *slog.Logger }
 
 func (g *guard) check(ctx context.Context, procedure string) error {
-	c, ok := ctx.Value(callerKey{}).(caller)
-	if !ok {
+	c := callerOf(ctx)
+	if c.Principal == "" {
 		return connect.NewError(connect.CodeUnauthenticated, errors.New("no identity"))
 	}
-	if !slices.Contains(allowed[procedure], c.role) {
-		return connect.NewError(connect.CodePermissionDenied, fmt.Errorf("role %s may not do this", c.role))
+	if len(c.may(procedure)) == 0 {
+		return connect.NewError(connect.CodePermissionDenied, fmt.Errorf("%s has none of the roles that may do this: %s", c.Principal, strings.Join(allowed[procedure], ", ")))
 	}
 	return nil
 }
@@ -141,6 +147,8 @@ func coded(err error) error {
 		return connect.NewError(connect.CodeNotFound, err)
 	case errors.Is(err, journal.ErrConflict):
 		return connect.NewError(connect.CodeAlreadyExists, err)
+	case errors.Is(err, runner.ErrFull):
+		return connect.NewError(connect.CodeResourceExhausted, err)
 	case errors.As(err, &away):
 		return connect.NewError(connect.CodeUnavailable, err)
 	case errors.As(err, &already) && already.Code() != connect.CodeUnknown:
@@ -169,8 +177,7 @@ func (s *server) Submit(ctx context.Context, r *connect.Request[agentv1.SubmitRe
 	if !keyForm.MatchString(r.Msg.GetIdempotencyKey()) {
 		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("idempotency key: want at most 128 printable ASCII characters without spaces"))
 	}
-	c, _ := ctx.Value(callerKey{}).(caller)
-	row, err := s.agent.Submit(ctx, c.String(), r.Msg.GetJobFile(), r.Msg.GetIdempotencyKey())
+	row, err := s.agent.Submit(ctx, callerOf(ctx).Principal, r.Msg.GetJobFile(), r.Msg.GetIdempotencyKey())
 	if err != nil {
 		return nil, err
 	}
@@ -194,7 +201,13 @@ func (s *server) List(ctx context.Context, r *connect.Request[agentv1.ListReques
 		n = defaultPage
 	}
 	n = min(n, maxPage)
-	rows, err := s.agent.Journal.Jobs(ctx, r.Msg.GetPageToken(), n+1)
+	var rows []journal.Job
+	var err error
+	if state := journal.State(r.Msg.GetState()); state == "" {
+		rows, err = s.agent.Journal.Jobs(ctx, r.Msg.GetPageToken(), n+1)
+	} else {
+		rows, err = s.agent.Journal.JobsIn(ctx, state, r.Msg.GetPageToken(), n+1)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -211,13 +224,13 @@ func (s *server) List(ctx context.Context, r *connect.Request[agentv1.ListReques
 
 // own finds a job whose output or end the caller may have: an engineer has those
 // of the jobs that the same engineer submitted.
-func (s *server) own(ctx context.Context, id string) (journal.Job, error) {
+func (s *server) own(ctx context.Context, id, procedure string) (journal.Job, error) {
 	row, err := s.agent.Journal.Job(ctx, id)
 	if err != nil {
 		return journal.Job{}, err
 	}
-	if c, _ := ctx.Value(callerKey{}).(caller); (c.role == "engineer" || c.role == "scheduler") && c.String() != row.Submitter {
-		return journal.Job{}, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("job %s is another engineer's", id))
+	if c := callerOf(ctx); c.ofOwnOnly(procedure) && c.Principal != row.Submitter {
+		return journal.Job{}, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("job %s is not %s's", id, c.Principal))
 	}
 	return row, nil
 }
@@ -226,7 +239,7 @@ func (s *server) own(ctx context.Context, id string) (journal.Job, error) {
 // is in the journal, and ends when nothing more can come.
 func (s *server) Watch(ctx context.Context, r *connect.Request[agentv1.WatchRequest], out *connect.ServerStream[agentv1.WatchResponse]) error {
 	id, after := r.Msg.GetId(), r.Msg.GetAfterSequence()
-	if _, err := s.own(ctx, id); err != nil {
+	if _, err := s.own(ctx, id, agentv1connect.AgentServiceWatchProcedure); err != nil {
 		return err
 	}
 	feed := s.agent.Feed(id)
@@ -275,7 +288,7 @@ func (s *server) watchJournal(ctx context.Context, id string, after uint64, out 
 }
 
 func (s *server) Cancel(ctx context.Context, r *connect.Request[agentv1.CancelRequest]) (*connect.Response[agentv1.CancelResponse], error) {
-	if _, err := s.own(ctx, r.Msg.GetId()); err != nil {
+	if _, err := s.own(ctx, r.Msg.GetId(), agentv1connect.AgentServiceCancelProcedure); err != nil {
 		return nil, err
 	}
 	row, err := s.agent.Cancel(ctx, r.Msg.GetId())
@@ -296,11 +309,14 @@ func (s *server) describe(row journal.Job) *agentv1.Job {
 		j.LeaseUntilUnix = until.Unix()
 	}
 	j.Stopping = stopping
+	if position, lacks := s.agent.Waits(row.ID); position > 0 {
+		j.QueuePosition, j.WaitsFor = int32(position), lacks //nolint:gosec // a small number
+	}
 	return j
 }
 
 func (s *server) Bundle(ctx context.Context, r *connect.Request[agentv1.BundleRequest]) (*connect.Response[agentv1.BundleResponse], error) {
-	row, err := s.own(ctx, r.Msg.GetId())
+	row, err := s.own(ctx, r.Msg.GetId(), agentv1connect.AgentServiceBundleProcedure)
 	if err != nil {
 		return nil, err
 	}
@@ -318,12 +334,10 @@ func (s *server) Bundle(ctx context.Context, r *connect.Request[agentv1.BundleRe
 }
 
 func (s *server) Capacity(_ context.Context, _ *connect.Request[agentv1.CapacityRequest]) (*connect.Response[agentv1.CapacityResponse], error) {
-	running, queued, gpus := s.agent.Load()
-	cpus, memory, err := machine()
-	if err != nil {
-		return nil, err
-	}
+	l := s.agent.Load()
 	return connect.NewResponse(&agentv1.CapacityResponse{
-		CpuMillis: cpus, MemoryBytes: memory, Gpus: int32(gpus), GpuDriver: s.gpu.Driver, GpuCcMode: s.gpu.CCMode, Running: int32(running), Queued: int32(queued), //nolint:gosec // small counts
+		CpuMillis: int32(l.Total.CPUMillis), MemoryBytes: l.Total.MemoryBytes, Gpus: int32(l.GPUs), GpuDriver: s.gpu.Driver, GpuCcMode: s.gpu.CCMode, //nolint:gosec // small counts
+		Running: int32(l.Running), Queued: int32(l.Waiting), MaxRunning: int32(l.Total.Jobs), //nolint:gosec // small counts
+		FreeCpuMillis: int32(l.Free.CPUMillis), FreeMemoryBytes: l.Free.MemoryBytes, FreeGpus: int32(l.FreeGPUs), //nolint:gosec // small counts
 	}), nil
 }

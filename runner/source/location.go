@@ -19,6 +19,10 @@ const (
 // whole name is 1024.
 const MaxPrefix = 900
 
+// MaxSinkPrefix bounds the prefix of a place for checkpoints, in bytes: below it lie
+// names of at most 200 bytes more.
+const MaxSinkPrefix = 800
+
 // Location is a sealed folder in an object store: the objects whose names are
 // Prefix, a slash, and the name of a file in the folder.
 type Location struct {
@@ -59,6 +63,21 @@ func Parse(uri string) (Location, error) {
 		return Location{}, fmt.Errorf("parse source %.200q: want %s and nothing else", uri, at)
 	}
 	return at, nil
+}
+
+// ParseSink is Parse for a place into which checkpoints go.
+func ParseSink(uri string) (Location, error) {
+	at, err := Parse(uri)
+	if err == nil && len(at.Prefix) > MaxSinkPrefix {
+		return Location{}, fmt.Errorf("parse sink %.200q: a prefix of %d bytes, at most %d are allowed", uri, len(at.Prefix), MaxSinkPrefix)
+	}
+	return at, err
+}
+
+// InBucket reports whether a URI is one that ParseSink reads.
+func InBucket(uri string) bool {
+	_, err := ParseSink(uri)
+	return err == nil
 }
 
 // String is the URI.

@@ -16,6 +16,7 @@ import (
 var debianPackages = []string{
 	"age",
 	"ca-certificates",
+	"chromium",
 	"curl",
 	"dataset-fashion-mnist",
 	"debian-archive-keyring",

@@ -15,6 +15,7 @@ import (
 
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/translog"
 )
 
@@ -141,6 +142,7 @@ func TestStore(t *testing.T, open func(t *testing.T) (s broker.Store, reopen fun
 		"finds a grant by its idempotency key":      grantKeys,
 		"changes of a grant only what it says":      grantChanges,
 		"changes an asset's policy and key":         assetChanges,
+		"sets an open asset's digest once":          assetDigest,
 		"keeps approvals in order":                  approvals,
 		"replaces leases and lists the open ones":   leases,
 		"finds revocations by their targets":        revocations,
@@ -158,7 +160,7 @@ var t0 = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 func asset(name string) broker.Asset {
 	return broker.Asset{Name: name, Kind: broker.KindDataset, Digest: plan.Sum([]byte(name)), Owner: "alice", Created: t0, Wrapped: []byte{1, 2, 0, 3},
-		KeyStore: "hsm", Labels: broker.Labels{Sensitivity: "high", Region: "eu"}, Revision: 1,
+		KeyStore: "hsm", Labels: broker.Labels{Sensitivity: "high", Region: "eu"}, Revision: 1, Statement: broker.Signed{Document: []byte("policy of " + name), Signature: []byte("alice's")},
 		Policy: broker.Policy{Approvals: []broker.Rule{{Group: "approvers", Count: 2}}, Verifiers: []string{"v"}, Threshold: 1, LeaseSeconds: 30, GraceSeconds: 5, Affirming: []string{"hardware"}, StopAtExpiry: true}}
 }
 
@@ -176,7 +178,8 @@ func entry(i uint64) translog.Entry {
 func release(result, asset, grant string, index uint64) broker.Release {
 	return broker.Release{
 		ReleaseKey: broker.ReleaseKey{Verifier: "v", ResultID: result, Asset: asset}, ID: "release-" + result + asset, Grant: grant, Attempt: 2, JobID: "job", Plan: plan.Sum([]byte("plan")),
-		LeaseSeconds: 30, LeaseKey: "kid", Approvals: []plan.Digest{plan.Sum([]byte("approval"))},
+		LeaseSeconds: 30, LeaseKey: "kid", Approvals: []plan.Digest{plan.Sum([]byte("approval"))}, Policy: plan.Sum([]byte("policy")),
+		Held:        &receipt.Held{Store: "hsm", Key: "weights", Version: 3, Attested: plan.Sum([]byte("result"))},
 		AssetDigest: plan.Sum([]byte(asset)), Request: plan.Sum([]byte("request")), Enc: []byte{9, 0}, Ciphertext: []byte{8, 0}, Time: t0, NotAfter: t0.Add(time.Hour), Simulated: true,
 		LogIndex: index, LogHash: entry(index).Hash,
 	}
@@ -575,17 +578,38 @@ func assetChanges(t *testing.T, s broker.Store, reopen func() broker.Store) {
 	update(t, s, seed)
 	want := asset("a")
 	want.Policy, want.Labels, want.Revision = broker.DefaultPolicy(), broker.Labels{Project: "x"}, 2
+	want.Statement = broker.Signed{Document: []byte("another policy"), Signature: []byte("alice's again")}
 	policy := want
 	policy.Owner, policy.Wrapped = "eve", []byte{6}
 	want.Wrapped, want.KeyStore = []byte{7}, "other"
 	key := want
-	key.Owner, key.Revision = "eve", 9
+	key.Owner, key.Revision, key.Statement = "eve", 9, broker.Signed{}
 	update(t, s, func(ctx context.Context, tx broker.Tx) error {
 		return errors.Join(tx.SetAssetPolicy(ctx, policy), tx.SetAssetKey(ctx, key))
 	})
 	view(t, reopen(), func(ctx context.Context, r broker.Reader) error {
 		same(t, "changed", want)(r.Asset(ctx, "a"))
 		same(t, "the other", asset("b"))(r.Asset(ctx, "b"))
+		return nil
+	})
+}
+
+func assetDigest(t *testing.T, s broker.Store, reopen func() broker.Store) {
+	bare := asset("open")
+	bare.Digest = ""
+	update(t, s, func(ctx context.Context, tx broker.Tx) error { return tx.InsertAsset(ctx, bare) })
+	want := bare
+	want.Digest, want.Wrapped = plan.Sum([]byte("sealed")), []byte{8}
+	other := want
+	other.Owner, other.KeyStore, other.Revision = "eve", "other", 9
+	update(t, s, func(ctx context.Context, tx broker.Tx) error { return tx.SetAssetDigest(ctx, other) })
+	again := want
+	again.Digest, again.Wrapped = plan.Sum([]byte("another")), []byte{9}
+	if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error { return tx.SetAssetDigest(ctx, again) }); !errors.Is(err, broker.ErrNotFound) {
+		t.Errorf("a digest was set twice: %v", err)
+	}
+	view(t, reopen(), func(ctx context.Context, r broker.Reader) error {
+		same(t, "sealed", want)(r.Asset(ctx, "open"))
 		return nil
 	})
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/coffer-run/coffer/attest/api/broker/v1"
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 )
 
 func (s *service) CreateAsset(ctx context.Context, req *connect.Request[brokerv1.CreateAssetRequest]) (*connect.Response[brokerv1.CreateAssetResponse], error) {
@@ -24,6 +25,7 @@ func (s *service) CreateAsset(ctx context.Context, req *connect.Request[brokerv1
 		p := policy(m.GetPolicy())
 		n.Policy = &p
 	}
+	n.Signed = signed(m.GetStatement(), m.GetStatementSignature())
 	a, err := s.b.CreateAsset(ctx, actor(ctx), n)
 	if err != nil {
 		return nil, err
@@ -56,7 +58,7 @@ func (s *service) UpdateAssetPolicy(ctx context.Context, req *connect.Request[br
 	if m.Policy == nil {
 		return nil, fmt.Errorf("%w: no policy: send the whole policy as it should be", broker.ErrInvalid)
 	}
-	a, err := s.b.UpdateAssetPolicy(ctx, actor(ctx), m.GetName(), policy(m.GetPolicy()), labels(m.GetLabels()), m.GetRevision())
+	a, err := s.b.UpdateAssetPolicy(ctx, actor(ctx), m.GetName(), policy(m.GetPolicy()), labels(m.GetLabels()), m.GetRevision(), signed(m.GetStatement(), m.GetStatementSignature()))
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +69,7 @@ func (s *service) CreateGrant(ctx context.Context, req *connect.Request[brokerv1
 	m := req.Msg
 	g, err := s.b.CreateGrant(ctx, actor(ctx), broker.NewGrant{
 		Assets: m.GetAssets(), Plan: plan.Digest(m.GetPlanDigest()), NotBefore: unix(m.GetNotBeforeUnix()), NotAfter: unix(m.GetNotAfterUnix()),
-		MaxReleases: int(m.GetMaxReleases()), AllowSimulated: m.GetAllowSimulated(), Principals: m.GetPrincipals(), Purpose: m.GetPurpose(),
+		MaxReleases: int(m.GetMaxReleases()), AllowSimulated: m.GetAllowSimulated(), Principals: m.GetPrincipals(), Purpose: m.GetPurpose(), Document: m.GetPlan(),
 	})
 	if err != nil {
 		return nil, err
@@ -83,7 +85,7 @@ func (s *service) RequestGrant(ctx context.Context, req *connect.Request[brokerv
 	m := req.Msg
 	g, err := s.b.RequestGrant(ctx, actor(ctx), broker.NewGrant{
 		Assets: m.GetAssets(), Plan: plan.Digest(m.GetPlanDigest()), NotBefore: unix(m.GetNotBeforeUnix()), NotAfter: unix(m.GetNotAfterUnix()),
-		MaxReleases: int(m.GetMaxReleases()), AllowSimulated: m.GetAllowSimulated(), Principals: m.GetPrincipals(), Purpose: m.GetPurpose(), Key: m.GetIdempotencyKey(),
+		MaxReleases: int(m.GetMaxReleases()), AllowSimulated: m.GetAllowSimulated(), Principals: m.GetPrincipals(), Purpose: m.GetPurpose(), Key: m.GetIdempotencyKey(), Document: m.GetPlan(),
 	})
 	if err != nil {
 		return nil, err
@@ -108,9 +110,13 @@ func (s *service) ApproveGrant(ctx context.Context, req *connect.Request[brokerv
 	m := req.Msg
 	var v broker.GrantView
 	var err error
-	if m.Approval == nil {
-		v, err = s.b.ConsentGrant(ctx, actor(ctx), m.GetId())
-	} else {
+	a := m.GetApproval()
+	switch d, perr := receipt.ParseApproval(a.GetDocument()); {
+	case a == nil:
+		v, err = s.b.ConsentGrant(ctx, actor(ctx), m.GetId(), nil)
+	case perr == nil && d.Decision == receipt.DecisionConsent:
+		v, err = s.b.ConsentGrant(ctx, actor(ctx), m.GetId(), signed(a.GetDocument(), a.GetSignature()))
+	default:
 		v, err = s.b.ApproveGrant(ctx, actor(ctx), m.GetId(), m.GetApproval().GetDocument(), m.GetApproval().GetSignature())
 	}
 	if err != nil {
@@ -120,7 +126,8 @@ func (s *service) ApproveGrant(ctx context.Context, req *connect.Request[brokerv
 }
 
 func (s *service) DenyGrant(ctx context.Context, req *connect.Request[brokerv1.DenyGrantRequest]) (*connect.Response[brokerv1.DenyGrantResponse], error) {
-	v, err := s.b.DenyGrant(ctx, actor(ctx), req.Msg.GetId(), req.Msg.GetReason())
+	a := req.Msg.GetApproval()
+	v, err := s.b.DenyGrant(ctx, actor(ctx), req.Msg.GetId(), req.Msg.GetReason(), signed(a.GetDocument(), a.GetSignature()))
 	if err != nil {
 		return nil, err
 	}
@@ -259,6 +266,32 @@ func (s *service) CountersignCheckpoint(ctx context.Context, req *connect.Reques
 	return connect.NewResponse(&brokerv1.CountersignCheckpointResponse{Receipt: token}), nil
 }
 
+func (s *service) ResumeCheckpoint(ctx context.Context, req *connect.Request[brokerv1.ResumeCheckpointRequest]) (*connect.Response[brokerv1.ResumeCheckpointResponse], error) {
+	m := req.Msg
+	token, err := s.b.ResumeCheckpoint(ctx, actor(ctx), m.GetJobId(), m.GetAsset(), m.GetChallenge())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&brokerv1.ResumeCheckpointResponse{Receipt: token}), nil
+}
+
+func (s *service) CommitReseal(ctx context.Context, req *connect.Request[brokerv1.CommitResealRequest]) (*connect.Response[brokerv1.CommitResealResponse], error) {
+	m := req.Msg
+	token, err := s.b.CommitReseal(ctx, actor(ctx), m.GetJobId(), m.GetPlan(), m.GetRecord(), m.GetSignature())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&brokerv1.CommitResealResponse{Receipt: token}), nil
+}
+
+// signed is a document with its signature, or none.
+func signed(document, signature []byte) *broker.Signed {
+	if len(document) == 0 && len(signature) == 0 {
+		return nil
+	}
+	return &broker.Signed{Document: document, Signature: signature}
+}
+
 func kinds() map[brokerv1.AssetKind]broker.Kind {
 	return map[brokerv1.AssetKind]broker.Kind{
 		brokerv1.AssetKind_ASSET_KIND_DATASET:     broker.KindDataset,
@@ -282,6 +315,7 @@ func targets() map[brokerv1.RevocationKind]broker.RevocationKind {
 func asset(a broker.Asset) *brokerv1.Asset {
 	out := &brokerv1.Asset{
 		Name: a.Name, Digest: string(a.Digest), Owner: a.Owner, CreatedUnix: a.Created.Unix(), Revision: a.Revision, KeyStore: a.KeyStore,
+		Statement: a.Statement.Document, StatementSignature: a.Statement.Signature,
 		Labels: &brokerv1.Labels{Sensitivity: a.Labels.Sensitivity, Region: a.Labels.Region, Project: a.Labels.Project},
 	}
 	for k, v := range kinds() {
@@ -292,7 +326,7 @@ func asset(a broker.Asset) *brokerv1.Asset {
 	p := a.Policy
 	out.Policy = &brokerv1.AssetPolicy{
 		Verifiers: p.Verifiers, VerifierThreshold: int32(p.Threshold), Kems: p.KEMs, Protocols: p.Protocols, LeaseSeconds: p.LeaseSeconds, GraceSeconds: p.GraceSeconds,
-		MaxReleases: int32(p.MaxReleases), MaxDurationSeconds: p.MaxDurationSeconds, Affirming: p.Affirming, StopAtExpiry: p.StopAtExpiry,
+		MaxReleases: int32(p.MaxReleases), MaxDurationSeconds: p.MaxDurationSeconds, Affirming: p.Affirming, StopAtExpiry: p.StopAtExpiry, StopAtKeyDisabled: p.StopAtKeyDisabled,
 	}
 	for _, r := range p.Approvals {
 		out.Policy.Approvals = append(out.Policy.Approvals, &brokerv1.ApprovalRule{Group: r.Group, Count: int32(r.Count)})
@@ -308,7 +342,7 @@ func policy(p *brokerv1.AssetPolicy) broker.Policy {
 	out := broker.Policy{
 		Verifiers: p.GetVerifiers(), Threshold: int(p.GetVerifierThreshold()), KEMs: p.GetKems(), Protocols: p.GetProtocols(), LeaseSeconds: p.GetLeaseSeconds(),
 		GraceSeconds: p.GetGraceSeconds(), MaxReleases: int(p.GetMaxReleases()), MaxDurationSeconds: p.GetMaxDurationSeconds(), Affirming: p.GetAffirming(),
-		StopAtExpiry: p.GetStopAtExpiry(),
+		StopAtExpiry: p.GetStopAtExpiry(), StopAtKeyDisabled: p.GetStopAtKeyDisabled(),
 	}
 	for _, r := range p.GetApprovals() {
 		out.Approvals = append(out.Approvals, broker.Rule{Group: r.GetGroup(), Count: int(r.GetCount())})

@@ -402,7 +402,7 @@ func TestKBSRevoked(t *testing.T) {
 	}
 	p := a.Policy
 	p.Approvals = []broker.Rule{{Group: "safety", Count: 1}}
-	if _, err := w.options.Broker.UpdateAssetPolicy(t.Context(), alice, "both", p, broker.Labels{}, a.Revision); err != nil {
+	if _, err := w.options.Broker.UpdateAssetPolicy(t.Context(), alice, "both", p, broker.Labels{}, a.Revision, nil); err != nil {
 		t.Fatal(err)
 	}
 	if code, m := c.get("both"); code != http.StatusForbidden || !strings.Contains(fmt.Sprint(m["detail"]), "grant.approvals") {

@@ -79,8 +79,10 @@ func action(procedure string) broker.Action {
 		return broker.ActionRenew
 	case brokerv1connect.BrokerServiceReportStoppedProcedure:
 		return broker.ActionReportStopped
-	case brokerv1connect.BrokerServiceCountersignCheckpointProcedure:
+	case brokerv1connect.BrokerServiceCountersignCheckpointProcedure, brokerv1connect.BrokerServiceResumeCheckpointProcedure:
 		return broker.ActionCountersign
+	case brokerv1connect.BrokerServiceCommitResealProcedure:
+		return broker.ActionCommitReseal
 	case brokerv1connect.BrokerServiceLogBundleProcedure:
 		return broker.ActionLogBundle
 	case brokerv1connect.BrokerServiceEntriesProcedure:

@@ -300,6 +300,8 @@ func TestRoles(t *testing.T) {
 		"Renew":                 {try(client.Renew), let("agent")},
 		"ReportStopped":         {try(client.ReportStopped), let("agent")},
 		"CountersignCheckpoint": {try(client.CountersignCheckpoint), let("agent")},
+		"ResumeCheckpoint":      {try(client.ResumeCheckpoint), let("agent")},
+		"CommitReseal":          {try(client.CommitReseal), let("agent")},
 		"LogBundle":             {try(client.LogBundle), let("agent")},
 		"Entries":               {try(client.Entries), let("owner", "agent", "auditor", "operator")},
 	}

@@ -23,8 +23,8 @@ import (
 
 const (
 	// schemaVersion is the schema that a store has once it is open. A database of
-	// version 2 is brought to it; every other one is an error.
-	schemaVersion = 3
+	// version 2 or 3 is brought to it; every other one is an error.
+	schemaVersion = 4
 	// busyTimeout is how long a statement waits for another process's lock.
 	busyTimeout = 5 * time.Second
 	// walPages is how long the write-ahead log gets before its pages move to the
@@ -87,12 +87,13 @@ CREATE TRIGGER counted_delete BEFORE DELETE ON counted BEGIN SELECT RAISE(ABORT,
 `
 
 const (
-	assetColumns   = `name, kind, digest, owner, created, wrapped, key_store, labels, policy, revision`
+	assetColumns   = `name, kind, digest, owner, created, wrapped, key_store, labels, policy, revision, statement, statement_sig`
 	grantFields    = `id, plan, not_before, not_after, max_releases, used, owner, allow_simulated, revoked, reason, requester, idem_key, requested, principals, purpose, consented, denied, ended_by`
 	grantColumns   = grantFields + `, rowid, (SELECT json_group_array(asset) FROM grant_assets WHERE grant_id = id)`
-	releaseColumns = `verifier, result_id, asset, id, grant_id, attempt, job, plan, asset_digest, request, enc, ciphertext, time, not_after, simulated, lease_seconds, lease_key, approvals, log_index, log_hash`
+	releaseColumns = `verifier, result_id, asset, id, grant_id, attempt, job, plan, asset_digest, request, enc, ciphertext, time, not_after, simulated, lease_seconds, lease_key, approvals, policy, held, log_index, log_hash`
 	leaseColumns   = `job, agent, submitter, plan, session, seconds, grace, stop_at, image, chips, measurements, uses, opened, stop, told, ended`
 	revokeColumns  = `kind, value, scope, reason, by_whom, time`
+	lineColumns    = `plan, asset, job, from_job, sequence, digest, record, log_index, log_hash`
 	headColumns    = `job, asset, plan, sequence, digest, record, time, log_index, log_hash`
 
 	qAsset      = `SELECT ` + assetColumns + ` FROM assets WHERE name = ?`
@@ -112,6 +113,7 @@ const (
 	qAnyRevoked = `SELECT EXISTS (SELECT 1 FROM revocations)`
 	qRevokeAll  = `SELECT ` + revokeColumns + ` FROM revocations ORDER BY kind, value, scope LIMIT ?`
 	qCkptHead   = `SELECT ` + headColumns + ` FROM heads WHERE job = ? AND asset = ?`
+	qLine       = `SELECT ` + lineColumns + ` FROM lines WHERE plan = ? AND asset = ?`
 	qPolicySet  = `SELECT serial, digest FROM policy_set`
 	qRelease    = `SELECT ` + releaseColumns + ` FROM releases WHERE verifier = ? AND result_id = ? AND asset = ?`
 	qUses       = `SELECT verifier, nonce, result_id, recipient FROM uses WHERE verifier = ?1 AND nonce = ?2 UNION SELECT verifier, nonce, result_id, recipient FROM uses WHERE verifier = ?1 AND result_id = ?3`
@@ -122,9 +124,10 @@ const (
 	qEntries    = `SELECT idx, body, hash FROM log WHERE idx >= ? ORDER BY idx LIMIT ?`
 	qJobLog     = `SELECT idx, body, hash FROM log WHERE job = ? AND idx >= ? ORDER BY idx LIMIT ?`
 
-	iAsset      = `INSERT INTO assets (` + assetColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
-	uAsset      = `UPDATE assets SET labels = ?, policy = ?, revision = ? WHERE name = ?`
+	iAsset      = `INSERT INTO assets (` + assetColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	uAsset      = `UPDATE assets SET labels = ?, policy = ?, revision = ?, statement = ?, statement_sig = ? WHERE name = ?`
 	uAssetKey   = `UPDATE assets SET wrapped = ?, key_store = ? WHERE name = ?`
+	uAssetSum   = `UPDATE assets SET digest = ?, wrapped = ? WHERE name = ? AND digest = ''`
 	iGrant      = `INSERT INTO grants (` + grantFields + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iGrantAsset = `INSERT INTO grant_assets (grant_id, asset) VALUES (?, ?)`
 	uGrant      = `UPDATE grants SET used = ?, consented = ?, revoked = ?, denied = ?, reason = ?, ended_by = ? WHERE id = ?`
@@ -133,8 +136,9 @@ const (
 	iRevoke     = `INSERT INTO revocations (` + revokeColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
 	dRevoke     = `DELETE FROM revocations WHERE kind = ? AND value = ? AND scope = ?`
 	iCkptHead   = `INSERT OR REPLACE INTO heads (` + headColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	iLine       = `INSERT OR REPLACE INTO lines (` + lineColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iPolicySet  = `INSERT OR REPLACE INTO policy_set (one, serial, digest) VALUES (1, ?, ?)`
-	iRelease    = `INSERT INTO releases (` + releaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	iRelease    = `INSERT INTO releases (` + releaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iUse        = `INSERT INTO uses (verifier, nonce, result_id, recipient) VALUES (?, ?, ?, ?)`
 	iCounted    = `INSERT INTO counted (grant_id, job, recipient) VALUES (?, ?, ?)`
 	iEntry      = `INSERT INTO log (idx, job, bundle, body, hash) VALUES (?, ?, ?, ?, ?)`
@@ -188,16 +192,29 @@ CREATE TRIGGER grants_terms BEFORE UPDATE OF id, plan, not_before, not_after, ma
 	BEGIN SELECT RAISE(ABORT, 'the terms of a grant never change'); END;
 `
 
+// schema4 adds what version 4 has.
+const schema4 = `
+ALTER TABLE assets ADD COLUMN statement BLOB NOT NULL DEFAULT x'';
+ALTER TABLE assets ADD COLUMN statement_sig BLOB NOT NULL DEFAULT x'';
+ALTER TABLE releases ADD COLUMN policy TEXT NOT NULL DEFAULT '';
+ALTER TABLE releases ADD COLUMN held TEXT NOT NULL DEFAULT 'null';
+CREATE TABLE lines (
+	plan TEXT NOT NULL, asset TEXT NOT NULL REFERENCES assets (name), job TEXT NOT NULL, from_job TEXT NOT NULL, sequence INTEGER NOT NULL, digest TEXT NOT NULL, record TEXT NOT NULL,
+	log_index INTEGER NOT NULL REFERENCES log (idx), log_hash BLOB NOT NULL,
+	PRIMARY KEY (plan, asset)
+) STRICT, WITHOUT ROWID;
+`
+
 func readQueries() []string {
 	return []string{
 		qRead, qRollback,
 		qAsset, qAssets, qOwnAssets, qGrant, qGrants, qPlanGrants, qKeyGrant, qOwnGrants, qAllGrants, qApprovals, qLease, qLeases, qAnyRevoked, qRevoked, qRevokeAll,
-		qCkptHead, qPolicySet, qRelease, qUses, qCounted, qHead, qJobHead, qBundle, qEntries, qJobLog,
+		qCkptHead, qLine, qPolicySet, qRelease, qUses, qCounted, qHead, qJobHead, qBundle, qEntries, qJobLog,
 	}
 }
 
 func writeQueries() []string {
-	return append(readQueries(), qWrite, qCommit, qSavepoint, qKeep, qUndo, iAsset, uAsset, uAssetKey, iGrant, iGrantAsset, uGrant, iApproval, iLease, iRevoke, dRevoke, iCkptHead, iPolicySet, iRelease, iUse, iCounted, iEntry)
+	return append(readQueries(), qWrite, qCommit, qSavepoint, qKeep, qUndo, iAsset, uAsset, uAssetKey, uAssetSum, iGrant, iGrantAsset, uGrant, iApproval, iLease, iRevoke, dRevoke, iCkptHead, iLine, iPolicySet, iRelease, iUse, iCounted, iEntry)
 }
 
 // Store is a broker.Store in one SQLite file: write-ahead log, every commit
@@ -298,8 +315,8 @@ func migrate(ctx context.Context, db *sql.DB, origin string) (err error) {
 			return err
 		}
 		version = 2
-	case version != 2 && version != schemaVersion:
-		return fmt.Errorf("schema version is %d and this broker reads versions 2 and %d only: keep the file for its log, and start with a database that does not exist yet", version, schemaVersion)
+	case version < 2 || version > schemaVersion:
+		return fmt.Errorf("schema version is %d and this broker reads versions 2 to %d only: keep the file for its log, and start with a database that does not exist yet", version, schemaVersion)
 	}
 	// Whose it is comes first: nothing is changed in another broker's database.
 	var found string
@@ -309,13 +326,14 @@ func migrate(ctx context.Context, db *sql.DB, origin string) (err error) {
 	if found != origin {
 		return fmt.Errorf("database belongs to broker %q, not %q", found, origin)
 	}
-	if version == 2 {
-		if _, err := tx.ExecContext(ctx, schema3); err != nil {
-			return fmt.Errorf("bring schema 2 to %d: %w", schemaVersion, err)
+	for ; version < schemaVersion; version++ {
+		next := map[int]string{2: schema3, 3: schema4}[version]
+		if _, err := tx.ExecContext(ctx, next); err != nil {
+			return fmt.Errorf("bring schema %d to %d: %w", version, version+1, err)
 		}
-		if _, err := tx.ExecContext(ctx, fmt.Sprintf(`PRAGMA user_version = %d`, schemaVersion)); err != nil {
-			return err
-		}
+	}
+	if _, err := tx.ExecContext(ctx, fmt.Sprintf(`PRAGMA user_version = %d`, schemaVersion)); err != nil {
+		return err
 	}
 	return tx.Commit()
 }
@@ -408,12 +426,19 @@ func list[T any](ctx context.Context, t *tx, scan func(scanner) (T, error), q st
 
 func scanAsset(r scanner) (a broker.Asset, err error) {
 	var created int64
-	if err := r.Scan(&a.Name, &a.Kind, &a.Digest, &a.Owner, &created, &a.Wrapped, &a.KeyStore, jsonText{&a.Labels}, jsonText{&a.Policy}, &a.Revision); err != nil {
+	if err := r.Scan(&a.Name, &a.Kind, &a.Digest, &a.Owner, &created, &a.Wrapped, &a.KeyStore, jsonText{&a.Labels}, jsonText{&a.Policy}, &a.Revision, &a.Statement.Document, &a.Statement.Signature); err != nil {
 		return broker.Asset{}, mapped(err)
+	}
+	// SQLite tells an empty blob from none, and a Statement does not.
+	if len(a.Statement.Document) == 0 {
+		a.Statement = broker.Signed{}
 	}
 	a.Created = time.Unix(created, 0).UTC()
 	return a, nil
 }
+
+// blob keeps nil from becoming NULL.
+func blob(b []byte) []byte { return append([]byte{}, b...) }
 
 // jsonText keeps a list or a small document in a column of its own.
 type jsonText struct{ v any }
@@ -469,7 +494,7 @@ func scanGrant(r scanner) (g broker.Grant, err error) {
 
 func scanRelease(r scanner) (l broker.Release, err error) {
 	err = mapped(r.Scan(&l.Verifier, &l.ResultID, &l.Asset, &l.ID, &l.Grant, &l.Attempt, &l.JobID, &l.Plan, &l.AssetDigest, &l.Request,
-		&l.Enc, &l.Ciphertext, instant{&l.Time}, instant{&l.NotAfter}, &l.Simulated, &l.LeaseSeconds, &l.LeaseKey, jsonText{&l.Approvals}, &l.LogIndex, &l.LogHash))
+		&l.Enc, &l.Ciphertext, instant{&l.Time}, instant{&l.NotAfter}, &l.Simulated, &l.LeaseSeconds, &l.LeaseKey, jsonText{&l.Approvals}, &l.Policy, jsonText{&l.Held}, &l.LogIndex, &l.LogHash))
 	return l, err
 }
 
@@ -492,6 +517,11 @@ func scanRevocation(r scanner) (v broker.Revocation, err error) {
 func scanHead(r scanner) (h broker.Head, err error) {
 	err = mapped(r.Scan(&h.JobID, &h.Asset, &h.Plan, &h.Sequence, &h.Digest, &h.Record, instant{&h.Time}, &h.LogIndex, &h.LogHash))
 	return h, err
+}
+
+func scanLine(r scanner) (l broker.Line, err error) {
+	err = mapped(r.Scan(&l.Plan, &l.Asset, &l.Job, &l.From, &l.Sequence, &l.Digest, &l.Record, &l.LogIndex, &l.LogHash))
+	return l, err
 }
 
 func scanUse(r scanner) (u broker.Use, err error) {
@@ -574,6 +604,10 @@ func (t *tx) CheckpointHead(ctx context.Context, job, asset string) (broker.Head
 	return scanHead(t.row(ctx, qCkptHead, job, asset))
 }
 
+func (t *tx) Line(ctx context.Context, p plan.Digest, asset string) (broker.Line, error) {
+	return scanLine(t.row(ctx, qLine, string(p), asset))
+}
+
 func (t *tx) PolicySet(ctx context.Context) (p translog.Policy, err error) {
 	err = mapped(t.row(ctx, qPolicySet).Scan(&p.Serial, &p.Digest))
 	return p, err
@@ -629,15 +663,19 @@ func (t *tx) Entries(ctx context.Context, job string, from uint64, limit int) ([
 }
 
 func (t *tx) InsertAsset(ctx context.Context, a broker.Asset) error {
-	return t.exec(ctx, iAsset, a.Name, string(a.Kind), string(a.Digest), a.Owner, a.Created.Unix(), a.Wrapped, a.KeyStore, jsonText{a.Labels}, jsonText{a.Policy}, a.Revision)
+	return t.exec(ctx, iAsset, a.Name, string(a.Kind), string(a.Digest), a.Owner, a.Created.Unix(), a.Wrapped, a.KeyStore, jsonText{a.Labels}, jsonText{a.Policy}, a.Revision, blob(a.Statement.Document), blob(a.Statement.Signature))
 }
 
 func (t *tx) SetAssetPolicy(ctx context.Context, a broker.Asset) error {
-	return t.exec(ctx, uAsset, jsonText{a.Labels}, jsonText{a.Policy}, a.Revision, a.Name)
+	return t.exec(ctx, uAsset, jsonText{a.Labels}, jsonText{a.Policy}, a.Revision, blob(a.Statement.Document), blob(a.Statement.Signature), a.Name)
 }
 
 func (t *tx) SetAssetKey(ctx context.Context, a broker.Asset) error {
 	return t.exec(ctx, uAssetKey, a.Wrapped, a.KeyStore, a.Name)
+}
+
+func (t *tx) SetAssetDigest(ctx context.Context, a broker.Asset) error {
+	return t.exec(ctx, uAssetSum, string(a.Digest), a.Wrapped, a.Name)
 }
 
 func (t *tx) InsertGrant(ctx context.Context, g broker.Grant) error {
@@ -678,13 +716,17 @@ func (t *tx) PutCheckpointHead(ctx context.Context, h broker.Head) error {
 	return t.exec(ctx, iCkptHead, h.JobID, h.Asset, string(h.Plan), int64(h.Sequence), string(h.Digest), string(h.Record), h.Time.Unix(), int64(h.LogIndex), h.LogHash)
 }
 
+func (t *tx) PutLine(ctx context.Context, l broker.Line) error {
+	return t.exec(ctx, iLine, string(l.Plan), l.Asset, l.Job, l.From, int64(l.Sequence), string(l.Digest), string(l.Record), int64(l.LogIndex), l.LogHash)
+}
+
 func (t *tx) PutPolicySet(ctx context.Context, p translog.Policy) error {
 	return t.exec(ctx, iPolicySet, int64(p.Serial), string(p.Digest))
 }
 
 func (t *tx) InsertRelease(ctx context.Context, r broker.Release) error {
 	return t.exec(ctx, iRelease, r.Verifier, r.ResultID, r.Asset, r.ID, r.Grant, r.Attempt, r.JobID, string(r.Plan), string(r.AssetDigest), string(r.Request),
-		r.Enc, r.Ciphertext, r.Time.Unix(), r.NotAfter.Unix(), r.Simulated, r.LeaseSeconds, r.LeaseKey, jsonText{r.Approvals}, int64(r.LogIndex), r.LogHash)
+		r.Enc, r.Ciphertext, r.Time.Unix(), r.NotAfter.Unix(), r.Simulated, r.LeaseSeconds, r.LeaseKey, jsonText{r.Approvals}, string(r.Policy), jsonText{r.Held}, int64(r.LogIndex), r.LogHash)
 }
 
 func (t *tx) InsertUse(ctx context.Context, u broker.Use) error {

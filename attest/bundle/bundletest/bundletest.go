@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -44,6 +45,9 @@ const (
 // Group are those of whom two approve before the weights are released.
 const Group = "weights-approvers"
 
+// EgressHost is the one name that the plan lets the job connect to.
+const EgressHost = "metrics.example.com"
+
 // OwnPolicy names a policy that the verifier has and no other program, and
 // SourcedPolicy one that has its reference values from a source besides.
 const (
@@ -63,8 +67,10 @@ type Lab struct {
 	// Source signs reference values for SourcedPolicy.
 	Source *receipt.Signer
 	// Approvers sign approvals of grants, by name: alice, bob and carol are in
-	// Group, and mallory signs too.
+	// Group, the owner of the assets consents, and mallory signs too.
 	Approvers map[string]ssh.Signer
+	// ImageKey signs the image of every job.
+	ImageKey *ecdsa.PrivateKey
 	// Entries is the broker's log so far.
 	Entries []translog.Entry
 
@@ -98,7 +104,7 @@ func On(chip *simulate.Chip, gpus []*simulate.GPU, anchors anchor.Set, now time.
 		return nil, err
 	}
 	l.Approvers = map[string]ssh.Signer{}
-	for _, name := range []string{"alice", "bob", "carol", "mallory"} {
+	for _, name := range []string{"alice", "bob", "carol", "owner", "mallory"} {
 		_, key, err := ed25519.GenerateKey(rand.Reader)
 		if err != nil {
 			return nil, err
@@ -106,6 +112,9 @@ func On(chip *simulate.Chip, gpus []*simulate.GPU, anchors anchor.Set, now time.
 		if l.Approvers[name], err = ssh.NewSignerFromSigner(key); err != nil {
 			return nil, err
 		}
+	}
+	if l.ImageKey, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		return nil, err
 	}
 	l.policies = map[string]policy.Policy{}
 	for _, name := range policy.Names() {
@@ -192,6 +201,12 @@ type Options struct {
 	OtherRuntime bool
 	// Policy is the plan's; empty means "simulation".
 	Policy string
+	// Resume is what the plan says of resuming, empty for nothing.
+	Resume string
+	// ImageSignature takes the place of the signature by ImageKey: evidence speaks of it.
+	ImageSignature []byte
+	// Reseal makes it a job without a container, which seals weights anew.
+	Reseal bool
 	// RefuseAdmit ends the job before there is a holder.
 	RefuseAdmit bool
 }
@@ -211,8 +226,14 @@ func (l *Lab) Job(o Options) (*Job, error) {
 	if err := j.documents(o); err != nil {
 		return nil, fmt.Errorf("documents: %w", err)
 	}
+	if o.Reseal {
+		if err := j.resealPlan(); err != nil {
+			return nil, fmt.Errorf("documents: %w", err)
+		}
+	}
 	if o.RefuseAdmit {
 		delete(j.Parts, bundle.Sandbox)
+		delete(j.Parts, bundle.ImageSignaturePart)
 		j.end(bundle.StageAdmit, bundle.Outcome{State: bundle.Refused, Stage: bundle.StageAdmit, Reason: "quota"})
 		return j, j.log()
 	}
@@ -222,6 +243,9 @@ func (l *Lab) Job(o Options) (*Job, error) {
 	if len(j.result.AllChecks().Failed()) > 0 {
 		j.end(bundle.StageVerify, bundle.Outcome{State: bundle.Refused, Stage: bundle.StageVerify, Reason: "evidence-refused", Checks: j.result.AllChecks().Failed()})
 		return j, j.log()
+	}
+	if o.Reseal {
+		return j, j.reseal()
 	}
 	if err := j.release(); err != nil {
 		return nil, fmt.Errorf("release: %w", err)
@@ -254,20 +278,29 @@ func (j *Job) documents(o Options) error {
 		return err
 	}
 	d := func(s string) plan.Digest { return plan.Sum([]byte(s)) }
+	image := "sha256:" + hex.EncodeToString(make([]byte, 32))
 	profile := plan.Profile{
 		Version: plan.SandboxVersion, Shim: "io.containerd.runc.v2", ShimDigest: d("shim"), Runtime: "runsc test", RuntimeDigest: d("runsc"),
-		RuntimeFlags: []string{"--platform=systrap"}, Trace: d("trace"), Rules: "rules", ImageStore: "disk",
+		RuntimeFlags: []string{"--platform=systrap"}, Trace: d("trace"), Rules: "rules", ImageStore: "tmpfs",
+		RuleSet: d("rule set"),
+		Egress:  &plan.EgressProfile{Gateway: d("gateway"), Filter: d("filter"), Flag: "--network=sandbox"},
+	}
+	if err := j.signImage(&profile, image); err != nil {
+		return err
+	}
+	if o.ImageSignature != nil {
+		j.Parts[bundle.ImageSignaturePart] = o.ImageSignature
 	}
 	pd, err := profile.Digest()
 	if err != nil {
 		return err
 	}
-	image := "sha256:" + hex.EncodeToString(make([]byte, 32))
 	j.plan = plan.Plan{
 		Version: plan.Version, Name: "fashion", Image: image, Command: []string{"python3", "/app/train.py", j.ID},
 		Inputs:      []plan.Input{{Name: "data", Asset: "dataset", Digest: d("dataset"), Mount: "/inputs/data"}, {Name: "model", Asset: "weights", Digest: d("weights"), Mount: "/inputs/model"}},
-		Checkpoints: &plan.Checkpoints{Asset: "checkpoints", Mount: "/checkpoints"},
-		Output:      plan.Output{LogBytes: 1 << 20},
+		Checkpoints: &plan.Checkpoints{Asset: "checkpoints", Mount: "/checkpoints", Resume: o.Resume},
+		Egress:      []plan.Egress{{Host: EgressHost, Port: 443, MaxBytes: 10_000, BytesPerSecond: 1000}},
+		Output:      plan.Output{LogBytes: 1 << 20, EgressBytes: 10_000, EgressBytesPerSecond: 1000, EgressEvents: 2},
 		Resources:   plan.Resources{CPUMillis: 1000, MemoryBytes: 1 << 30, Pids: 100, GPUs: 1, MaxSeconds: 60},
 		Policy:      ref, SandboxProfile: pd,
 	}
@@ -279,7 +312,7 @@ func (j *Job) documents(o Options) error {
 		profile.RuntimeFlags = append(profile.RuntimeFlags, "--allow-suid")
 	}
 	sb := plan.Sandbox{
-		Version: plan.SandboxVersion, JobID: j.ID, Image: image, Profile: profile, Wrapper: []string{"runsc"},
+		Version: plan.SandboxVersion, JobID: j.ID, Image: image, ImageSignature: plan.Sum(j.Parts[bundle.ImageSignaturePart]), Profile: profile, Wrapper: []string{"runsc", profile.Egress.Flag},
 		Trace: json.RawMessage(`{}`), Spec: json.RawMessage(`{}`),
 	}
 	if j.Parts[bundle.Sandbox], err = sb.Canonical(); err != nil {
@@ -325,6 +358,9 @@ func (j *Job) attest(o Options) error {
 		return err
 	}
 	e.GPUs = []evidence.GPU{{UUID: gpu.UUID(), Report: report, Chain: gpu.ChainPEM(), DriverVersion: gpu.DriverVersion(), VBIOSVersion: gpu.VBIOSVersion()}}
+	if o.Reseal {
+		e.GPUs = nil
+	}
 	if o.FlipGPU {
 		e.GPUs[0].Report[100] ^= 1
 	}
@@ -376,7 +412,7 @@ func (j *Job) Carry(change ...func([]endorse.Item) []endorse.Item) error {
 	}
 	var items []endorse.Item
 	for _, u := range used {
-		i, ok := j.lab.endorsed.ByDigest(u.Digest)
+		i, ok := j.lab.endorsed.ByDigest(u.Key, u.Digest)
 		if !ok {
 			return fmt.Errorf("%s is not held", u.Key)
 		}
@@ -482,7 +518,25 @@ func (j *Job) release() error {
 	return j.ReleaseUnder(approved)
 }
 
-// ReleaseUnder releases the job's keys under the grant with these approvals.
+// Policy is a policy statement of the job's grant's owner, changed before it is
+// signed with key's key.
+func (j *Job) Policy(asset, key string, change func(*receipt.PolicyStatement)) (s bundle.SignedApproval, err error) {
+	p := receipt.PolicyStatement{Version: receipt.PolicyVersion, Broker: BrokerID, Asset: asset, Owner: "owner", Revision: 1, Policy: receipt.AssetPolicy{LeaseSeconds: 60}}
+	if asset == "weights" {
+		p.Policy.Approvals = []receipt.Rule{{Group: Group, Count: 2}}
+	}
+	if change != nil {
+		change(&p)
+	}
+	if s.Document, err = p.Canonical(); err != nil {
+		return s, err
+	}
+	s.Signature, err = sshsig.Sign(j.lab.Approvers[key], receipt.PolicyNamespace, s.Document)
+	return s, err
+}
+
+// ReleaseUnder releases the job's keys under the grant with these approvals, and
+// under these policies, in the order of their assets.
 func (j *Job) ReleaseUnder(a bundle.Approved) error {
 	var tokens []string
 	var digests []plan.Digest
@@ -499,6 +553,9 @@ func (j *Job) ReleaseUnder(a bundle.Approved) error {
 			Issuer: BrokerID, ID: fmt.Sprintf("release %d of %s", i, j.ID), IssuedAt: j.lab.Now.Unix() + 1, Grant: "grant-1", Attempt: 1, JobID: j.ID,
 			Plan: j.Plan, Asset: in.asset, AssetDigest: in.digest, ResultID: j.result.ID, WrappedDigest: plan.Sum([]byte(in.asset)),
 			NotAfter: j.lab.Now.Add(time.Hour).Unix(), Simulated: true, Approvals: digests,
+		}
+		if i < len(a.Policies) {
+			r.Policy = plan.Sum(a.Policies[i].Document)
 		}
 		token, err := j.Release(r)
 		if err != nil {
@@ -595,6 +652,15 @@ func (j *Job) course() error {
 			{Sequence: 3, UnixNano: at + 2000, Kind: bundle.EventCheckpoint, Checkpoint: &first},
 			{Sequence: 4, UnixNano: at + 3000, Kind: bundle.EventCheckpoint, Checkpoint: &second},
 		},
+		bundle.EgressPart: bundle.Egress{
+			Connections: []bundle.Connection{{Host: EgressHost, Port: 443, Address: "44.1.0.2:443", StartUnixNano: at, Nanos: 1e9, Sent: 4000, Received: 9000, End: "closed"}},
+			Denials:     []bundle.Denial{{FirstUnixNano: at, Host: strings.ToLower(j.ID) + ".example.com", Port: 443, Rule: "not-listed", Count: 1}},
+			Dropped:     map[string]int64{"udp": 3},
+		},
+		bundle.AlertsPart: bundle.Alerts{
+			Rules:    plan.Sum([]byte("rule set")),
+			Findings: []bundle.Finding{{Sequence: 1, UnixNano: at, Rule: "seen", Action: "record", Severity: "info", Kind: bundle.EventContainerStart, Count: 1, Trace: 1}},
+		},
 		bundle.LogsDigest: bundle.Logs{Stdout: bundle.Stream{Bytes: 20, Digest: plan.Sum([]byte("out"))}, Stderr: bundle.Stream{Bytes: 10, Digest: plan.Sum([]byte("err"))}},
 	} {
 		if err := j.json(name, v); err != nil {
@@ -609,7 +675,10 @@ func (j *Job) end(stage bundle.Stage, o bundle.Outcome) {
 	// The result is issued in the middle of it all.
 	at := j.lab.Now.Add(-5 * stepTime).UnixNano()
 	for _, s := range bundle.Stages() {
-		if s == bundle.StageApproval && stage != s {
+		if (s == bundle.StageApproval || s == bundle.StageReseal) && stage != s {
+			continue
+		}
+		if stage == bundle.StageReseal && slices.Contains([]bundle.Stage{bundle.StageDecrypt, bundle.StageStart, bundle.StageRun, bundle.StageCheckpoint}, s) {
 			continue
 		}
 		step := bundle.Step{Stage: s, StartUnixNano: at, Nanos: int64(stepTime), Outcome: bundle.StepDone}

@@ -160,7 +160,10 @@ func (v *verification) acceptable(l *check.List, found *composite.Appraisal) {
 		return
 	}
 	rules, whole := v.decide(p, found.Evidence(v.pl.Resources.GPUs))
-	v.applied = whole && len(rules.Failed()) == 0
+	if v.sb != nil {
+		p.CheckSandbox(&rules, *v.sb)
+	}
+	v.applied = whole && v.sb != nil && len(rules.Failed()) == 0
 	*l = append(*l, rules...)
 }
 

@@ -80,6 +80,12 @@ func (a Approver) has(key ssh.PublicKey) bool {
 	return slices.ContainsFunc(a.Keys, func(k ssh.PublicKey) bool { return sshsig.Same(k, key) })
 }
 
+// Names of checks about what an owner signed.
+const (
+	checkRules   = "approvals.rules"
+	checkConsent = "approvals.consent"
+)
+
 // approvalGroup checks on whose word keys were released. The receipts, which the
 // broker signed and logged, say which approvals counted; the part has them.
 func (v *verification) approvalGroup() {
@@ -91,9 +97,12 @@ func (v *verification) approvalGroup() {
 		under[r.Grant] = append(under[r.Grant], r)
 		named += len(r.Approvals)
 	}
-	if v.trust.Approvers != nil && len(v.releases) > 0 && named == 0 {
-		v.unproven = "none of the approvers named stands behind its keys"
-	}
+	defer func() {
+		if v.trust.Approvers != nil && len(v.releases) > 0 && !v.stands && v.unproven == "" {
+			v.unproven = "none of the approvers named stands behind its keys"
+		}
+	}()
+	v.heldGroup(g)
 	b, ok := v.part(bundle.Approvals)
 	switch {
 	case !ok && len(v.releases) == 0:
@@ -101,9 +110,11 @@ func (v *verification) approvalGroup() {
 		return
 	case !ok && named == 0:
 		g.Skip("approvals.complete", "the receipts name no approval: the owner's consent, by the broker's word")
+		v.policyMissing(g)
 		return
 	case !ok:
 		g.Skip("approvals.complete", "the receipts name approvals by their digests, and the bundle does not carry them")
+		v.policyMissing(g)
 		if v.trust.Approvers != nil {
 			v.unproven = "the bundle does not carry the approvals that counted"
 		}
@@ -145,10 +156,11 @@ func parseTerms(b []byte) (receipt.GrantTerms, error) {
 	return t, err
 }
 
-// signatory is who signed one approval, and by which key.
+// signatory is who signed one decision, by which key.
 type signatory struct {
-	name string
-	key  ssh.PublicKey
+	name     string
+	key      ssh.PublicKey
+	decision string
 }
 
 // approved checks one grant with its approvals against the releases under it.
@@ -174,9 +186,14 @@ func (v *verification) approved(g *check.List, a bundle.Approved, terms receipt.
 		}
 	}
 	var by []signatory
+	consented := false
 	for _, s := range a.Approvals {
 		who, ok := v.approval(g, s, terms, plan.Sum(a.Terms), rels)
 		if !ok {
+			continue
+		}
+		if who.decision == receipt.DecisionConsent {
+			consented = true
 			continue
 		}
 		if slices.ContainsFunc(by, func(o signatory) bool { return o.name == who.name || sshsig.Same(o.key, who.key) }) {
@@ -186,6 +203,7 @@ func (v *verification) approved(g *check.List, a bundle.Approved, terms receipt.
 		by = append(by, who)
 	}
 	v.threshold(g, a, terms, by)
+	v.owner(g, a, terms, rels, consented)
 }
 
 // approval checks one signed approval of the terms with the given digest.
@@ -195,7 +213,7 @@ func (v *verification) approval(g *check.List, s bundle.SignedApproval, terms re
 		g.Fail("approval.form", "a signed approval", err.Error(), "")
 		return signatory{}, false
 	}
-	who := signatory{name: a.Approver}
+	who := signatory{name: a.Approver, decision: a.Decision}
 	before := len(g.Failed())
 	g.Equal("approval.broker", terms.Broker, a.Broker, "an approval for another broker")
 	g.Equal("approval.grant", terms.Grant, a.Grant, "an approval of another grant")
@@ -208,7 +226,13 @@ func (v *verification) approval(g *check.List, s bundle.SignedApproval, terms re
 		}
 	}
 	_, requester, _ := strings.Cut(terms.Requester, "/")
-	if requester == a.Approver {
+	consent := a.Decision == receipt.DecisionConsent
+	switch {
+	case consent:
+		g.Equal("approval.owner", terms.Owner, a.Approver, "the owner of the assets alone consents")
+	case a.Decision != receipt.DecisionApprove:
+		g.Fail("approval.decision", "an approval or a consent", a.Decision, "a signature stands for what it says")
+	case requester == a.Approver:
 		g.Fail("approval.own", "an approver who is not the requester", a.Approver, "nobody approves their own request")
 	}
 	if who.key, err = sshsig.Key(s.Signature); err == nil {
@@ -222,39 +246,35 @@ func (v *verification) approval(g *check.List, s bundle.SignedApproval, terms re
 	switch {
 	case v.trust.Approvers == nil:
 		g.Skip("approvals.keys", fmt.Sprintf("whether that is a key of %.80q: name the approvers", a.Approver))
-	case v.trust.Approvers[requester].has(who.key):
+	case consent && len(v.trust.Approvers[a.Approver].Keys) == 0:
+		g.Skip("approvals.keys", fmt.Sprintf("whether that is a key of the owner, %.80q: name the owner among the approvers", a.Approver))
+		return who, len(g.Failed()) == before
+	case !consent && v.trust.Approvers[requester].has(who.key):
 		g.Fail("approval.own", "a key that is not the requester's", "a key of "+requester, "nobody approves their own request")
 	case !v.trust.Approvers[a.Approver].has(who.key):
 		g.Fail("approvals.keys", "a key of "+a.Approver+" that you list", ssh.FingerprintSHA256(who.key), "somebody else signed, or your list lacks the key")
 	default:
 		g.Pass("approvals.keys", a.Approver)
+		v.stands = true
 	}
 	return who, len(g.Failed()) == before
 }
 
-// threshold checks that every rule has as many approvals as it asks for. The rules
-// themselves are what the broker told the agent.
+// threshold checks that every rule has as many approvals as it asks for. Whose rules
+// they are is for owner.
 func (v *verification) threshold(g *check.List, a bundle.Approved, terms receipt.GrantTerms, by []signatory) {
 	const id = "approvals.threshold"
-	plain := slices.DeleteFunc(slices.Clone(terms.Assets), func(asset string) bool {
-		return slices.ContainsFunc(a.Rules, func(r bundle.ApprovalRule) bool { return r.Asset == asset })
-	})
-	if len(plain) > 0 {
-		g.Skip("approvals.consent", fmt.Sprintf("no approvals asked for %s: the consent of %s, by the broker's word", strings.Join(plain, ", "), terms.Owner))
-	}
 	if len(a.Rules) == 0 {
-		if len(a.Approvals) > 0 {
+		if len(by) > 0 {
 			g.Fail(id, "a rule that asks for the approvals that counted", "none", "the record is not complete")
 		}
 		return
 	}
-	var said []string
 	for _, r := range a.Rules {
 		if r.Count < 1 || !slices.Contains(terms.Assets, r.Asset) {
 			g.Fail(id, "a rule of an asset of the grant", fmt.Sprintf("%d of %.80q for %.80q", r.Count, r.Group, r.Asset), "")
 			continue
 		}
-		said = append(said, fmt.Sprintf("%d of %s for %s", r.Count, r.Group, r.Asset))
 		var in []string
 		for _, s := range by {
 			if v.trust.Approvers == nil || slices.Contains(v.trust.Approvers[s.name].Groups, r.Group) {
@@ -270,7 +290,6 @@ func (v *verification) threshold(g *check.List, a bundle.Approved, terms receipt
 			g.Pass(id, fmt.Sprintf("%d of %s for %s: %s", r.Count, r.Group, r.Asset, strings.Join(in, ", ")))
 		}
 	}
-	g.Skip("approvals.rules", strings.Join(said, "; ")+": what the broker told the agent")
 }
 
 func stamp(seconds int64) string { return time.Unix(seconds, 0).UTC().Format(time.RFC3339) }

@@ -32,6 +32,7 @@ func (v *verification) runGroup() {
 	defer v.done("run", g)
 	v.holder(g)
 	v.trace(g)
+	v.alerts(g)
 	v.logs(g)
 	if len(*g) == 0 {
 		g.Skip("run.started", "the job did not start")
@@ -41,6 +42,9 @@ func (v *verification) runGroup() {
 func (v *verification) holder(g *check.List) {
 	b, ok := v.part(bundle.HolderStatus)
 	if !ok {
+		if _, keys := v.b.Parts[bundle.Releases]; keys {
+			v.strict(g, "holder.scrubbed", false, "every region zeroed and checked", "not scrubbed: holder lost")
+		}
 		return
 	}
 	s, err := bundle.Decode[bundle.Status](b)
@@ -49,7 +53,11 @@ func (v *verification) holder(g *check.List) {
 		return
 	}
 	v.status = &s
-	v.strict(g, "holder.started", s.Started, "a trace that showed the container's start", said(s.Started, "the trace showed the container's start", "no start was seen"))
+	if v.reseals() {
+		v.strict(g, "holder.started", !s.Started, "no container", said(s.Started, "a container started", "no container started"))
+	} else {
+		v.strict(g, "holder.started", s.Started, "a trace that showed the container's start", said(s.Started, "the trace showed the container's start", "no start was seen"))
+	}
 	v.strict(g, "holder.trace", !s.TraceLost, "a trace to the end", said(!s.TraceLost, "to the end", "lost while the job ran"))
 	v.strict(g, "holder.scrubbed", s.Scrubbed && s.RegionBytes == 0, "every region zeroed and checked", said(s.Scrubbed && s.RegionBytes == 0, "every region zeroed and checked", fmt.Sprintf("%d bytes held, scrubbed: %t", s.RegionBytes, s.Scrubbed)))
 	if s.Dropped > 0 {
@@ -105,7 +113,11 @@ func (v *verification) trace(g *check.List) {
 			}
 		}
 	}
-	v.strict(g, "trace.start", start >= 0, "the container's start", said(start >= 0, "seen", "not seen"))
+	if v.reseals() {
+		v.strict(g, "trace.start", start < 0 && execs == 0, "no container", said(start < 0 && execs == 0, "no container", "a container's events"))
+	} else {
+		v.strict(g, "trace.start", start >= 0, "the container's start", said(start >= 0, "seen", "not seen"))
+	}
 	if len(inputs) > 0 {
 		v.strict(g, "trace.inputs", false, "inputs that could be read", fmt.Sprintf("%d reads refused: %.200s", len(inputs), strings.Join(inputs, "; ")))
 	}
@@ -161,6 +173,7 @@ func (v *verification) logs(g *check.List) {
 func (v *verification) checkpointGroup() {
 	g := v.group("checkpoints", "What came out")
 	defer v.done("checkpoints", g)
+	v.line = v.resumed(g)
 	b, ok := v.part(bundle.Checkpoints)
 	if !ok {
 		g.Skip("checkpoint.signature", "the bundle has no checkpoints that can be relied on")
@@ -174,10 +187,10 @@ func (v *verification) checkpointGroup() {
 	if v.status != nil {
 		var told, held []string
 		for _, c := range list {
-			told = append(told, string(plan.Sum(c.Record)))
+			told = append(told, sealed(c))
 		}
 		for _, c := range v.status.Checkpoints {
-			held = append(held, string(plan.Sum(c.Record)))
+			held = append(held, sealed(c))
 		}
 		// A status has the newest only; sequence and parents show the others.
 		if len(held) == statusCheckpoints && len(told) > len(held) {
@@ -189,19 +202,28 @@ func (v *verification) checkpointGroup() {
 			g.Pass("checkpoint.complete", fmt.Sprintf("%d, the newest %d as the holder's status has them", len(list), len(held)))
 		}
 	}
-	var parent plan.Digest
+	v.records = []plan.Digest{}
+	parent := v.line.digest
 	for i, c := range list {
+		v.records = append(v.records, plan.Sum(c.Record))
 		r, ok := v.checkpoint(g, c)
 		if !ok {
 			continue
 		}
-		g.Equal("checkpoint.sequence", fmt.Sprint(i+1), fmt.Sprint(r.Sequence), "checkpoints were left out or reordered")
+		g.Equal("checkpoint.sequence", fmt.Sprint(v.line.sequence+uint64(i)+1), fmt.Sprint(r.Sequence), "checkpoints were left out or reordered")
 		g.Equal("checkpoint.parent", orNone(parent), orNone(r.Parent), "the chain of checkpoints is broken")
 		parent = r.Digest
 	}
+	v.anchors(g, list)
 	if len(list) > 0 {
 		g.Skip("checkpoint.content", "the sealed files themselves are not in the bundle; their digests are")
 	}
+}
+
+// sealed is all that the holder says of a checkpoint: countersignatures come later,
+// from the broker.
+func sealed(c bundle.Checkpoint) string {
+	return fmt.Sprintf("%d %q %s %s %d %d %s %x", c.Sequence, c.Name, c.Digest, c.Parent, c.Bytes, c.Nanos, plan.Sum(c.Record), c.Signature)
 }
 
 // statusCheckpoints is how many checkpoints a holder's status has at most.
@@ -290,7 +312,19 @@ func beside(s bundle.Stage) bool { return s == bundle.StageCheckpoint || s == bu
 // what people approved is held against the releases, not against a wait.
 func (v *verification) order() []bundle.Stage {
 	waited := v.st.Outcome.Stage == bundle.StageApproval || slices.ContainsFunc(v.st.Timeline, func(s bundle.Step) bool { return s.Stage == bundle.StageApproval })
-	return slices.DeleteFunc(bundle.Stages(), func(s bundle.Stage) bool { return s == bundle.StageApproval && !waited })
+	reseals := v.reseals()
+	return slices.DeleteFunc(bundle.Stages(), func(s bundle.Stage) bool {
+		switch s {
+		case bundle.StageApproval:
+			return !waited
+		case bundle.StageReseal:
+			return !reseals
+		case bundle.StageDecrypt, bundle.StageStart, bundle.StageRun, bundle.StageCheckpoint:
+			return reseals
+		default:
+			return false
+		}
+	})
 }
 
 // timeline checks that the stages stand one after the other without a gap: parts
@@ -433,6 +467,8 @@ func (v *verification) logGroup() {
 	}
 	v.logReleases(g, bodies)
 	v.logStop(g, bodies)
+	v.logCheckpoints(g, bodies)
+	v.logReseal(g, bodies)
 	v.logTree(g, issuer)
 }
 

@@ -85,6 +85,7 @@ func (v *verification) sandboxGroup() {
 			g.Equal("sandbox.profile", string(v.pl.SandboxProfile), string(d), "other runtime binaries, flags or rules than the plan's")
 		}
 	}
+	v.imageSignature(g)
 	g.Skip("sandbox.rules", "that the specification follows from the profile's rules: its digest is bound, and a reader can read it")
 	ab, ok := v.part(bundle.AgentPart)
 	if !ok {
@@ -96,6 +97,7 @@ func (v *verification) sandboxGroup() {
 		return
 	}
 	g.Skip("agent.word", fmt.Sprintf("node, versions and submitter (%.80q, for %.80q): nothing but the agent says so", a.Node, a.Submitter))
+	v.drivers(g, a.Devices)
 	g.Equal("sandbox.agent", s.Profile.Shim+", "+s.Profile.Runtime, a.Shim+", "+a.Runtime, "the agent says that something else ran")
 }
 
@@ -288,6 +290,9 @@ func (v *verification) assets() map[string]plan.Digest {
 	}
 	if c := v.pl.Checkpoints; c != nil {
 		out[c.Asset] = ""
+	}
+	if r := v.pl.Reseal; r != nil {
+		out[r.Asset], out[r.To] = r.Digest, ""
 	}
 	return out
 }

@@ -41,7 +41,7 @@ func endorsed(t *testing.T, revoked ...*big.Int) (*bundletest.Lab, *endorsetest.
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.Set(endorse.CRLKey(v.Chip().Product()), crl)
+	s.Set(endorse.CRLKey(v.Chip().Product(), snp.VCEK), crl)
 	c, err := endorse.New(endorse.Options{Store: endorse.NewLibrary(), Anchors: l.Anchors, Clock: func() time.Time { return l.Now }, Fetch: s})
 	if err != nil {
 		t.Fatal(err)
@@ -123,7 +123,7 @@ func TestCarriedEndorsementsAreTampered(t *testing.T) {
 		}
 		return i
 	}
-	crl := parse(endorse.CRLKey(v.Chip().Product()), older)
+	crl := parse(endorse.CRLKey(v.Chip().Product(), snp.VCEK), older)
 	vek := endorse.Item{}
 	for k, b := range s.Answers() {
 		if k.Kind == endorse.VEK {
@@ -243,7 +243,7 @@ func TestWithEndorsements(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := endorsetest.New(t, v, clock)
-		s.Set(endorse.CRLKey(v.Chip().Product()), crl)
+		s.Set(endorse.CRLKey(v.Chip().Product(), snp.VCEK), crl)
 		lib := endorse.NewLibrary()
 		for k, b := range s.Answers() {
 			i, err := endorse.Parse(k.Kind, k.ID, b)

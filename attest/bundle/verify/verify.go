@@ -173,8 +173,17 @@ type verification struct {
 	brokerKeys receipt.Keys
 	releases   []receipt.Release
 	status     *bundle.Status
+	// line is where the job's checkpoints begin, records are the digests of their
+	// records, nil if the bundle has none, and heads the countersignatures that hold.
+	line    line
+	records []plan.Digest
+	heads   []receipt.CheckpointHead
+	// resealed is what a job without a container sealed anew.
+	resealed *resealed
 	// unproven is what the caller asks of the log and the bundle does not have yet.
 	unproven string
+	// stands is whether somebody whom the caller lists signed for the releases.
+	stands bool
 }
 
 func (v *verification) run(file []byte) {
@@ -210,7 +219,9 @@ func (v *verification) run(file []byte) {
 	v.releaseGroup()
 	v.approvalGroup()
 	v.runGroup()
+	v.egressGroup()
 	v.checkpointGroup()
+	v.resealGroup()
 	v.outcomeGroup()
 	v.logGroup()
 	v.conclude(nil)
@@ -246,6 +257,7 @@ var required = map[bundle.Part]bundle.Stage{
 	bundle.Result: bundle.StageVerify, bundle.VerifierKeys: bundle.StageVerify,
 	bundle.BrokerKeys: bundle.StageRelease,
 	bundle.Trace:      bundle.StageStart, bundle.HolderStatus: bundle.StageStart,
+	bundle.ResealPart:  bundle.StageReseal,
 	bundle.Checkpoints: bundle.StageRun, bundle.LogsDigest: bundle.StageRun,
 }
 

@@ -98,7 +98,9 @@ func (f *Folder) rescan(after time.Duration) {
 func (f *Folder) Newest(k endorse.Key) (endorse.Held, bool) { return f.lib.Newest(k) }
 
 // ByDigest implements endorse.Store.
-func (f *Folder) ByDigest(d plan.Digest) (endorse.Held, bool) { return f.lib.ByDigest(d) }
+func (f *Folder) ByDigest(k endorse.Key, d plan.Digest) (endorse.Held, bool) {
+	return f.lib.ByDigest(k, d)
+}
 
 // Put implements endorse.Store. The file is on disk when it returns.
 func (f *Folder) Put(i endorse.Item, checked time.Time) error {

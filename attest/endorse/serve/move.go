@@ -29,7 +29,8 @@ type Imported struct {
 
 // Import takes every endorsement in src, its subfolders included, into the
 // folder. A file with anything else in it, or with an item that does not verify
-// under the anchors, is refused.
+// under the anchors, is refused. A GPU's certificate chain is no endorsement, and
+// nothing of it is kept; answers about certificates are verified by it.
 func Import(ctx context.Context, to *Folder, src string, anchors anchor.Set, now time.Time) (Imported, error) {
 	var out Imported
 	type candidate struct {
@@ -42,6 +43,13 @@ func Import(ctx context.Context, to *Folder, src string, anchors anchor.Set, now
 		return out, fmt.Errorf("import endorsements: %w", err)
 	}
 	defer func() { _ = root.Close() }()
+	issuers := endorse.NewIssuers(anchors)
+	for _, h := range to.lib.All() {
+		if h.Key.Kind == endorse.RIM {
+			// One that does not verify is none to verify others by.
+			_ = issuers.AddManifest(h.Bytes)
+		}
+	}
 	files := 0
 	err = fs.WalkDir(root.FS(), ".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -56,7 +64,7 @@ func Import(ctx context.Context, to *Folder, src string, anchors anchor.Set, now
 		if files++; files > maxImport {
 			return fmt.Errorf("more than %d files", maxImport)
 		}
-		items, err := recognize(root, name, d)
+		items, err := recognize(root, name, d, issuers)
 		if err != nil {
 			out.Refused = append(out.Refused, endorse.Problem{File: name, Err: err})
 			return nil
@@ -69,17 +77,22 @@ func Import(ctx context.Context, to *Folder, src string, anchors anchor.Set, now
 	if err != nil {
 		return out, fmt.Errorf("import endorsements from %s: %w", src, err)
 	}
+	for _, c := range found {
+		if c.Key.Kind == endorse.RIM {
+			_ = issuers.AddManifest(c.Bytes) // and what is wrong with it, Verify says
+		}
+	}
 	// Chains first: the others are held against them.
 	slices.SortStableFunc(found, func(a, b candidate) int { return rank(a.Item) - rank(b.Item) })
 	for _, c := range found {
 		if err := endorse.Verify(c.Item, func(k endorse.Key) (endorse.Item, bool) {
 			h, ok := to.lib.Get(k, now)
 			return h.Item, ok
-		}, anchors); err != nil {
+		}, issuers, anchors); err != nil {
 			out.Refused = append(out.Refused, endorse.Problem{File: c.file, Err: fmt.Errorf("%s: %w", c.Key, err)})
 			continue
 		}
-		_, known := to.lib.ByDigest(c.Digest)
+		_, known := to.lib.ByDigest(c.Key, c.Digest)
 		if err := to.Put(c.Item, now); err != nil {
 			return out, err
 		}
@@ -99,7 +112,9 @@ func rank(i endorse.Item) int {
 	return 1
 }
 
-func recognize(root *os.Root, name string, d fs.DirEntry) ([]endorse.Item, error) {
+// recognize returns the endorsements in a file, and adds to issuers those of a
+// GPU's chain.
+func recognize(root *os.Root, name string, d fs.DirEntry, issuers *endorse.Issuers) ([]endorse.Item, error) {
 	if !d.Type().IsRegular() {
 		return nil, errors.New("not a regular file")
 	}
@@ -118,6 +133,9 @@ func recognize(root *os.Root, name string, d fs.DirEntry) ([]endorse.Item, error
 	// In a folder of ours a manifest is named by its digest, in one named by its id.
 	if dir := filepath.Base(filepath.Dir(name)); strings.HasPrefix(dir, "NV_GPU_") && !strings.HasPrefix(filepath.Base(name), "NV_GPU_") {
 		name = dir + filepath.Ext(name)
+	}
+	if issuers.AddDevice(b) == nil {
+		return nil, nil
 	}
 	return endorse.Recognize(name, b)
 }

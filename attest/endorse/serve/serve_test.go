@@ -1,6 +1,7 @@
 package serve_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/base64"
@@ -352,7 +353,7 @@ func TestDownForHours(t *testing.T) {
 // flaky is a transport's other end that fails a number of times.
 func TestRetryAndCircuit(t *testing.T) {
 	v := vendor(t)
-	key := endorse.CRLKey(v.Chip().Product())
+	key := endorse.CRLKey(v.Chip().Product(), snp.VCEK)
 	client := func(f *fake) *serve.Client {
 		pool := x509.NewCertPool()
 		pool.AddCert(f.Certificate())
@@ -455,7 +456,7 @@ func TestCircuitCloses(t *testing.T) {
 		}
 		defer c.Close()
 		fetch := func() string {
-			_, err := c.Fetch(t.Context(), endorse.Request{Key: endorse.CRLKey(anchor.Genoa)})
+			_, err := c.Fetch(t.Context(), endorse.Request{Key: endorse.CRLKey(anchor.Genoa, snp.VCEK)})
 			if err == nil {
 				t.Fatal("an answer from nowhere")
 			}
@@ -525,6 +526,8 @@ func TestImportExport(t *testing.T) {
 		writeFile(t, filepath.Join(src, string(k.Kind), name), b)
 		n++
 	}
+	// What answers about the device are verified by, and no endorsement itself.
+	writeFile(t, filepath.Join(src, "gpu-chain.pem"), v.GPUs()[0].ChainPEM())
 	s, err := simulate.New(simulate.Options{Fast: true})
 	if err != nil {
 		t.Fatal(err)
@@ -535,7 +538,10 @@ func TestImportExport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bad := map[string][]byte{"strange-vcek.der": vcek, "strange-chain.pem": strangers, "strange.crl": crl, "notes.txt": []byte("hello"), "empty": nil}
+	bad := map[string][]byte{"strange-vcek.der": vcek, "strange-chain.pem": strangers, "strange.crl": crl, "notes.txt": []byte("hello"), "empty": nil, "strange-gpu.pem": s.GPUs()[0].ChainPEM()}
+	for what, b := range badAnswers(t, v, s) {
+		bad[what+".ocsp"] = b
+	}
 	for name, b := range bad {
 		writeFile(t, filepath.Join(src, "bad", name), b)
 	}
@@ -583,9 +589,55 @@ func TestImportExport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if got, err := serve.Import(t.Context(), again, out, v.Anchors(), time.Now()); err != nil || len(got.Added) == n || !strings.Contains(fmt.Sprint(got.Refused), "put the GPU's certificate chain") {
+		t.Errorf("from the export, without a GPU's chain: added %d, refused %v, %v", len(got.Added), got.Refused, err)
+	}
+	if again, err = serve.OpenFolder(t.TempDir(), nil); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(out, "gpu-chain.pem"), v.GPUs()[0].ChainPEM())
 	if got, err := serve.Import(t.Context(), again, out, v.Anchors(), time.Now()); err != nil || len(got.Added) != n || len(got.Refused) > 0 {
 		t.Errorf("from the export: added %d, refused %v, %v", len(got.Added), got.Refused, err)
 	}
+}
+
+// badAnswers are about a certificate of a vendor's GPU, and none is by its issuer
+// as it stands.
+func badAnswers(t *testing.T, v, stranger *simulate.Vendor) map[string][]byte {
+	t.Helper()
+	chain := func(v *simulate.Vendor) (out []*x509.Certificate) {
+		for rest := v.GPUs()[0].ChainPEM(); ; {
+			var block *pem.Block
+			if block, rest = pem.Decode(rest); block == nil {
+				return out
+			}
+			c, err := x509.ParseCertificate(block.Bytes)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out = append(out, c)
+		}
+	}
+	ours, theirs := chain(v), chain(stranger)
+	answer := func(v *simulate.Vendor, cert, issuer *x509.Certificate) []byte {
+		b, err := v.OCSPAnswer(cert, issuer, simulate.OCSPOptions{ThisUpdate: start})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	good := answer(v, ours[2], ours[3])
+	if _, err := endorse.Parse(endorse.OCSP, "", good); err != nil {
+		t.Fatal(err)
+	}
+	bit := slices.Clone(good)
+	// The serial number that the answer is about.
+	i := bytes.Index(bit, ours[2].SerialNumber.Bytes())
+	if i < 0 {
+		t.Fatal("the answer does not name the certificate")
+	}
+	bit[i+len(ours[2].SerialNumber.Bytes())-1] ^= 1
+	return map[string][]byte{"about another certificate by one bit": bit, "of another vendor": answer(stranger, theirs[2], theirs[3])}
 }
 
 // Files that are not what their names say are told and not used.
@@ -634,6 +686,7 @@ func TestRealEndorsements(t *testing.T) {
 	for _, n := range []string{"certificate_l2", "certificate_l3", "certificate_l4", "driver_rim_l3", "driver_rim_l4", "rim_l2", "vbios_l4"} {
 		writeFile(t, filepath.Join(src, n), vectortest.Read(t, complete+"ocsp/"+n+".der"))
 	}
+	writeFile(t, filepath.Join(src, "chain.pem"), vectortest.Read(t, complete+"chain.pem"))
 	folder, err := serve.OpenFolder(dir, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -105,7 +105,7 @@ d := [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
 		"more checks than anybody reads":         {digits + "decision := {\"checks\": [c | some a in d; some b in d; some e in d; c := {\"id\": $\"policy.own.{a}-{b}-{e}\", \"outcome\": \"pass\"}], \"submods\": {}}\n", "policy.rules"},
 		"more text than anybody reads":           {digits + "big := concat(\"\", [\"" + strings.Repeat("x", 4000) + "\" | some _ in d; some _ in d])\n\ndecision := {\"checks\": [{\"id\": \"policy.own\", \"outcome\": \"pass\", \"found\": big}], \"submods\": {}}\n", "policy.rules"},
 		"a comprehension without end":            {digits + "decision := {\"checks\": [c | " + strings.Repeat("some _ in d; ", 16) + "c := 1], \"submods\": {}}\n", "policy.rules"},
-		"a search without end":                   {digits + "decision := {\"checks\": [], \"submods\": {}} if { " + strings.Repeat("some _ in d; ", 16) + "false }\n", "policy.rules"},
+		"a search without end, known at load":    {digits + "endless if { " + strings.Repeat("some _ in d; ", 16) + "false }\n\ndecision := {\"checks\": [], \"submods\": {}} if endless\n", "policy.rules"},
 	} {
 		t.Run(situation, func(t *testing.T) {
 			p := compiled(t, withRules(t, row.text))

@@ -34,9 +34,13 @@ func (p *Policy) Decide(ev policy.Evidence) policy.Decision {
 		return d
 	}
 	d.Platform.Pass("policy.valid", p.source.Name)
-	p.present(&d.Platform, "snp", true, ev.SNP != nil, ev.Failures)
-	p.present(&d.Platform, "tpm", p.source.TPM != nil, ev.TPM != nil, ev.Failures)
-	p.gpuCount(&d.Platform, ev)
+	if ev.Alone {
+		p.alone(&d.Platform, ev)
+	} else {
+		p.present(&d.Platform, "snp", true, ev.SNP != nil, ev.Failures)
+		p.present(&d.Platform, "tpm", p.source.TPM != nil, ev.TPM != nil, ev.Failures)
+		p.gpuCount(&d.Platform, ev)
+	}
 
 	subs := p.submodules(ev, &d)
 	size := 0
@@ -99,8 +103,21 @@ func (p *Policy) gpuCount(l *check.List, ev policy.Evidence) {
 	default:
 		l.Equal(id, want, strconv.Itoa(len(ev.GPUs)), "attest exactly the GPUs that the plan asks for")
 	}
-	// Without a TDISP or NVSwitch binding several Hopper GPUs are not known to
-	// form one protected set (protected PCIe mode).
+	p.several(l, ev)
+}
+
+// alone says of what is not asked of devices by themselves that it was not.
+func (p *Policy) alone(l *check.List, ev policy.Evidence) {
+	const why = "devices by themselves: which there must be is not asked"
+	l.Skip("policy.snp.required", why)
+	l.Skip("policy.tpm.required", why)
+	l.Skip("policy.gpu.count", why)
+	p.several(l, ev)
+}
+
+// several refuses more than one GPU. Without a TDISP or NVSwitch binding several
+// Hopper GPUs are not known to form one protected set (protected PCIe mode).
+func (p *Policy) several(l *check.List, ev policy.Evidence) {
 	if ev.WantGPUs > 1 || len(ev.GPUs) > 1 {
 		l.Fail("policy.gpu.several", "at most one GPU", fmt.Sprintf("%d wanted, %d attested", ev.WantGPUs, len(ev.GPUs)),
 			"more than one GPU needs protected PCIe mode with NVSwitch evidence, which is not supported")
@@ -138,11 +155,11 @@ func (s *submodule) readClaims() int {
 
 // apply asks the rules and records what they answer.
 func (p *Policy) apply(ev policy.Evidence, subs []submodule, d *policy.Decision) error {
-	accepted, err := p.acceptedNow(ev, &d.Platform)
+	accepted, known, err := p.acceptedNow(ev, &d.Platform)
 	if err != nil {
 		return err
 	}
-	answer, err := p.evaluate(input(ev, subs, accepted))
+	answer, err := p.evaluate(input(ev, subs, accepted), known)
 	if err != nil {
 		return err
 	}
@@ -177,7 +194,7 @@ func (p *Policy) apply(ev policy.Evidence, subs []submodule, d *policy.Decision)
 
 // acceptedNow leaves out reference values that have expired since they were loaded. A source of
 // which nothing is left cannot be asked, which is a refusal.
-func (p *Policy) acceptedNow(ev policy.Evidence, l *check.List) (ast.Value, error) {
+func (p *Policy) acceptedNow(ev policy.Evidence, l *check.List) (ast.Value, known, error) {
 	var valid []policy.References
 	by := map[string]int{}
 	for _, r := range p.references {
@@ -194,9 +211,10 @@ func (p *Policy) acceptedNow(ev policy.Evidence, l *check.List) (ast.Value, erro
 		}
 	}
 	if len(valid) == len(p.references) {
-		return p.accepted, nil
+		return p.accepted, p.known, nil
 	}
-	return accept(p.source, valid)
+	v, err := accept(p.source, valid)
+	return v, nil, err
 }
 
 // settle lowers the tiers that rules gave to what else was found: no rule makes

@@ -189,3 +189,16 @@ func TestCPUOnlyRefusesGPUPlans(t *testing.T) {
 	}
 	t.Fatal("a plan with a GPU is acceptable")
 }
+
+// PCR 14 has a place in the document: that it is empty lists nothing.
+func TestDemandedPCRWithoutValuesRefuses(t *testing.T) {
+	p, err := policy.Parse([]byte(document))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.TPM.PCR14, p.TPM.RequirePCRs = nil, []string{"14"}
+	f := compiled(t, p).Decide(evidence()).All().Failed()
+	if len(f) != 1 || f[0].ID != "policy.tpm.pcr14" {
+		t.Errorf("failed %+v", f)
+	}
+}

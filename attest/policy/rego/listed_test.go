@@ -17,10 +17,10 @@ func TestShippedPoliciesDemandReferenceValues(t *testing.T) {
 	listed := func() policy.Values {
 		return policy.Values{
 			SNP: &policy.SNPValues{Measurements: []string{measurement}},
-			TPM: &policy.TPMValues{PCRs: map[string][]string{"4": {pcr7}, "8": {pcr7}, "9": {pcr7}, "11": {zero}}},
+			TPM: &policy.TPMValues{PCRs: map[string][]string{"4": {pcr7}, "8": {pcr7}, "9": {pcr7}, "11": {zero}, "12": {zero}, "13": {zero}}},
 		}
 	}
-	missing := []string{"policy.snp.measurement", "policy.tpm.pcr11", "policy.tpm.pcr4", "policy.tpm.pcr8", "policy.tpm.pcr9"}
+	missing := []string{"policy.snp.measurement", "policy.tpm.pcr11", "policy.tpm.pcr12", "policy.tpm.pcr13", "policy.tpm.pcr4", "policy.tpm.pcr8", "policy.tpm.pcr9"}
 	for _, name := range []string{"production", "cpu-only"} {
 		p, err := policy.Named(name)
 		if err != nil {
@@ -29,7 +29,7 @@ func TestShippedPoliciesDemandReferenceValues(t *testing.T) {
 		// What is looked at here is what the lists decide.
 		decide := func(p policy.Policy, references []policy.References, claims map[string]string) []string {
 			e := referenced()
-			pcrs := map[string]string{"4": pcr7, "8": pcr7, "9": pcr7, "11": zero, "14": pcr14}
+			pcrs := map[string]string{"4": pcr7, "8": pcr7, "9": pcr7, "11": zero, "12": zero, "13": zero, "14": pcr14}
 			for k, v := range claims {
 				pcrs[k] = v
 			}
@@ -67,6 +67,8 @@ func TestShippedPoliciesDemandReferenceValues(t *testing.T) {
 			{"one PCR not listed", func(v *policy.Values) { delete(v.TPM.PCRs, "9") }, nil, []string{"policy.tpm.pcr9"}},
 			{"another kernel", nil, map[string]string{"9": zero}, []string{"policy.tpm.pcr9"}},
 			{"another way to boot", nil, map[string]string{"11": pcr7}, []string{"policy.tpm.pcr11"}},
+			{"another command line of a unified kernel", nil, map[string]string{"12": pcr7}, []string{"policy.tpm.pcr12"}},
+			{"an extension of its initrd", nil, map[string]string{"13": pcr7}, []string{"policy.tpm.pcr13"}},
 		} {
 			v := listed()
 			if row.change != nil {

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/metrics"
 	"github.com/open-policy-agent/opa/v1/storage"
 	"github.com/open-policy-agent/opa/v1/storage/inmem"
 	"github.com/open-policy-agent/opa/v1/topdown"
@@ -63,11 +64,24 @@ type Policy struct {
 	source     policy.Policy
 	compiler   *ast.Compiler
 	query      ast.Body
-	answer     ast.Var
 	store      storage.Store
+	document   document
 	references []policy.References
-	// accepted are the values that rules see while all references are valid.
+	// accepted are the values that rules see while all references are valid, and
+	// known is what follows from them.
 	accepted ast.Value
+	known    known
+}
+
+var packageRef = ast.MustParseRef("data." + Package)
+
+func ruleRef(name string) ast.Ref { return packageRef.Append(ast.StringTerm(name)) }
+
+// answer is the variable of queries.
+const answer ast.Var = "answer"
+
+func queryOf(c *ast.Compiler, name string) (ast.Body, error) {
+	return c.QueryCompiler().Compile(ast.NewBody(ast.Equality.Expr(ast.NewTerm(answer), ast.NewTerm(ruleRef(name)))))
 }
 
 // Compile makes the rules of a policy ready. Rules that use a function that is
@@ -97,8 +111,8 @@ func compile(p policy.Policy, digest plan.Digest, references []policy.References
 		if m == nil {
 			return nil, fmt.Errorf("%s is empty", name)
 		}
-		if want := ast.MustParseRef("data." + Package); !m.Package.Path.Equal(want) {
-			return nil, fmt.Errorf("%s is in package %s: want %s", name, m.Package.Path, want)
+		if !m.Package.Path.Equal(packageRef) {
+			return nil, fmt.Errorf("%s is in package %s: want %s", name, m.Package.Path, packageRef)
 		}
 		modules[name] = m
 	}
@@ -106,19 +120,19 @@ func compile(p policy.Policy, digest plan.Digest, references []policy.References
 	if c.Compile(modules); c.Failed() {
 		return nil, c.Errors
 	}
-	entry := ast.MustParseRef("data." + Package + "." + EntryPoint)
-	if len(c.GetRulesExact(entry)) == 0 {
+	if len(c.GetRulesExact(ruleRef(EntryPoint))) == 0 {
 		return nil, fmt.Errorf("no rule %s", EntryPoint)
 	}
-	out := &Policy{source: p, compiler: c, answer: "answer"}
+	out := &Policy{source: p, compiler: c}
 	var err error
-	if out.query, err = c.QueryCompiler().Compile(ast.NewBody(ast.Equality.Expr(ast.VarTerm("answer"), ast.NewTerm(entry)))); err != nil {
+	if out.query, err = queryOf(c, EntryPoint); err != nil {
 		return nil, err
 	}
 	data, err := requirements(p)
 	if err != nil {
 		return nil, err
 	}
+	out.document = document{data}
 	out.store = inmem.NewFromASTObject(ast.NewObject(ast.Item(ast.StringTerm("policy"), ast.NewTerm(data))))
 	for _, r := range references {
 		if r.Policy() != digest {
@@ -129,6 +143,7 @@ func compile(p policy.Policy, digest plan.Digest, references []policy.References
 	if out.accepted, err = accept(p, references); err != nil {
 		return nil, err
 	}
+	out.known = out.know()
 	return out, nil
 }
 
@@ -151,17 +166,24 @@ func (p *Policy) Source() policy.Policy {
 	return p.source
 }
 
-// evaluate asks the rules. Everything but one answer is an error.
-func (p *Policy) evaluate(input ast.Value) (answer ast.Value, err error) {
+// evaluate asks the rules for a decision.
+func (p *Policy) evaluate(input ast.Value, k known) (ast.Value, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), Deadline)
 	defer cancel()
+	deepen(0)
+	return p.ask(ctx, p.query, input, k)
+}
+
+// ask asks a query of the rules until the context ends. Everything but one answer
+// is an error.
+func (p *Policy) ask(ctx context.Context, query ast.Body, input ast.Value, k known) (out ast.Value, err error) {
 	stop := topdown.NewCancel()
 	defer context.AfterFunc(ctx, stop.Cancel)()
 	// The engine is a large interpreter: a defect in it must refuse, and not
 	// end the verifier.
 	defer func() {
 		if r := recover(); r != nil {
-			answer, err = nil, fmt.Errorf("evaluation panicked: %v", r)
+			out, err = nil, fmt.Errorf("evaluation panicked: %v", r)
 		}
 	}()
 	txn, err := p.store.NewTransaction(ctx)
@@ -170,12 +192,13 @@ func (p *Policy) evaluate(input ast.Value) (answer ast.Value, err error) {
 	}
 	defer p.store.Abort(ctx, txn)
 	results := 0
-	q := topdown.NewQuery(p.query).WithCompiler(p.compiler).WithStore(p.store).WithTransaction(txn).WithInput(ast.NewTerm(input)).
+	q := topdown.NewQuery(query).WithCompiler(p.compiler).WithStore(p.store).WithTransaction(txn).WithInput(ast.NewTerm(input)).
+		WithVirtualCache(k.memory()).WithBaseCache(p.document).WithMetrics(metrics.NoOp()).
 		WithCancel(stop).WithStrictBuiltinErrors(true).WithTime(time.Unix(0, 0)).WithSeed(noSeed{})
 	err = q.Iter(ctx, func(r topdown.QueryResult) error {
 		results++
-		if t := r[p.answer]; t != nil {
-			answer = t.Value
+		if t := r[answer]; t != nil {
+			out = t.Value
 		}
 		return nil
 	})
@@ -186,10 +209,10 @@ func (p *Policy) evaluate(input ast.Value) (answer ast.Value, err error) {
 		return nil, err
 	case results == 0:
 		return nil, fmt.Errorf("%s is undefined", EntryPoint)
-	case results > 1 || answer == nil:
+	case results > 1 || out == nil:
 		return nil, fmt.Errorf("%d answers", results)
 	}
-	return answer, nil
+	return out, nil
 }
 
 // noSeed is the source of randomness of rules, which have none.

@@ -73,6 +73,17 @@ func newMetrics(o Options) *metrics {
 			}, func() float64 { return float64(o.FetchFailures(k)) }))
 		}
 	}
+	if o.Reloads != nil {
+		for result, count := range map[string]func() uint64{
+			"taken":   func() uint64 { n, _ := o.Reloads(); return n },
+			"refused": func() uint64 { _, n := o.Reloads(); return n },
+		} {
+			m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+				Name: name("reloads_total"), Help: "Changes of the configuration while serving, by whether they were taken.",
+				ConstLabels: prometheus.Labels{"result": result},
+			}, func() float64 { return float64(count()) }))
+		}
+	}
 	return m
 }
 

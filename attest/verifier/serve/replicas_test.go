@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/ecdsa"
 	"crypto/tls"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -16,8 +17,10 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/coffer-run/coffer/attest/anchor"
 	verifierv1 "github.com/coffer-run/coffer/attest/api/verifier/v1"
 	"github.com/coffer-run/coffer/attest/api/verifier/v1/verifierv1connect"
+	"github.com/coffer-run/coffer/attest/policy"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/verifier"
 )
@@ -194,7 +197,21 @@ func TestRotationUnderLoad(t *testing.T) {
 	for i, step := range steps {
 		for _, v := range b.replicas {
 			settle()
-			if err := v.Rotate(step); err != nil {
+			o := f.options
+			o.Signer, o.Published, o.NonceKeys = step.Signer, step.Published, step.NonceKeys
+			// Each step changes policies and anchors too; what is refused changes nothing.
+			o.Policies = append([]policy.Policy{shipped(t, []string{"cpu-only", "production"}[i%2])}, o.Policies...)
+			pinned, err := o.Anchors.WithAKs(anchor.Software, fmt.Sprintf("000b%064x", i+1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			bad := o
+			bad.Anchors, bad.References = pinned, []string{"none"}
+			if err := v.Reload(bad); err == nil {
+				t.Errorf("step %d: reference values that are none", i)
+			}
+			o.Anchors = pinned
+			if err := v.Reload(o); err != nil {
 				t.Errorf("step %d: %v", i, err)
 			}
 		}
@@ -214,4 +231,13 @@ func TestRotationUnderLoad(t *testing.T) {
 	if relyOn(f.keys(t), token) == nil {
 		t.Error("the old key still signs")
 	}
+}
+
+func shipped(t *testing.T, name string) policy.Policy {
+	t.Helper()
+	p, err := policy.Named(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }

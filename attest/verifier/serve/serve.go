@@ -78,7 +78,7 @@ func allowed(procedure string) []string {
 		return []string{roleAgent, roleRelyingParty}
 	case verifierv1connect.VerifierServiceAppraiseProcedure:
 		return []string{roleAgent}
-	case verifierv1connect.VerifierServiceCheckProcedure:
+	case verifierv1connect.VerifierServiceCheckProcedure, verifierv1connect.VerifierServiceCheckDevicesProcedure:
 		return []string{roleRelyingParty}
 	case verifierv1connect.VerifierServiceKeysProcedure:
 		return []string{anyone}
@@ -100,6 +100,9 @@ type Options struct {
 	Log      *slog.Logger
 	// FetchFailures counts the endorsements of a kind that could not be fetched.
 	FetchFailures func(endorse.Kind) uint64
+	// Reloads counts the changes of the configuration that were taken, and those
+	// that were refused.
+	Reloads func() (taken, refused uint64)
 }
 
 // Handler returns the verifier's HTTP handler.

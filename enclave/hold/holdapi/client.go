@@ -152,6 +152,25 @@ func (c *Client) Sink(ctx context.Context, s Sink, path string) error {
 	})
 }
 
+// ResumeBegin asks what the plan, in canonical form, says of resuming.
+func (c *Client) ResumeBegin(ctx context.Context, plan []byte) (ResumeRule, error) {
+	r, err := c.do(ctx, Request{Op: OpResumeBegin, ResumeBegin: &ResumeBegin{Plan: plan}}, nil)
+	return part(r.ResumeRule, err)
+}
+
+// Resume hands over the sealed checkpoint at path that the job goes on from; path
+// is empty where r says that there is nothing.
+func (c *Client) Resume(ctx context.Context, r Resume, path string) error {
+	if r.Nothing {
+		_, err := c.do(ctx, Request{Op: OpResume, Resume: &r}, nil)
+		return err
+	}
+	return c.withDir(path, unix.O_PATH, func(f *os.File) error {
+		_, err := c.do(ctx, Request{Op: OpResume, Resume: &r}, f)
+		return err
+	})
+}
+
 // Decrypt fills the regions of all inputs and returns when they are full.
 func (c *Client) Decrypt(ctx context.Context) (Decrypted, error) {
 	r, err := c.do(ctx, Request{Op: OpDecrypt}, nil)

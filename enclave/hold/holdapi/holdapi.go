@@ -46,6 +46,13 @@ const (
 	OpInput = "input"
 	// OpSink names where sealed checkpoints go: descriptor 0 is a directory. Sink.
 	OpSink = "sink"
+	// OpResumeBegin asks what the plan says of resuming: the answer has the
+	// challenge for the broker. It comes once the keys are there. ResumeBegin,
+	// ResumeRule.
+	OpResumeBegin = "resume-begin"
+	// OpResume hands over the checkpoint that the job goes on from, before OpDecrypt:
+	// descriptor 0 is its sealed folder, unless there is none. Resume.
+	OpResume = "resume"
 	// OpDecrypt fills the regions of all inputs. Decrypt.
 	OpDecrypt = "decrypt"
 	// OpStatus asks how things are. Status.
@@ -71,8 +78,14 @@ type Request struct {
 	Renew       *Renew       `json:"renew,omitempty"`
 	Input       *Input       `json:"input,omitempty"`
 	Sink        *Sink        `json:"sink,omitempty"`
+	ResumeBegin *ResumeBegin `json:"resumeBegin,omitempty"`
+	Resume      *Resume      `json:"resume,omitempty"`
 	Logs        *Logs        `json:"logs,omitempty"`
 	Events      *Events      `json:"events,omitempty"`
+
+	ResealSource *ResealSource      `json:"resealSource,omitempty"`
+	Reseal       *Reseal            `json:"reseal,omitempty"`
+	ResealStatus *ResealStatusQuery `json:"resealStatus,omitempty"`
 }
 
 // Response is one packet to the agent. Error is empty on success.
@@ -85,9 +98,11 @@ type Response struct {
 	Sign        *Signed       `json:"sign,omitempty"`
 	Lease       *Lease        `json:"lease,omitempty"`
 	Decrypt     *Decrypted    `json:"decrypt,omitempty"`
+	ResumeRule  *ResumeRule   `json:"resumeRule,omitempty"`
 	Status      *Status       `json:"status,omitempty"`
 	Logs        *LogChunk     `json:"logs,omitempty"`
 	Events      *EventsResult `json:"events,omitempty"`
+	Reseal      *ResealStatus `json:"reseal,omitempty"`
 }
 
 // Hello is who the holder is.
@@ -186,6 +201,34 @@ type Sink struct {
 	MaxBytes int64 `json:"maxBytes"`
 }
 
+// ResumeName is the folder below the checkpoint folder in which the job finds what
+// it goes on from.
+const ResumeName = "resume"
+
+// ResumeBegin carries the canonical plan, which says where the job resumes.
+type ResumeBegin struct {
+	Plan []byte `json:"plan"`
+}
+
+// ResumeRule is what the plan says, "latest" or a digest. Challenge is for the
+// broker; absent where the plan names a digest.
+type ResumeRule struct {
+	Rule      string `json:"rule"`
+	Challenge []byte `json:"challenge,omitempty"`
+}
+
+// Resume says what the job goes on from.
+type Resume struct {
+	// Point is the broker's signed answer (receipt.ResumePoint) where the plan says
+	// "latest". Where it says that there is nothing, no descriptor comes with it.
+	Point string `json:"point,omitempty"`
+	// Nothing repeats that.
+	Nothing bool `json:"nothing,omitempty"`
+	// Anchor is the countersignature of a checkpoint that the plan names by its
+	// digest (receipt.CheckpointHead), empty if it has none.
+	Anchor string `json:"anchor,omitempty"`
+}
+
 // Decrypted says what filling the regions took.
 type Decrypted struct {
 	Files int   `json:"files"`
@@ -242,6 +285,8 @@ type LogChunk struct {
 	Offset int64  `json:"offset"`
 	Data   []byte `json:"data"`
 	EOF    bool   `json:"eof"`
+	// Cut counts what of both streams was dropped so far, in bytes.
+	Cut int64 `json:"cut,omitempty"`
 }
 
 // Events asks for events after Sequence, waiting up to WaitMillis.
@@ -259,8 +304,9 @@ type EventsResult struct {
 type Event struct {
 	Sequence uint64 `json:"sequence"`
 	UnixNano int64  `json:"unixNano"`
-	// Kind is "container-start", "exec", "operator-exec", "connect", "ptrace",
-	// "trace-lost", "checkpoint", "checkpoint-error", "input-error", "lease-stop"
+	// Kind is "container-start", "exec", "operator-exec", "open", "connect", "ptrace",
+	// "trace-lost", "checkpoint", "checkpoint-error", "input-error", "resumed"
+	// (the job goes on from the checkpoint in Digest), "lease-stop"
 	// (the broker said that the job must stop), "lease-over" (no key is used any
 	// more), "job-killed" (the holder ended the job's processes), "scrubbed".
 	Kind       string      `json:"kind"`

@@ -39,8 +39,12 @@ const (
 	CAKeyFile = "ca.key"
 )
 
-// Create makes a certificate authority in dir. It refuses one that exists.
-func Create(dir string) error {
+// Create makes a certificate authority in dir, of the embedded stack's trust domain.
+// It refuses one that exists.
+func Create(dir string) error { return CreateFor(dir, daemon.EmbeddedTrustDomain) }
+
+// CreateFor makes one of another trust domain.
+func CreateFor(dir, domain string) error {
 	if _, err := os.Stat(filepath.Join(dir, CAFile)); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("create certificate authority: %s exists or cannot be read", filepath.Join(dir, CAFile))
 	}
@@ -63,7 +67,7 @@ func Create(dir string) error {
 		IsCA:                        true,
 		MaxPathLenZero:              true,
 		PermittedDNSDomainsCritical: true,
-		PermittedURIDomains:         []string{daemon.TrustDomain},
+		PermittedURIDomains:         []string{domain},
 		PermittedDNSDomains:         []string{"localhost"},
 		PermittedIPRanges:           []*net.IPNet{{IP: net.IPv4(127, 0, 0, 0).To4(), Mask: net.CIDRMask(8, 32)}},
 	}
@@ -78,10 +82,6 @@ func Create(dir string) error {
 // identity for 127.0.0.1 and localhost too if the role answers on a port. It
 // refuses an identity that exists.
 func Issue(dir, role, name string) error {
-	uri, err := daemon.IdentityURI(role, name)
-	if err != nil {
-		return fmt.Errorf("issue identity: %w", err)
-	}
 	file := role + "-" + name
 	if _, err := os.Stat(filepath.Join(dir, file+".pem")); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("issue identity: %s exists or cannot be read", filepath.Join(dir, file+".pem"))
@@ -89,6 +89,13 @@ func Issue(dir, role, name string) error {
 	ca, err := tls.LoadX509KeyPair(filepath.Join(dir, CAFile), filepath.Join(dir, CAKeyFile))
 	if err != nil {
 		return fmt.Errorf("issue identity %s: load authority: %w", file, err)
+	}
+	if len(ca.Leaf.PermittedURIDomains) != 1 {
+		return fmt.Errorf("issue identity %s: the authority is not one that Create made", file)
+	}
+	uri, err := daemon.IdentityURI(ca.Leaf.PermittedURIDomains[0], role, name)
+	if err != nil {
+		return fmt.Errorf("issue identity: %w", err)
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

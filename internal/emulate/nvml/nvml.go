@@ -16,7 +16,7 @@ import (
 // is that of the process, and the client bounds each request. Functions that the
 // plugin does not use are not there: calling one panics with its name.
 func New(ctx context.Context, c *emulate.Client) nvml.Interface {
-	m := &mock.Interface{}
+	m := &library{ctx: ctx, c: c}
 	gpus := func() (*emulate.GPUs, nvml.Return) {
 		resp, err := c.Do(ctx, emulate.Request{Op: emulate.OpGPUs})
 		if err != nil || resp.GPUs == nil {
@@ -67,6 +67,22 @@ func New(ctx context.Context, c *emulate.Client) nvml.Interface {
 		}
 		return nvml.SUCCESS
 	}
+	m.SystemGetConfComputeKeyRotationThresholdInfoFunc = func() (nvml.ConfComputeGetKeyRotationThresholdInfo, nvml.Return) {
+		g, ret := gpus()
+		if ret != nvml.SUCCESS {
+			return nvml.ConfComputeGetKeyRotationThresholdInfo{}, ret
+		}
+		return nvml.ConfComputeGetKeyRotationThresholdInfo{AttackerAdvantage: g.Advantage}, nvml.SUCCESS
+	}
+	m.SystemSetConfComputeKeyRotationThresholdInfoFunc = func(v nvml.ConfComputeSetKeyRotationThresholdInfo) nvml.Return {
+		if v.MaxAttackerAdvantage < nvml.CC_KEY_ROTATION_THRESHOLD_ATTACKER_ADVANTAGE_MIN || v.MaxAttackerAdvantage > nvml.CC_KEY_ROTATION_THRESHOLD_ATTACKER_ADVANTAGE_MAX {
+			return nvml.ERROR_INVALID_ARGUMENT
+		}
+		if _, err := c.Do(ctx, emulate.Request{Op: emulate.OpRotation, Advantage: v.MaxAttackerAdvantage}); err != nil {
+			return nvml.ERROR_INVALID_STATE
+		}
+		return nvml.SUCCESS
+	}
 	m.DeviceGetCountFunc = func() (int, nvml.Return) {
 		g, ret := gpus()
 		if ret != nvml.SUCCESS {
@@ -98,6 +114,19 @@ func New(ctx context.Context, c *emulate.Client) nvml.Interface {
 	return m
 }
 
+// library is a mock that the plugin can reset devices of: there is no bus.
+type library struct {
+	mock.Interface
+	ctx context.Context
+	c   *emulate.Client
+}
+
+// Reset forgets what a device holds.
+func (l *library) Reset(uuid string) error {
+	_, err := l.c.Do(l.ctx, emulate.Request{Op: emulate.OpClear, UUID: uuid})
+	return err
+}
+
 func device(ctx context.Context, c *emulate.Client, g emulate.GPU) nvml.Device {
 	d := &mock.Device{}
 	d.GetUUIDFunc = func() (string, nvml.Return) { return g.UUID, nvml.SUCCESS }
@@ -110,9 +139,23 @@ func device(ctx context.Context, c *emulate.Client, g emulate.GPU) nvml.Device {
 	d.GetConfComputeMemSizeInfoFunc = func() (nvml.ConfComputeMemSizeInfo, nvml.Return) {
 		return nvml.ConfComputeMemSizeInfo{
 			ProtectedMemSizeKib:   g.ProtectedMemoryBytes >> 10,
-			UnprotectedMemSizeKib: (g.MemoryBytes - g.ProtectedMemoryBytes) >> 10,
+			UnprotectedMemSizeKib: g.UnprotectedBytes >> 10,
 		}, nvml.SUCCESS
 	}
+	d.SetConfComputeUnprotectedMemSizeFunc = func(kib uint64) nvml.Return {
+		if kib > g.MemoryBytes>>10 {
+			return nvml.ERROR_INVALID_ARGUMENT
+		}
+		if _, err := c.Do(ctx, emulate.Request{Op: emulate.OpUnprotected, UUID: g.UUID, Bytes: kib << 10}); err != nil {
+			return nvml.ERROR_UNKNOWN
+		}
+		return nvml.SUCCESS
+	}
+	d.GetMemoryInfo_v2Func = func() (nvml.Memory_v2, nvml.Return) {
+		return nvml.Memory_v2{Total: g.MemoryBytes, Free: g.MemoryBytes - g.UsedBytes, Used: g.UsedBytes}, nvml.SUCCESS
+	}
+	d.GetComputeRunningProcessesFunc = func() ([]nvml.ProcessInfo, nvml.Return) { return nil, nvml.SUCCESS }
+	d.GetPciInfoFunc = func() (nvml.PciInfo, nvml.Return) { return nvml.PciInfo{}, nvml.SUCCESS }
 	d.GetConfComputeGpuCertificateFunc = func() (nvml.ConfComputeGpuCertificate, nvml.Return) {
 		var out nvml.ConfComputeGpuCertificate
 		if len(g.Chain) > len(out.AttestationCertChain) {

@@ -52,6 +52,9 @@ type Server struct {
 	ready bool
 	// flip is the bit to flip in the next GPU report; negative for none.
 	flip int
+	// advantage and devices are what was set, devices by UUID.
+	advantage uint64
+	devices   map[string]*deviceState
 }
 
 // Load makes a Server from the configuration's simulation folder.
@@ -78,7 +81,7 @@ func New(cfg Config, chip *simulate.Chip, gpus []*simulate.GPU, log *slog.Logger
 	if cfg.GPUs < 0 || cfg.GPUs > len(gpus) {
 		return nil, fmt.Errorf("emulator configuration: %d GPUs, the simulation has %d", cfg.GPUs, len(gpus))
 	}
-	return &Server{chip: chip, gpus: gpus[:cfg.GPUs], cfg: cfg, log: log, flip: -1}, nil
+	return &Server{chip: chip, gpus: gpus[:cfg.GPUs], cfg: cfg, log: log, flip: -1, advantage: defaultAdvantage, devices: map[string]*deviceState{}}, nil
 }
 
 // Listen opens the configured socket for its owner alone. A socket that nobody
@@ -164,6 +167,22 @@ func (s *Server) answer(req emulate.Request) (*emulate.Response, error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.ready = req.Ready
+		if s.ready {
+			// Whoever may use the GPUs does.
+			for _, g := range s.gpus {
+				s.device(g.UUID()).used = jobBytes
+			}
+		}
+		return &emulate.Response{}, nil
+	case emulate.OpUnprotected, emulate.OpClear:
+		return s.changeGPU(req)
+	case emulate.OpRotation:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.ready {
+			return nil, errors.New("the GPUs take work")
+		}
+		s.advantage = req.Advantage
 		return &emulate.Response{}, nil
 	case emulate.OpFlip:
 		if !s.cfg.Faults {
@@ -179,6 +198,43 @@ func (s *Server) answer(req emulate.Request) (*emulate.Response, error) {
 	default:
 		return nil, fmt.Errorf("operation %.40q is unknown", req.Op)
 	}
+}
+
+// deviceState is what changes about one GPU.
+type deviceState struct{ unprotected, used uint64 }
+
+// jobBytes is what a job leaves in a GPU's memory, defaultAdvantage the driver's
+// threshold until it is set (nvml.h).
+const (
+	jobBytes         = 1 << 30
+	defaultAdvantage = 60
+)
+
+// device is called with s.mu held.
+func (s *Server) device(uuid string) *deviceState {
+	d := s.devices[uuid]
+	if d == nil {
+		d = &deviceState{}
+		s.devices[uuid] = d
+	}
+	return d
+}
+
+func (s *Server) changeGPU(req emulate.Request) (*emulate.Response, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, g := range s.gpus {
+		if g.UUID() != req.UUID {
+			continue
+		}
+		if req.Op == emulate.OpClear {
+			s.device(req.UUID).used = 0
+		} else {
+			s.device(req.UUID).unprotected = req.Bytes
+		}
+		return &emulate.Response{}, nil
+	}
+	return nil, fmt.Errorf("no GPU %.80q", req.UUID)
 }
 
 func (s *Server) gpuReport(req emulate.Request) (*emulate.Response, error) {
@@ -213,8 +269,8 @@ func (s *Server) gpuReport(req emulate.Request) (*emulate.Response, error) {
 
 func (s *Server) inventory() *emulate.GPUs {
 	s.mu.Lock()
-	out := &emulate.GPUs{DriverVersion: s.cfg.DriverVersion, CCMode: s.cfg.CCMode, Ready: s.ready}
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	out := &emulate.GPUs{DriverVersion: s.cfg.DriverVersion, CCMode: s.cfg.CCMode, Ready: s.ready, Advantage: s.advantage}
 	for _, g := range s.gpus {
 		if out.DriverVersion == "" {
 			out.DriverVersion = g.DriverVersion()
@@ -224,8 +280,10 @@ func (s *Server) inventory() *emulate.GPUs {
 			MemoryBytes: hopperMemory, Chain: g.ChainPEM(),
 		}
 		if s.cfg.CCMode != "off" {
-			d.ProtectedMemoryBytes = hopperMemory
+			d.UnprotectedBytes = s.device(d.UUID).unprotected
+			d.ProtectedMemoryBytes = hopperMemory - d.UnprotectedBytes
 		}
+		d.UsedBytes = s.device(d.UUID).used
 		out.Devices = append(out.Devices, d)
 	}
 	return out

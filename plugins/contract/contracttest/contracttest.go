@@ -54,6 +54,7 @@ func Run(t *testing.T, gpu contract.GPU) {
 		return n
 	}
 
+	t.Run("settings are made before GPUs are ready, and GPUs are cleared", func(t *testing.T) { prepared(t, gpu, uuids) })
 	t.Run("inventory is complete", func(t *testing.T) {
 		for _, d := range inv.Devices {
 			if d.UUID == "" || d.Name == "" || d.VBIOSVersion == "" || d.MemoryBytes <= 0 {
@@ -136,4 +137,57 @@ func Run(t *testing.T, gpu contract.GPU) {
 			}
 		}
 	})
+}
+
+func prepared(t *testing.T, gpu contract.GPU, uuids []string) {
+	ctx := t.Context()
+	set := contract.Settings{UnprotectedBytes: 512 << 20, MaxAttackerAdvantage: 55}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(gpu.SetReady(ctx, false))
+	must(gpu.Prepare(ctx, uuids, set))
+	must(gpu.SetReady(ctx, true))
+	st, err := gpu.State(ctx, uuids)
+	must(err)
+	if st.CCMode != contract.CCOn || !st.Ready || st.AttackerAdvantage != 55 || len(st.Devices) != len(uuids) {
+		t.Errorf("state %+v", st)
+	}
+	for i, d := range st.Devices {
+		if d.UUID != uuids[i] || d.UnprotectedBytes != 512<<20 || d.ProtectedBytes <= 0 {
+			t.Errorf("device %+v", d)
+		}
+	}
+	if gpu.Prepare(ctx, uuids, set) == nil {
+		t.Error("settings changed under a job")
+	}
+	must(gpu.SetReady(ctx, false))
+	must(gpu.Clear(ctx, uuids))
+	st, err = gpu.State(ctx, uuids)
+	must(err)
+	for _, d := range st.Devices {
+		if st.Ready || d.UsedBytes != 0 || d.Processes != 0 {
+			t.Errorf("after it was cleared: ready %v, %+v", st.Ready, d)
+		}
+	}
+	for name, bad := range map[string]contract.Settings{
+		"nothing":                       {},
+		"no memory for copies":          {MaxAttackerAdvantage: 60},
+		"memory that is not in KiB":     {UnprotectedBytes: 1000, MaxAttackerAdvantage: 60},
+		"keys that change too seldom":   {UnprotectedBytes: 1 << 20, MaxAttackerAdvantage: 66},
+		"keys that change all the time": {UnprotectedBytes: 1 << 20, MaxAttackerAdvantage: 49},
+	} {
+		if gpu.Prepare(ctx, uuids, bad) == nil {
+			t.Errorf("%s: prepared", name)
+		}
+	}
+	if _, err := gpu.State(ctx, []string{"GPU-unknown"}); err == nil {
+		t.Error("state of a GPU that is not there")
+	}
+	if gpu.Clear(ctx, []string{"GPU-unknown"}) == nil || gpu.Clear(ctx, nil) == nil {
+		t.Error("cleared a GPU that is not there")
+	}
 }

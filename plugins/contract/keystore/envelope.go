@@ -118,6 +118,8 @@ func checkOf(key *DataKey, binding []byte) (out [sha256.Size]byte) {
 type Named struct {
 	Name  string
 	Store Store
+	// Prover is set for a store that asks for its caller's attestation.
+	Prover Prover
 }
 
 // Wrap wraps key under the key named keyID, the store's default if it is empty.
@@ -152,15 +154,22 @@ func (n Named) Wrap(ctx context.Context, keyID string, key *DataKey, associated 
 
 // Unwrap opens what Wrap or Rewrap made, for the same associated data.
 func (n Named) Unwrap(ctx context.Context, envelope, associated []byte) (*DataKey, error) {
+	key, _, err := n.UnwrapAttested(ctx, envelope, associated)
+	return key, err
+}
+
+// UnwrapAttested is Unwrap, and returns the attestation result that the store was
+// shown; empty if it asked for none.
+func (n Named) UnwrapAttested(ctx context.Context, envelope, associated []byte) (*DataKey, string, error) {
 	e, bound, err := n.open(envelope, associated)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	key, err := n.unwrap(ctx, &e.Wrapped, bound, e.Check)
+	key, result, err := n.unwrap(ctx, &e.Wrapped, bound, e.Check)
 	if err != nil {
-		return nil, fmt.Errorf("key store %s: %w", n.Name, err)
+		return nil, "", fmt.Errorf("key store %s: %w", n.Name, err)
 	}
-	return key, nil
+	return key, result, nil
 }
 
 // Rewrap returns the same data key under the newest version of its key, once it
@@ -210,20 +219,24 @@ func (n Named) open(envelope, associated []byte) (*Envelope, []byte, error) {
 	return e, binding(e.Store, e.Key, associated), nil
 }
 
-func (n Named) unwrap(ctx context.Context, w *Wrapped, bound []byte, check [sha256.Size]byte) (*DataKey, error) {
-	key, err := n.Store.Unwrap(ctx, w, bound)
+func (n Named) unwrap(ctx context.Context, w *Wrapped, bound []byte, check [sha256.Size]byte) (key *DataKey, result string, err error) {
+	if n.Prover == nil {
+		key, err = n.Store.Unwrap(ctx, w, bound)
+	} else {
+		key, result, err = UnwrapAs(ctx, n.Store, n.Prover, n.Name, w, bound)
+	}
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if got := checkOf(key, bound); !hmac.Equal(got[:], check[:]) {
 		key.Destroy()
-		return nil, fmt.Errorf("%w: the store's answer is another key", ErrMismatch)
+		return nil, "", fmt.Errorf("%w: the store's answer is another key", ErrMismatch)
 	}
-	return key, nil
+	return key, result, nil
 }
 
 func (n Named) opens(ctx context.Context, w *Wrapped, bound []byte, check [sha256.Size]byte) error {
-	key, err := n.unwrap(ctx, w, bound, check)
+	key, _, err := n.unwrap(ctx, w, bound, check)
 	if err != nil {
 		return err
 	}

@@ -31,6 +31,7 @@ var wireCodes = []struct {
 	{ErrDisabled, codes.FailedPrecondition},
 	{ErrMismatch, codes.DataLoss},
 	{ErrBackend, codes.Aborted},
+	{ErrUnattested, codes.PermissionDenied},
 }
 
 func toWire(ctx context.Context, err error) error {

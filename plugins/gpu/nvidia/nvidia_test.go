@@ -25,6 +25,23 @@ type machine struct {
 	dev   *mock.Device
 	state nvml.ConfComputeSystemState
 	ready uint32
+	// advantage, unprotected and used are what was set, or left behind.
+	advantage, unprotected, used uint64
+	processes                    int
+	// calls are those that change something, in order.
+	calls []string
+}
+
+// resettable is a library whose devices are on no bus.
+type resettable struct {
+	*mock.Interface
+	m *machine
+}
+
+func (r resettable) Reset(string) error {
+	r.m.calls = append(r.m.calls, "reset")
+	r.m.used = 0
+	return nil
 }
 
 func newMachine() *machine {
@@ -48,7 +65,31 @@ func newMachine() *machine {
 	m.dev.GetVbiosVersionFunc = func() (string, nvml.Return) { return "96.00.9F.00.01", nvml.SUCCESS }
 	m.dev.GetMemoryInfoFunc = func() (nvml.Memory, nvml.Return) { return nvml.Memory{Total: 80 << 30}, nvml.SUCCESS }
 	m.dev.GetConfComputeMemSizeInfoFunc = func() (nvml.ConfComputeMemSizeInfo, nvml.Return) {
-		return nvml.ConfComputeMemSizeInfo{ProtectedMemSizeKib: 79 << 20}, nvml.SUCCESS
+		return nvml.ConfComputeMemSizeInfo{ProtectedMemSizeKib: 79 << 20, UnprotectedMemSizeKib: m.unprotected}, nvml.SUCCESS
+	}
+	m.dev.GetMemoryInfo_v2Func = func() (nvml.Memory_v2, nvml.Return) {
+		return nvml.Memory_v2{Total: 80 << 30, Used: m.used}, nvml.SUCCESS
+	}
+	m.dev.GetComputeRunningProcessesFunc = func() ([]nvml.ProcessInfo, nvml.Return) {
+		return make([]nvml.ProcessInfo, m.processes), nvml.SUCCESS
+	}
+	m.dev.GetPciInfoFunc = func() (nvml.PciInfo, nvml.Return) { return nvml.PciInfo{}, nvml.SUCCESS }
+	m.advantage = 60
+	m.lib.SystemGetConfComputeKeyRotationThresholdInfoFunc = func() (nvml.ConfComputeGetKeyRotationThresholdInfo, nvml.Return) {
+		return nvml.ConfComputeGetKeyRotationThresholdInfo{AttackerAdvantage: m.advantage}, nvml.SUCCESS
+	}
+	m.lib.SystemSetConfComputeKeyRotationThresholdInfoFunc = func(v nvml.ConfComputeSetKeyRotationThresholdInfo) nvml.Return {
+		m.calls = append(m.calls, "rotation")
+		if m.ready == 1 || v.Version == 0 {
+			return nvml.ERROR_INVALID_STATE
+		}
+		m.advantage = v.MaxAttackerAdvantage
+		return nvml.SUCCESS
+	}
+	m.dev.SetConfComputeUnprotectedMemSizeFunc = func(kib uint64) nvml.Return {
+		m.calls = append(m.calls, "unprotected")
+		m.unprotected = kib
+		return nvml.SUCCESS
 	}
 	m.dev.GetPersistenceModeFunc = func() (nvml.EnableState, nvml.Return) { return nvml.FEATURE_ENABLED, nvml.SUCCESS }
 	m.dev.GetConfComputeGpuCertificateFunc = func() (nvml.ConfComputeGpuCertificate, nvml.Return) { return certificate(5), nvml.SUCCESS }
@@ -69,7 +110,7 @@ func certificate(size uint32) nvml.ConfComputeGpuCertificate {
 
 func (m *machine) open(t *testing.T) *nvidia.Plugin {
 	t.Helper()
-	p, err := nvidia.Open(m.lib, false)
+	p, err := nvidia.Open(resettable{m.lib, m}, false)
 	if err != nil {
 		t.Fatal(err)
 	}

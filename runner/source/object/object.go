@@ -1,4 +1,4 @@
-// Package object reads object stores: S3 and what speaks its protocol, Google
+// Package object reads object stores, and writes checkpoints to them: S3 and what speaks its protocol, Google
 // Cloud Storage and Azure Blob Storage, by gocloud.dev/blob.
 //
 // Not trusted: job files, which name buckets, and the stores. Checked: that the
@@ -52,15 +52,22 @@ type Config struct {
 	// connection string. If empty, credentials are those of the agent's environment
 	// and of the machine, as the provider's library finds them.
 	CredentialsFile string `json:"credentialsFile,omitempty"`
+	// Checkpoints says that jobs may have their checkpoints there: the agent writes
+	// and removes objects below the prefix that a job file names.
+	Checkpoints bool `json:"checkpoints,omitempty"`
 }
 
 // Buckets are those that the node may use.
-type Buckets struct{ known map[string]Config }
+type Buckets struct {
+	known map[string]Config
+	// pause is putPause, but in tests.
+	pause time.Duration
+}
 
 // New checks configurations. It reads no file: credentials may change while the
 // agent runs.
 func New(configs []Config) (*Buckets, error) {
-	b := &Buckets{known: map[string]Config{}}
+	b := &Buckets{known: map[string]Config{}, pause: putPause}
 	for _, c := range configs {
 		at, err := source.Parse(c.URI + "/x")
 		if err != nil || bucketURI(at) != c.URI {
@@ -103,6 +110,16 @@ func checkEndpoint(endpoint string) error {
 // Open opens the bucket of a location, if the configuration lists it. Credentials
 // are read each time.
 func (b *Buckets) Open(ctx context.Context, at source.Location) (cache.Bucket, error) {
+	opened, err := b.open(ctx, at, 0)
+	if err != nil {
+		return nil, err
+	}
+	return bucket{opened}, nil
+}
+
+// open opens a bucket for reading, or for writing if there is a pause between two
+// attempts to write.
+func (b *Buckets) open(ctx context.Context, at source.Location, pause time.Duration) (*blob.Bucket, error) {
 	c, ok := b.known[bucketURI(at)]
 	if !ok {
 		return nil, fmt.Errorf("the configuration of this node lists no source %s", bucketURI(at))
@@ -118,18 +135,18 @@ func (b *Buckets) Open(ctx context.Context, at source.Location) (cache.Bucket, e
 	var opened *blob.Bucket
 	switch at.Scheme {
 	case source.S3:
-		opened, err = openS3(ctx, at.Bucket, c, secret, client)
+		opened, err = openS3(ctx, at.Bucket, c, secret, client, pause)
 	case source.GCS:
-		opened, err = openGCS(ctx, at.Bucket, c, secret, client)
+		opened, err = openGCS(ctx, at.Bucket, c, secret, client, pause)
 	case source.AzureBlob:
-		opened, err = openAzure(ctx, at.Bucket, c, secret, client)
+		opened, err = openAzure(ctx, at.Bucket, c, secret, client, pause)
 	default:
 		err = fmt.Errorf("scheme %q", at.Scheme)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", bucketURI(at), clean(err))
 	}
-	return bucket{opened}, nil
+	return opened, nil
 }
 
 // maxSecret bounds a credentials file, in bytes.
@@ -201,10 +218,7 @@ type bucket struct{ b *blob.Bucket }
 func (b bucket) Read(ctx context.Context, object string, off, length int64) (io.ReadCloser, int64, error) {
 	r, err := b.b.NewRangeReader(ctx, object, off, length, nil)
 	if err != nil {
-		if permanent(err) {
-			return nil, 0, fmt.Errorf("%w: %w", clean(err), cache.ErrPermanent)
-		}
-		return nil, 0, clean(err)
+		return nil, 0, told(err)
 	}
 	return reader{r}, r.Size(), nil
 }

@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"time"
 
 	"cloud.google.com/go/storage"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
@@ -27,14 +28,15 @@ import (
 	"google.golang.org/api/option"
 )
 
-// The libraries' own retries are off: package cache has one bound for all of
-// them.
+// The libraries' own retries are off for reading: package cache has one bound for
+// all of them. For writing they are on: they send a part of a file again, and not
+// all of it.
 
 // defaultRegion signs requests where no region is configured; stores that are
 // not Amazon's take it.
 const defaultRegion = "us-east-1"
 
-func openS3(ctx context.Context, name string, c Config, secret []byte, client *http.Client) (*blob.Bucket, error) {
+func openS3(ctx context.Context, name string, c Config, secret []byte, client *http.Client, pause time.Duration) (*blob.Bucket, error) {
 	opts := []func(*awsconfig.LoadOptions) error{
 		awsconfig.WithRequestChecksumCalculation(aws.RequestChecksumCalculationWhenRequired),
 		awsconfig.WithResponseChecksumValidation(aws.ResponseChecksumValidationWhenRequired),
@@ -62,6 +64,9 @@ func openS3(ctx context.Context, name string, c Config, secret []byte, client *h
 	}
 	s := s3.NewFromConfig(cfg, func(o *s3.Options) {
 		o.HTTPClient, o.UsePathStyle, o.Retryer = client, c.PathStyle, aws.NopRetryer{}
+		if pause > 0 {
+			o.Retryer = partRetries(pause)
+		}
 		if c.Endpoint != "" {
 			o.BaseEndpoint = aws.String(c.Endpoint)
 		}
@@ -69,11 +74,14 @@ func openS3(ctx context.Context, name string, c Config, secret []byte, client *h
 			o.Region = defaultRegion
 		}
 	})
-	return s3blob.OpenBucket(ctx, s, name, nil)
+	return s3blob.OpenBucket(ctx, s, name, &s3blob.Options{RequestChecksumCalculation: aws.RequestChecksumCalculationWhenRequired})
 }
 
-func openGCS(ctx context.Context, name string, c Config, secret []byte, client *http.Client) (*blob.Bucket, error) {
-	const scope = "https://www.googleapis.com/auth/devstorage.read_only"
+func openGCS(ctx context.Context, name string, c Config, secret []byte, client *http.Client, pause time.Duration) (*blob.Bucket, error) {
+	scope := storage.ScopeReadOnly
+	if pause > 0 {
+		scope = storage.ScopeReadWrite
+	}
 	var creds *google.Credentials
 	var err error
 	if secret != nil {
@@ -101,12 +109,17 @@ func openGCS(ctx context.Context, name string, c Config, secret []byte, client *
 	if !b.As(&store) {
 		return nil, errors.Join(errors.New("the library's client is not the one expected"), b.Close())
 	}
-	store.SetRetry(storage.WithPolicy(storage.RetryNever))
+	if pause == 0 {
+		store.SetRetry(storage.WithPolicy(storage.RetryNever))
+	}
 	return b, nil
 }
 
-func openAzure(ctx context.Context, name string, c Config, secret []byte, client *http.Client) (*blob.Bucket, error) {
+func openAzure(ctx context.Context, name string, c Config, secret []byte, client *http.Client, pause time.Duration) (*blob.Bucket, error) {
 	options := azcore.ClientOptions{Transport: client, Retry: policy.RetryOptions{MaxRetries: -1}}
+	if pause > 0 {
+		options.Retry.MaxRetries, options.Retry.MaxRetryDelay = putTries-1, pause
+	}
 	connection := string(secret)
 	if connection == "" && c.Endpoint == "" {
 		connection = os.Getenv("AZURE_STORAGE_CONNECTION_STRING")

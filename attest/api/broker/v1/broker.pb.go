@@ -266,9 +266,14 @@ type Asset struct {
 	// Counts the changes of policy and labels, from 1.
 	Revision int64 `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
 	// The key store that wrapped the data key; empty for the broker's default.
-	KeyStore      string `protobuf:"bytes,9,opt,name=key_store,json=keyStore,proto3" json:"key_store,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	KeyStore string `protobuf:"bytes,9,opt,name=key_store,json=keyStore,proto3" json:"key_store,omitempty"`
+	// The owner's signed word on policy, labels and revision: canonical JSON of
+	// attest/receipt's PolicyStatement and an OpenSSH signature over it (armored),
+	// namespace "coffer-asset-policy@coffer.run". Empty if nobody signed.
+	Statement          []byte `protobuf:"bytes,10,opt,name=statement,proto3" json:"statement,omitempty"`
+	StatementSignature []byte `protobuf:"bytes,11,opt,name=statement_signature,json=statementSignature,proto3" json:"statement_signature,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Asset) Reset() {
@@ -364,6 +369,20 @@ func (x *Asset) GetKeyStore() string {
 	return ""
 }
 
+func (x *Asset) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *Asset) GetStatementSignature() []byte {
+	if x != nil {
+		return x.StatementSignature
+	}
+	return nil
+}
+
 // Labels are what access policies look at. Each is empty or lower-case letters,
 // digits, '-' and '.', at most 63.
 type Labels struct {
@@ -453,9 +472,11 @@ type AssetPolicy struct {
 	// besides that no device may be less than affirming: "hardware", ...
 	Affirming []string `protobuf:"bytes,10,rep,name=affirming,proto3" json:"affirming,omitempty"`
 	// Whether the end of a grant stops jobs that run under it.
-	StopAtExpiry  bool `protobuf:"varint,11,opt,name=stop_at_expiry,json=stopAtExpiry,proto3" json:"stop_at_expiry,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	StopAtExpiry bool `protobuf:"varint,11,opt,name=stop_at_expiry,json=stopAtExpiry,proto3" json:"stop_at_expiry,omitempty"`
+	// Whether jobs stop when the asset's key-encryption key is disabled at its store.
+	StopAtKeyDisabled bool `protobuf:"varint,12,opt,name=stop_at_key_disabled,json=stopAtKeyDisabled,proto3" json:"stop_at_key_disabled,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *AssetPolicy) Reset() {
@@ -565,6 +586,13 @@ func (x *AssetPolicy) GetStopAtExpiry() bool {
 	return false
 }
 
+func (x *AssetPolicy) GetStopAtKeyDisabled() bool {
+	if x != nil {
+		return x.StopAtKeyDisabled
+	}
+	return false
+}
+
 // ApprovalRule asks for the approvals of count members of a group.
 type ApprovalRule struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -619,13 +647,17 @@ func (x *ApprovalRule) GetCount() int32 {
 }
 
 type UpdateAssetPolicyRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Policy        *AssetPolicy           `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`
-	Labels        *Labels                `protobuf:"bytes,3,opt,name=labels,proto3" json:"labels,omitempty"`
-	Revision      int64                  `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Policy   *AssetPolicy           `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`
+	Labels   *Labels                `protobuf:"bytes,3,opt,name=labels,proto3" json:"labels,omitempty"`
+	Revision int64                  `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
+	// As in Asset, for the next revision. An owner whose keys the policy set lists
+	// must sign.
+	Statement          []byte `protobuf:"bytes,5,opt,name=statement,proto3" json:"statement,omitempty"`
+	StatementSignature []byte `protobuf:"bytes,6,opt,name=statement_signature,json=statementSignature,proto3" json:"statement_signature,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *UpdateAssetPolicyRequest) Reset() {
@@ -686,6 +718,20 @@ func (x *UpdateAssetPolicyRequest) GetRevision() int64 {
 	return 0
 }
 
+func (x *UpdateAssetPolicyRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *UpdateAssetPolicyRequest) GetStatementSignature() []byte {
+	if x != nil {
+		return x.StatementSignature
+	}
+	return nil
+}
+
 type UpdateAssetPolicyResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Asset         *Asset                 `protobuf:"bytes,1,opt,name=asset,proto3" json:"asset,omitempty"`
@@ -743,9 +789,13 @@ type CreateAssetRequest struct {
 	Labels     *Labels      `protobuf:"bytes,6,opt,name=labels,proto3" json:"labels,omitempty"`
 	Policy     *AssetPolicy `protobuf:"bytes,7,opt,name=policy,proto3" json:"policy,omitempty"`
 	// Empty for the broker's default key store.
-	KeyStore      string `protobuf:"bytes,8,opt,name=key_store,json=keyStore,proto3" json:"key_store,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	KeyStore string `protobuf:"bytes,8,opt,name=key_store,json=keyStore,proto3" json:"key_store,omitempty"`
+	// As in Asset, for revision 1. An owner whose keys the policy set lists must
+	// sign; policy and labels may then be left out.
+	Statement          []byte `protobuf:"bytes,9,opt,name=statement,proto3" json:"statement,omitempty"`
+	StatementSignature []byte `protobuf:"bytes,10,opt,name=statement_signature,json=statementSignature,proto3" json:"statement_signature,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *CreateAssetRequest) Reset() {
@@ -832,6 +882,20 @@ func (x *CreateAssetRequest) GetKeyStore() string {
 		return x.KeyStore
 	}
 	return ""
+}
+
+func (x *CreateAssetRequest) GetStatement() []byte {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+func (x *CreateAssetRequest) GetStatementSignature() []byte {
+	if x != nil {
+		return x.StatementSignature
+	}
+	return nil
 }
 
 type CreateAssetResponse struct {
@@ -1312,8 +1376,10 @@ type CreateGrantRequest struct {
 	AllowSimulated bool                   `protobuf:"varint,6,opt,name=allow_simulated,json=allowSimulated,proto3" json:"allow_simulated,omitempty"`
 	Principals     []string               `protobuf:"bytes,7,rep,name=principals,proto3" json:"principals,omitempty"`
 	Purpose        string                 `protobuf:"bytes,8,opt,name=purpose,proto3" json:"purpose,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The canonical plan of plan_digest, or empty: by it max_releases has a default.
+	Plan          []byte `protobuf:"bytes,9,opt,name=plan,proto3" json:"plan,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateGrantRequest) Reset() {
@@ -1402,6 +1468,13 @@ func (x *CreateGrantRequest) GetPurpose() string {
 	return ""
 }
 
+func (x *CreateGrantRequest) GetPlan() []byte {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
+}
+
 type RequestGrantRequest struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Assets     []string               `protobuf:"bytes,1,rep,name=assets,proto3" json:"assets,omitempty"`
@@ -1409,15 +1482,17 @@ type RequestGrantRequest struct {
 	// 0 is now.
 	NotBeforeUnix int64 `protobuf:"varint,3,opt,name=not_before_unix,json=notBeforeUnix,proto3" json:"not_before_unix,omitempty"`
 	NotAfterUnix  int64 `protobuf:"varint,4,opt,name=not_after_unix,json=notAfterUnix,proto3" json:"not_after_unix,omitempty"`
-	// 0 is 1.
+	// 0 is one and the retries that plan allows, or 1 without it.
 	MaxReleases    int32    `protobuf:"varint,5,opt,name=max_releases,json=maxReleases,proto3" json:"max_releases,omitempty"`
 	AllowSimulated bool     `protobuf:"varint,6,opt,name=allow_simulated,json=allowSimulated,proto3" json:"allow_simulated,omitempty"`
 	Principals     []string `protobuf:"bytes,7,rep,name=principals,proto3" json:"principals,omitempty"`
 	Purpose        string   `protobuf:"bytes,8,opt,name=purpose,proto3" json:"purpose,omitempty"`
 	// The same key by the same requester gets the same grant; at most 128 bytes.
 	IdempotencyKey string `protobuf:"bytes,9,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The canonical plan of plan_digest, or empty.
+	Plan          []byte `protobuf:"bytes,10,opt,name=plan,proto3" json:"plan,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RequestGrantRequest) Reset() {
@@ -1511,6 +1586,13 @@ func (x *RequestGrantRequest) GetIdempotencyKey() string {
 		return x.IdempotencyKey
 	}
 	return ""
+}
+
+func (x *RequestGrantRequest) GetPlan() []byte {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
 }
 
 type RequestGrantResponse struct {
@@ -1655,9 +1737,12 @@ func (x *ApproveGrantResponse) GetGrant() *Grant {
 }
 
 type DenyGrantRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Reason string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// A decision "deny" with its signature. Whose keys the policy set lists must
+	// sign; reason is then the document's.
+	Approval      *Approval `protobuf:"bytes,3,opt,name=approval,proto3" json:"approval,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1704,6 +1789,13 @@ func (x *DenyGrantRequest) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *DenyGrantRequest) GetApproval() *Approval {
+	if x != nil {
+		return x.Approval
+	}
+	return nil
 }
 
 type DenyGrantResponse struct {
@@ -3190,6 +3282,228 @@ func (x *CountersignCheckpointResponse) GetReceipt() string {
 	return ""
 }
 
+type ResumeCheckpointRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// The asset under whose key the job's checkpoints are sealed.
+	Asset string `protobuf:"bytes,2,opt,name=asset,proto3" json:"asset,omitempty"`
+	// 32 bytes that the job's holder made for this call.
+	Challenge     []byte `protobuf:"bytes,3,opt,name=challenge,proto3" json:"challenge,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeCheckpointRequest) Reset() {
+	*x = ResumeCheckpointRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeCheckpointRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeCheckpointRequest) ProtoMessage() {}
+
+func (x *ResumeCheckpointRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeCheckpointRequest.ProtoReflect.Descriptor instead.
+func (*ResumeCheckpointRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *ResumeCheckpointRequest) GetJobId() string {
+	if x != nil {
+		return x.JobId
+	}
+	return ""
+}
+
+func (x *ResumeCheckpointRequest) GetAsset() string {
+	if x != nil {
+		return x.Asset
+	}
+	return ""
+}
+
+func (x *ResumeCheckpointRequest) GetChallenge() []byte {
+	if x != nil {
+		return x.Challenge
+	}
+	return nil
+}
+
+type ResumeCheckpointResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// JWT signed by the broker: attest/receipt's ResumePoint.
+	Receipt       string `protobuf:"bytes,1,opt,name=receipt,proto3" json:"receipt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeCheckpointResponse) Reset() {
+	*x = ResumeCheckpointResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeCheckpointResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeCheckpointResponse) ProtoMessage() {}
+
+func (x *ResumeCheckpointResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeCheckpointResponse.ProtoReflect.Descriptor instead.
+func (*ResumeCheckpointResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *ResumeCheckpointResponse) GetReceipt() string {
+	if x != nil {
+		return x.Receipt
+	}
+	return ""
+}
+
+type CommitResealRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// Canonical plan of the job.
+	Plan []byte `protobuf:"bytes,2,opt,name=plan,proto3" json:"plan,omitempty"`
+	// Canonical re-sealing record and the session key's signature over it.
+	Record        []byte `protobuf:"bytes,3,opt,name=record,proto3" json:"record,omitempty"`
+	Signature     []byte `protobuf:"bytes,4,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitResealRequest) Reset() {
+	*x = CommitResealRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitResealRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitResealRequest) ProtoMessage() {}
+
+func (x *CommitResealRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitResealRequest.ProtoReflect.Descriptor instead.
+func (*CommitResealRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *CommitResealRequest) GetJobId() string {
+	if x != nil {
+		return x.JobId
+	}
+	return ""
+}
+
+func (x *CommitResealRequest) GetPlan() []byte {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
+}
+
+func (x *CommitResealRequest) GetRecord() []byte {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+func (x *CommitResealRequest) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+type CommitResealResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// JWT signed by the broker: attest/receipt's Resealed.
+	Receipt       string `protobuf:"bytes,1,opt,name=receipt,proto3" json:"receipt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitResealResponse) Reset() {
+	*x = CommitResealResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitResealResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitResealResponse) ProtoMessage() {}
+
+func (x *CommitResealResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitResealResponse.ProtoReflect.Descriptor instead.
+func (*CommitResealResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *CommitResealResponse) GetReceipt() string {
+	if x != nil {
+		return x.Receipt
+	}
+	return ""
+}
+
 type LogBundleRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
@@ -3201,7 +3515,7 @@ type LogBundleRequest struct {
 
 func (x *LogBundleRequest) Reset() {
 	*x = LogBundleRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3213,7 +3527,7 @@ func (x *LogBundleRequest) String() string {
 func (*LogBundleRequest) ProtoMessage() {}
 
 func (x *LogBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3226,7 +3540,7 @@ func (x *LogBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBundleRequest.ProtoReflect.Descriptor instead.
 func (*LogBundleRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{49}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *LogBundleRequest) GetJobId() string {
@@ -3253,7 +3567,7 @@ type LogBundleResponse struct {
 
 func (x *LogBundleResponse) Reset() {
 	*x = LogBundleResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3265,7 +3579,7 @@ func (x *LogBundleResponse) String() string {
 func (*LogBundleResponse) ProtoMessage() {}
 
 func (x *LogBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3278,7 +3592,7 @@ func (x *LogBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBundleResponse.ProtoReflect.Descriptor instead.
 func (*LogBundleResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{50}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *LogBundleResponse) GetReceipt() string {
@@ -3297,7 +3611,7 @@ type EntriesRequest struct {
 
 func (x *EntriesRequest) Reset() {
 	*x = EntriesRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3309,7 +3623,7 @@ func (x *EntriesRequest) String() string {
 func (*EntriesRequest) ProtoMessage() {}
 
 func (x *EntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3322,7 +3636,7 @@ func (x *EntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntriesRequest.ProtoReflect.Descriptor instead.
 func (*EntriesRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{51}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *EntriesRequest) GetJobId() string {
@@ -3344,7 +3658,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3356,7 +3670,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3369,7 +3683,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{52}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Entry) GetIndex() uint64 {
@@ -3402,7 +3716,7 @@ type EntriesResponse struct {
 
 func (x *EntriesResponse) Reset() {
 	*x = EntriesResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3414,7 +3728,7 @@ func (x *EntriesResponse) String() string {
 func (*EntriesResponse) ProtoMessage() {}
 
 func (x *EntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3427,7 +3741,7 @@ func (x *EntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntriesResponse.ProtoReflect.Descriptor instead.
 func (*EntriesResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{53}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *EntriesResponse) GetEntries() []*Entry {
@@ -3449,7 +3763,7 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x04jwks\x18\x03 \x01(\fR\x04jwks\x12\x1e\n" +
 	"\n" +
 	"simulation\x18\x04 \x01(\bR\n" +
-	"simulation\"\xbf\x02\n" +
+	"simulation\"\x8e\x03\n" +
 	"\x05Asset\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.coffer.broker.v1.AssetKindR\x04kind\x12\x16\n" +
@@ -3459,11 +3773,14 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x06labels\x18\x06 \x01(\v2\x18.coffer.broker.v1.LabelsR\x06labels\x125\n" +
 	"\x06policy\x18\a \x01(\v2\x1d.coffer.broker.v1.AssetPolicyR\x06policy\x12\x1a\n" +
 	"\brevision\x18\b \x01(\x03R\brevision\x12\x1b\n" +
-	"\tkey_store\x18\t \x01(\tR\bkeyStore\"\\\n" +
+	"\tkey_store\x18\t \x01(\tR\bkeyStore\x12\x1c\n" +
+	"\tstatement\x18\n" +
+	" \x01(\fR\tstatement\x12/\n" +
+	"\x13statement_signature\x18\v \x01(\fR\x12statementSignature\"\\\n" +
 	"\x06Labels\x12 \n" +
 	"\vsensitivity\x18\x01 \x01(\tR\vsensitivity\x12\x16\n" +
 	"\x06region\x18\x02 \x01(\tR\x06region\x12\x18\n" +
-	"\aproject\x18\x03 \x01(\tR\aproject\"\xad\x03\n" +
+	"\aproject\x18\x03 \x01(\tR\aproject\"\xde\x03\n" +
 	"\vAssetPolicy\x12<\n" +
 	"\tapprovals\x18\x01 \x03(\v2\x1e.coffer.broker.v1.ApprovalRuleR\tapprovals\x12\x1c\n" +
 	"\tverifiers\x18\x02 \x03(\tR\tverifiers\x12-\n" +
@@ -3476,17 +3793,20 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x14max_duration_seconds\x18\t \x01(\x03R\x12maxDurationSeconds\x12\x1c\n" +
 	"\taffirming\x18\n" +
 	" \x03(\tR\taffirming\x12$\n" +
-	"\x0estop_at_expiry\x18\v \x01(\bR\fstopAtExpiry\":\n" +
+	"\x0estop_at_expiry\x18\v \x01(\bR\fstopAtExpiry\x12/\n" +
+	"\x14stop_at_key_disabled\x18\f \x01(\bR\x11stopAtKeyDisabled\":\n" +
 	"\fApprovalRule\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\tR\x05group\x12\x14\n" +
-	"\x05count\x18\x02 \x01(\x05R\x05count\"\xb3\x01\n" +
+	"\x05count\x18\x02 \x01(\x05R\x05count\"\x82\x02\n" +
 	"\x18UpdateAssetPolicyRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x125\n" +
 	"\x06policy\x18\x02 \x01(\v2\x1d.coffer.broker.v1.AssetPolicyR\x06policy\x120\n" +
 	"\x06labels\x18\x03 \x01(\v2\x18.coffer.broker.v1.LabelsR\x06labels\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x03R\brevision\"J\n" +
+	"\brevision\x18\x04 \x01(\x03R\brevision\x12\x1c\n" +
+	"\tstatement\x18\x05 \x01(\fR\tstatement\x12/\n" +
+	"\x13statement_signature\x18\x06 \x01(\fR\x12statementSignature\"J\n" +
 	"\x19UpdateAssetPolicyResponse\x12-\n" +
-	"\x05asset\x18\x01 \x01(\v2\x17.coffer.broker.v1.AssetR\x05asset\"\xb9\x02\n" +
+	"\x05asset\x18\x01 \x01(\v2\x17.coffer.broker.v1.AssetR\x05asset\"\x88\x03\n" +
 	"\x12CreateAssetRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.coffer.broker.v1.AssetKindR\x04kind\x12\x16\n" +
@@ -3497,7 +3817,10 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"wrappedKey\x120\n" +
 	"\x06labels\x18\x06 \x01(\v2\x18.coffer.broker.v1.LabelsR\x06labels\x125\n" +
 	"\x06policy\x18\a \x01(\v2\x1d.coffer.broker.v1.AssetPolicyR\x06policy\x12\x1b\n" +
-	"\tkey_store\x18\b \x01(\tR\bkeyStore\"D\n" +
+	"\tkey_store\x18\b \x01(\tR\bkeyStore\x12\x1c\n" +
+	"\tstatement\x18\t \x01(\fR\tstatement\x12/\n" +
+	"\x13statement_signature\x18\n" +
+	" \x01(\fR\x12statementSignature\"D\n" +
 	"\x13CreateAssetResponse\x12-\n" +
 	"\x05asset\x18\x01 \x01(\v2\x17.coffer.broker.v1.AssetR\x05asset\"%\n" +
 	"\x0fGetAssetRequest\x12\x12\n" +
@@ -3534,7 +3857,7 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x05terms\x18\x13 \x01(\fR\x05terms\"D\n" +
 	"\bApproval\x12\x1a\n" +
 	"\bdocument\x18\x01 \x01(\fR\bdocument\x12\x1c\n" +
-	"\tsignature\x18\x02 \x01(\fR\tsignature\"\xa1\x02\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"\xb5\x02\n" +
 	"\x12CreateGrantRequest\x12\x16\n" +
 	"\x06assets\x18\x01 \x03(\tR\x06assets\x12\x1f\n" +
 	"\vplan_digest\x18\x02 \x01(\tR\n" +
@@ -3546,7 +3869,8 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\n" +
 	"principals\x18\a \x03(\tR\n" +
 	"principals\x12\x18\n" +
-	"\apurpose\x18\b \x01(\tR\apurpose\"\xcb\x02\n" +
+	"\apurpose\x18\b \x01(\tR\apurpose\x12\x12\n" +
+	"\x04plan\x18\t \x01(\fR\x04plan\"\xdf\x02\n" +
 	"\x13RequestGrantRequest\x12\x16\n" +
 	"\x06assets\x18\x01 \x03(\tR\x06assets\x12\x1f\n" +
 	"\vplan_digest\x18\x02 \x01(\tR\n" +
@@ -3559,17 +3883,20 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"principals\x18\a \x03(\tR\n" +
 	"principals\x12\x18\n" +
 	"\apurpose\x18\b \x01(\tR\apurpose\x12'\n" +
-	"\x0fidempotency_key\x18\t \x01(\tR\x0eidempotencyKey\"E\n" +
+	"\x0fidempotency_key\x18\t \x01(\tR\x0eidempotencyKey\x12\x12\n" +
+	"\x04plan\x18\n" +
+	" \x01(\fR\x04plan\"E\n" +
 	"\x14RequestGrantResponse\x12-\n" +
 	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"]\n" +
 	"\x13ApproveGrantRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x126\n" +
 	"\bapproval\x18\x02 \x01(\v2\x1a.coffer.broker.v1.ApprovalR\bapproval\"E\n" +
 	"\x14ApproveGrantResponse\x12-\n" +
-	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\":\n" +
+	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"r\n" +
 	"\x10DenyGrantRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"B\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x126\n" +
+	"\bapproval\x18\x03 \x01(\v2\x1a.coffer.broker.v1.ApprovalR\bapproval\"B\n" +
 	"\x11DenyGrantResponse\x12-\n" +
 	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"!\n" +
 	"\x0fGetGrantRequest\x12\x0e\n" +
@@ -3663,6 +3990,19 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x06record\x18\x02 \x01(\fR\x06record\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\"9\n" +
 	"\x1dCountersignCheckpointResponse\x12\x18\n" +
+	"\areceipt\x18\x01 \x01(\tR\areceipt\"d\n" +
+	"\x17ResumeCheckpointRequest\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x14\n" +
+	"\x05asset\x18\x02 \x01(\tR\x05asset\x12\x1c\n" +
+	"\tchallenge\x18\x03 \x01(\fR\tchallenge\"4\n" +
+	"\x18ResumeCheckpointResponse\x12\x18\n" +
+	"\areceipt\x18\x01 \x01(\tR\areceipt\"v\n" +
+	"\x13CommitResealRequest\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x12\n" +
+	"\x04plan\x18\x02 \x01(\fR\x04plan\x12\x16\n" +
+	"\x06record\x18\x03 \x01(\fR\x06record\x12\x1c\n" +
+	"\tsignature\x18\x04 \x01(\fR\tsignature\"0\n" +
+	"\x14CommitResealResponse\x12\x18\n" +
 	"\areceipt\x18\x01 \x01(\tR\areceipt\"A\n" +
 	"\x10LogBundleRequest\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x16\n" +
@@ -3691,7 +4031,7 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x14REVOCATION_KIND_NODE\x10\x04\x12\x1b\n" +
 	"\x17REVOCATION_KIND_CHIP_ID\x10\x05\x12\x19\n" +
 	"\x15REVOCATION_KIND_IMAGE\x10\x06\x12\x1f\n" +
-	"\x1bREVOCATION_KIND_MEASUREMENT\x10\a2\xd3\x0f\n" +
+	"\x1bREVOCATION_KIND_MEASUREMENT\x10\a2\x9d\x11\n" +
 	"\rBrokerService\x12E\n" +
 	"\x04Info\x12\x1d.coffer.broker.v1.InfoRequest\x1a\x1e.coffer.broker.v1.InfoResponse\x12Z\n" +
 	"\vCreateAsset\x12$.coffer.broker.v1.CreateAssetRequest\x1a%.coffer.broker.v1.CreateAssetResponse\x12Q\n" +
@@ -3715,7 +4055,9 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\aRelease\x12 .coffer.broker.v1.ReleaseRequest\x1a!.coffer.broker.v1.ReleaseResponse\x12H\n" +
 	"\x05Renew\x12\x1e.coffer.broker.v1.RenewRequest\x1a\x1f.coffer.broker.v1.RenewResponse\x12`\n" +
 	"\rReportStopped\x12&.coffer.broker.v1.ReportStoppedRequest\x1a'.coffer.broker.v1.ReportStoppedResponse\x12x\n" +
-	"\x15CountersignCheckpoint\x12..coffer.broker.v1.CountersignCheckpointRequest\x1a/.coffer.broker.v1.CountersignCheckpointResponse\x12T\n" +
+	"\x15CountersignCheckpoint\x12..coffer.broker.v1.CountersignCheckpointRequest\x1a/.coffer.broker.v1.CountersignCheckpointResponse\x12i\n" +
+	"\x10ResumeCheckpoint\x12).coffer.broker.v1.ResumeCheckpointRequest\x1a*.coffer.broker.v1.ResumeCheckpointResponse\x12]\n" +
+	"\fCommitReseal\x12%.coffer.broker.v1.CommitResealRequest\x1a&.coffer.broker.v1.CommitResealResponse\x12T\n" +
 	"\tLogBundle\x12\".coffer.broker.v1.LogBundleRequest\x1a#.coffer.broker.v1.LogBundleResponse\x12N\n" +
 	"\aEntries\x12 .coffer.broker.v1.EntriesRequest\x1a!.coffer.broker.v1.EntriesResponseB<Z:github.com/coffer-run/coffer/attest/api/broker/v1;brokerv1b\x06proto3"
 
@@ -3732,7 +4074,7 @@ func file_attest_api_broker_v1_broker_proto_rawDescGZIP() []byte {
 }
 
 var file_attest_api_broker_v1_broker_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_attest_api_broker_v1_broker_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_attest_api_broker_v1_broker_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_attest_api_broker_v1_broker_proto_goTypes = []any{
 	(AssetKind)(0),                        // 0: coffer.broker.v1.AssetKind
 	(RevocationKind)(0),                   // 1: coffer.broker.v1.RevocationKind
@@ -3785,11 +4127,15 @@ var file_attest_api_broker_v1_broker_proto_goTypes = []any{
 	(*ReportStoppedResponse)(nil),         // 48: coffer.broker.v1.ReportStoppedResponse
 	(*CountersignCheckpointRequest)(nil),  // 49: coffer.broker.v1.CountersignCheckpointRequest
 	(*CountersignCheckpointResponse)(nil), // 50: coffer.broker.v1.CountersignCheckpointResponse
-	(*LogBundleRequest)(nil),              // 51: coffer.broker.v1.LogBundleRequest
-	(*LogBundleResponse)(nil),             // 52: coffer.broker.v1.LogBundleResponse
-	(*EntriesRequest)(nil),                // 53: coffer.broker.v1.EntriesRequest
-	(*Entry)(nil),                         // 54: coffer.broker.v1.Entry
-	(*EntriesResponse)(nil),               // 55: coffer.broker.v1.EntriesResponse
+	(*ResumeCheckpointRequest)(nil),       // 51: coffer.broker.v1.ResumeCheckpointRequest
+	(*ResumeCheckpointResponse)(nil),      // 52: coffer.broker.v1.ResumeCheckpointResponse
+	(*CommitResealRequest)(nil),           // 53: coffer.broker.v1.CommitResealRequest
+	(*CommitResealResponse)(nil),          // 54: coffer.broker.v1.CommitResealResponse
+	(*LogBundleRequest)(nil),              // 55: coffer.broker.v1.LogBundleRequest
+	(*LogBundleResponse)(nil),             // 56: coffer.broker.v1.LogBundleResponse
+	(*EntriesRequest)(nil),                // 57: coffer.broker.v1.EntriesRequest
+	(*Entry)(nil),                         // 58: coffer.broker.v1.Entry
+	(*EntriesResponse)(nil),               // 59: coffer.broker.v1.EntriesResponse
 }
 var file_attest_api_broker_v1_broker_proto_depIdxs = []int32{
 	0,  // 0: coffer.broker.v1.Asset.kind:type_name -> coffer.broker.v1.AssetKind
@@ -3808,69 +4154,74 @@ var file_attest_api_broker_v1_broker_proto_depIdxs = []int32{
 	16, // 13: coffer.broker.v1.RequestGrantResponse.grant:type_name -> coffer.broker.v1.Grant
 	17, // 14: coffer.broker.v1.ApproveGrantRequest.approval:type_name -> coffer.broker.v1.Approval
 	16, // 15: coffer.broker.v1.ApproveGrantResponse.grant:type_name -> coffer.broker.v1.Grant
-	16, // 16: coffer.broker.v1.DenyGrantResponse.grant:type_name -> coffer.broker.v1.Grant
-	16, // 17: coffer.broker.v1.GetGrantResponse.grant:type_name -> coffer.broker.v1.Grant
-	17, // 18: coffer.broker.v1.GetGrantResponse.approvals:type_name -> coffer.broker.v1.Approval
-	16, // 19: coffer.broker.v1.CreateGrantResponse.grant:type_name -> coffer.broker.v1.Grant
-	16, // 20: coffer.broker.v1.ListGrantsResponse.grants:type_name -> coffer.broker.v1.Grant
-	16, // 21: coffer.broker.v1.RevokeGrantResponse.grant:type_name -> coffer.broker.v1.Grant
-	1,  // 22: coffer.broker.v1.Revocation.kind:type_name -> coffer.broker.v1.RevocationKind
-	1,  // 23: coffer.broker.v1.RevokeRequest.kind:type_name -> coffer.broker.v1.RevocationKind
-	32, // 24: coffer.broker.v1.RevokeResponse.revocation:type_name -> coffer.broker.v1.Revocation
-	32, // 25: coffer.broker.v1.ListRevocationsResponse.revocations:type_name -> coffer.broker.v1.Revocation
-	1,  // 26: coffer.broker.v1.LiftRevocationRequest.kind:type_name -> coffer.broker.v1.RevocationKind
-	44, // 27: coffer.broker.v1.RenewRequest.renewals:type_name -> coffer.broker.v1.Renewal
-	46, // 28: coffer.broker.v1.RenewResponse.renewed:type_name -> coffer.broker.v1.Renewed
-	54, // 29: coffer.broker.v1.EntriesResponse.entries:type_name -> coffer.broker.v1.Entry
-	2,  // 30: coffer.broker.v1.BrokerService.Info:input_type -> coffer.broker.v1.InfoRequest
-	10, // 31: coffer.broker.v1.BrokerService.CreateAsset:input_type -> coffer.broker.v1.CreateAssetRequest
-	12, // 32: coffer.broker.v1.BrokerService.GetAsset:input_type -> coffer.broker.v1.GetAssetRequest
-	14, // 33: coffer.broker.v1.BrokerService.ListAssets:input_type -> coffer.broker.v1.ListAssetsRequest
-	8,  // 34: coffer.broker.v1.BrokerService.UpdateAssetPolicy:input_type -> coffer.broker.v1.UpdateAssetPolicyRequest
-	18, // 35: coffer.broker.v1.BrokerService.CreateGrant:input_type -> coffer.broker.v1.CreateGrantRequest
-	19, // 36: coffer.broker.v1.BrokerService.RequestGrant:input_type -> coffer.broker.v1.RequestGrantRequest
-	21, // 37: coffer.broker.v1.BrokerService.ApproveGrant:input_type -> coffer.broker.v1.ApproveGrantRequest
-	23, // 38: coffer.broker.v1.BrokerService.DenyGrant:input_type -> coffer.broker.v1.DenyGrantRequest
-	25, // 39: coffer.broker.v1.BrokerService.GetGrant:input_type -> coffer.broker.v1.GetGrantRequest
-	28, // 40: coffer.broker.v1.BrokerService.ListGrants:input_type -> coffer.broker.v1.ListGrantsRequest
-	30, // 41: coffer.broker.v1.BrokerService.RevokeGrant:input_type -> coffer.broker.v1.RevokeGrantRequest
-	33, // 42: coffer.broker.v1.BrokerService.Revoke:input_type -> coffer.broker.v1.RevokeRequest
-	35, // 43: coffer.broker.v1.BrokerService.ListRevocations:input_type -> coffer.broker.v1.ListRevocationsRequest
-	37, // 44: coffer.broker.v1.BrokerService.LiftRevocation:input_type -> coffer.broker.v1.LiftRevocationRequest
-	39, // 45: coffer.broker.v1.BrokerService.RewrapKeys:input_type -> coffer.broker.v1.RewrapKeysRequest
-	41, // 46: coffer.broker.v1.BrokerService.Release:input_type -> coffer.broker.v1.ReleaseRequest
-	43, // 47: coffer.broker.v1.BrokerService.Renew:input_type -> coffer.broker.v1.RenewRequest
-	47, // 48: coffer.broker.v1.BrokerService.ReportStopped:input_type -> coffer.broker.v1.ReportStoppedRequest
-	49, // 49: coffer.broker.v1.BrokerService.CountersignCheckpoint:input_type -> coffer.broker.v1.CountersignCheckpointRequest
-	51, // 50: coffer.broker.v1.BrokerService.LogBundle:input_type -> coffer.broker.v1.LogBundleRequest
-	53, // 51: coffer.broker.v1.BrokerService.Entries:input_type -> coffer.broker.v1.EntriesRequest
-	3,  // 52: coffer.broker.v1.BrokerService.Info:output_type -> coffer.broker.v1.InfoResponse
-	11, // 53: coffer.broker.v1.BrokerService.CreateAsset:output_type -> coffer.broker.v1.CreateAssetResponse
-	13, // 54: coffer.broker.v1.BrokerService.GetAsset:output_type -> coffer.broker.v1.GetAssetResponse
-	15, // 55: coffer.broker.v1.BrokerService.ListAssets:output_type -> coffer.broker.v1.ListAssetsResponse
-	9,  // 56: coffer.broker.v1.BrokerService.UpdateAssetPolicy:output_type -> coffer.broker.v1.UpdateAssetPolicyResponse
-	27, // 57: coffer.broker.v1.BrokerService.CreateGrant:output_type -> coffer.broker.v1.CreateGrantResponse
-	20, // 58: coffer.broker.v1.BrokerService.RequestGrant:output_type -> coffer.broker.v1.RequestGrantResponse
-	22, // 59: coffer.broker.v1.BrokerService.ApproveGrant:output_type -> coffer.broker.v1.ApproveGrantResponse
-	24, // 60: coffer.broker.v1.BrokerService.DenyGrant:output_type -> coffer.broker.v1.DenyGrantResponse
-	26, // 61: coffer.broker.v1.BrokerService.GetGrant:output_type -> coffer.broker.v1.GetGrantResponse
-	29, // 62: coffer.broker.v1.BrokerService.ListGrants:output_type -> coffer.broker.v1.ListGrantsResponse
-	31, // 63: coffer.broker.v1.BrokerService.RevokeGrant:output_type -> coffer.broker.v1.RevokeGrantResponse
-	34, // 64: coffer.broker.v1.BrokerService.Revoke:output_type -> coffer.broker.v1.RevokeResponse
-	36, // 65: coffer.broker.v1.BrokerService.ListRevocations:output_type -> coffer.broker.v1.ListRevocationsResponse
-	38, // 66: coffer.broker.v1.BrokerService.LiftRevocation:output_type -> coffer.broker.v1.LiftRevocationResponse
-	40, // 67: coffer.broker.v1.BrokerService.RewrapKeys:output_type -> coffer.broker.v1.RewrapKeysResponse
-	42, // 68: coffer.broker.v1.BrokerService.Release:output_type -> coffer.broker.v1.ReleaseResponse
-	45, // 69: coffer.broker.v1.BrokerService.Renew:output_type -> coffer.broker.v1.RenewResponse
-	48, // 70: coffer.broker.v1.BrokerService.ReportStopped:output_type -> coffer.broker.v1.ReportStoppedResponse
-	50, // 71: coffer.broker.v1.BrokerService.CountersignCheckpoint:output_type -> coffer.broker.v1.CountersignCheckpointResponse
-	52, // 72: coffer.broker.v1.BrokerService.LogBundle:output_type -> coffer.broker.v1.LogBundleResponse
-	55, // 73: coffer.broker.v1.BrokerService.Entries:output_type -> coffer.broker.v1.EntriesResponse
-	52, // [52:74] is the sub-list for method output_type
-	30, // [30:52] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	17, // 16: coffer.broker.v1.DenyGrantRequest.approval:type_name -> coffer.broker.v1.Approval
+	16, // 17: coffer.broker.v1.DenyGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	16, // 18: coffer.broker.v1.GetGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	17, // 19: coffer.broker.v1.GetGrantResponse.approvals:type_name -> coffer.broker.v1.Approval
+	16, // 20: coffer.broker.v1.CreateGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	16, // 21: coffer.broker.v1.ListGrantsResponse.grants:type_name -> coffer.broker.v1.Grant
+	16, // 22: coffer.broker.v1.RevokeGrantResponse.grant:type_name -> coffer.broker.v1.Grant
+	1,  // 23: coffer.broker.v1.Revocation.kind:type_name -> coffer.broker.v1.RevocationKind
+	1,  // 24: coffer.broker.v1.RevokeRequest.kind:type_name -> coffer.broker.v1.RevocationKind
+	32, // 25: coffer.broker.v1.RevokeResponse.revocation:type_name -> coffer.broker.v1.Revocation
+	32, // 26: coffer.broker.v1.ListRevocationsResponse.revocations:type_name -> coffer.broker.v1.Revocation
+	1,  // 27: coffer.broker.v1.LiftRevocationRequest.kind:type_name -> coffer.broker.v1.RevocationKind
+	44, // 28: coffer.broker.v1.RenewRequest.renewals:type_name -> coffer.broker.v1.Renewal
+	46, // 29: coffer.broker.v1.RenewResponse.renewed:type_name -> coffer.broker.v1.Renewed
+	58, // 30: coffer.broker.v1.EntriesResponse.entries:type_name -> coffer.broker.v1.Entry
+	2,  // 31: coffer.broker.v1.BrokerService.Info:input_type -> coffer.broker.v1.InfoRequest
+	10, // 32: coffer.broker.v1.BrokerService.CreateAsset:input_type -> coffer.broker.v1.CreateAssetRequest
+	12, // 33: coffer.broker.v1.BrokerService.GetAsset:input_type -> coffer.broker.v1.GetAssetRequest
+	14, // 34: coffer.broker.v1.BrokerService.ListAssets:input_type -> coffer.broker.v1.ListAssetsRequest
+	8,  // 35: coffer.broker.v1.BrokerService.UpdateAssetPolicy:input_type -> coffer.broker.v1.UpdateAssetPolicyRequest
+	18, // 36: coffer.broker.v1.BrokerService.CreateGrant:input_type -> coffer.broker.v1.CreateGrantRequest
+	19, // 37: coffer.broker.v1.BrokerService.RequestGrant:input_type -> coffer.broker.v1.RequestGrantRequest
+	21, // 38: coffer.broker.v1.BrokerService.ApproveGrant:input_type -> coffer.broker.v1.ApproveGrantRequest
+	23, // 39: coffer.broker.v1.BrokerService.DenyGrant:input_type -> coffer.broker.v1.DenyGrantRequest
+	25, // 40: coffer.broker.v1.BrokerService.GetGrant:input_type -> coffer.broker.v1.GetGrantRequest
+	28, // 41: coffer.broker.v1.BrokerService.ListGrants:input_type -> coffer.broker.v1.ListGrantsRequest
+	30, // 42: coffer.broker.v1.BrokerService.RevokeGrant:input_type -> coffer.broker.v1.RevokeGrantRequest
+	33, // 43: coffer.broker.v1.BrokerService.Revoke:input_type -> coffer.broker.v1.RevokeRequest
+	35, // 44: coffer.broker.v1.BrokerService.ListRevocations:input_type -> coffer.broker.v1.ListRevocationsRequest
+	37, // 45: coffer.broker.v1.BrokerService.LiftRevocation:input_type -> coffer.broker.v1.LiftRevocationRequest
+	39, // 46: coffer.broker.v1.BrokerService.RewrapKeys:input_type -> coffer.broker.v1.RewrapKeysRequest
+	41, // 47: coffer.broker.v1.BrokerService.Release:input_type -> coffer.broker.v1.ReleaseRequest
+	43, // 48: coffer.broker.v1.BrokerService.Renew:input_type -> coffer.broker.v1.RenewRequest
+	47, // 49: coffer.broker.v1.BrokerService.ReportStopped:input_type -> coffer.broker.v1.ReportStoppedRequest
+	49, // 50: coffer.broker.v1.BrokerService.CountersignCheckpoint:input_type -> coffer.broker.v1.CountersignCheckpointRequest
+	51, // 51: coffer.broker.v1.BrokerService.ResumeCheckpoint:input_type -> coffer.broker.v1.ResumeCheckpointRequest
+	53, // 52: coffer.broker.v1.BrokerService.CommitReseal:input_type -> coffer.broker.v1.CommitResealRequest
+	55, // 53: coffer.broker.v1.BrokerService.LogBundle:input_type -> coffer.broker.v1.LogBundleRequest
+	57, // 54: coffer.broker.v1.BrokerService.Entries:input_type -> coffer.broker.v1.EntriesRequest
+	3,  // 55: coffer.broker.v1.BrokerService.Info:output_type -> coffer.broker.v1.InfoResponse
+	11, // 56: coffer.broker.v1.BrokerService.CreateAsset:output_type -> coffer.broker.v1.CreateAssetResponse
+	13, // 57: coffer.broker.v1.BrokerService.GetAsset:output_type -> coffer.broker.v1.GetAssetResponse
+	15, // 58: coffer.broker.v1.BrokerService.ListAssets:output_type -> coffer.broker.v1.ListAssetsResponse
+	9,  // 59: coffer.broker.v1.BrokerService.UpdateAssetPolicy:output_type -> coffer.broker.v1.UpdateAssetPolicyResponse
+	27, // 60: coffer.broker.v1.BrokerService.CreateGrant:output_type -> coffer.broker.v1.CreateGrantResponse
+	20, // 61: coffer.broker.v1.BrokerService.RequestGrant:output_type -> coffer.broker.v1.RequestGrantResponse
+	22, // 62: coffer.broker.v1.BrokerService.ApproveGrant:output_type -> coffer.broker.v1.ApproveGrantResponse
+	24, // 63: coffer.broker.v1.BrokerService.DenyGrant:output_type -> coffer.broker.v1.DenyGrantResponse
+	26, // 64: coffer.broker.v1.BrokerService.GetGrant:output_type -> coffer.broker.v1.GetGrantResponse
+	29, // 65: coffer.broker.v1.BrokerService.ListGrants:output_type -> coffer.broker.v1.ListGrantsResponse
+	31, // 66: coffer.broker.v1.BrokerService.RevokeGrant:output_type -> coffer.broker.v1.RevokeGrantResponse
+	34, // 67: coffer.broker.v1.BrokerService.Revoke:output_type -> coffer.broker.v1.RevokeResponse
+	36, // 68: coffer.broker.v1.BrokerService.ListRevocations:output_type -> coffer.broker.v1.ListRevocationsResponse
+	38, // 69: coffer.broker.v1.BrokerService.LiftRevocation:output_type -> coffer.broker.v1.LiftRevocationResponse
+	40, // 70: coffer.broker.v1.BrokerService.RewrapKeys:output_type -> coffer.broker.v1.RewrapKeysResponse
+	42, // 71: coffer.broker.v1.BrokerService.Release:output_type -> coffer.broker.v1.ReleaseResponse
+	45, // 72: coffer.broker.v1.BrokerService.Renew:output_type -> coffer.broker.v1.RenewResponse
+	48, // 73: coffer.broker.v1.BrokerService.ReportStopped:output_type -> coffer.broker.v1.ReportStoppedResponse
+	50, // 74: coffer.broker.v1.BrokerService.CountersignCheckpoint:output_type -> coffer.broker.v1.CountersignCheckpointResponse
+	52, // 75: coffer.broker.v1.BrokerService.ResumeCheckpoint:output_type -> coffer.broker.v1.ResumeCheckpointResponse
+	54, // 76: coffer.broker.v1.BrokerService.CommitReseal:output_type -> coffer.broker.v1.CommitResealResponse
+	56, // 77: coffer.broker.v1.BrokerService.LogBundle:output_type -> coffer.broker.v1.LogBundleResponse
+	59, // 78: coffer.broker.v1.BrokerService.Entries:output_type -> coffer.broker.v1.EntriesResponse
+	55, // [55:79] is the sub-list for method output_type
+	31, // [31:55] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_attest_api_broker_v1_broker_proto_init() }
@@ -3884,7 +4235,7 @@ func file_attest_api_broker_v1_broker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_attest_api_broker_v1_broker_proto_rawDesc), len(file_attest_api_broker_v1_broker_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   54,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -543,6 +543,402 @@ func (x *CheckResponse) GetResult() string {
 	return ""
 }
 
+type CheckDevicesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Audience of the result: the relying party, by a name of its choice.
+	Audience string `protobuf:"bytes,1,opt,name=audience,proto3" json:"audience,omitempty"`
+	// The verifier's policy that each device is held against, by name. Empty: they
+	// are found genuine or not, and affirmed in no case.
+	Policy string     `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`
+	Snp    *SNPDevice `protobuf:"bytes,3,opt,name=snp,proto3" json:"snp,omitempty"`
+	Tpm    *TPMDevice `protobuf:"bytes,4,opt,name=tpm,proto3" json:"tpm,omitempty"`
+	// GPUs answer one nonce.
+	Gpus []*GPUDevice `protobuf:"bytes,5,rep,name=gpus,proto3" json:"gpus,omitempty"`
+	// The nonce, 32 bytes, of every GPU's report.
+	GpuNonce      []byte `protobuf:"bytes,6,opt,name=gpu_nonce,json=gpuNonce,proto3" json:"gpu_nonce,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckDevicesRequest) Reset() {
+	*x = CheckDevicesRequest{}
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckDevicesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckDevicesRequest) ProtoMessage() {}
+
+func (x *CheckDevicesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckDevicesRequest.ProtoReflect.Descriptor instead.
+func (*CheckDevicesRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *CheckDevicesRequest) GetAudience() string {
+	if x != nil {
+		return x.Audience
+	}
+	return ""
+}
+
+func (x *CheckDevicesRequest) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+func (x *CheckDevicesRequest) GetSnp() *SNPDevice {
+	if x != nil {
+		return x.Snp
+	}
+	return nil
+}
+
+func (x *CheckDevicesRequest) GetTpm() *TPMDevice {
+	if x != nil {
+		return x.Tpm
+	}
+	return nil
+}
+
+func (x *CheckDevicesRequest) GetGpus() []*GPUDevice {
+	if x != nil {
+		return x.Gpus
+	}
+	return nil
+}
+
+func (x *CheckDevicesRequest) GetGpuNonce() []byte {
+	if x != nil {
+		return x.GpuNonce
+	}
+	return nil
+}
+
+// SNPDevice is an SEV-SNP report, or Azure's report with one in it.
+type SNPDevice struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// ATTESTATION_REPORT, 1184 bytes.
+	Report []byte `protobuf:"bytes,1,opt,name=report,proto3" json:"report,omitempty"`
+	// What Azure's paravisor keeps in the TPM, in the report's place.
+	HclReport []byte `protobuf:"bytes,2,opt,name=hcl_report,json=hclReport,proto3" json:"hcl_report,omitempty"`
+	// Certificate table as the platform gave it, or
+	Certificates []byte `protobuf:"bytes,3,opt,name=certificates,proto3" json:"certificates,omitempty"`
+	// certificates in DER: VCEK or VLEK, then issuer, then root, as far as they are
+	// there. What is missing comes from the verifier's endorsements.
+	Chain [][]byte `protobuf:"bytes,4,rep,name=chain,proto3" json:"chain,omitempty"`
+	// The report data, 64 bytes, that the report must have. Of an HCL report it is
+	// the SHA-256 of the runtime claims, and zeros; with a quote it may be empty.
+	ReportData    []byte `protobuf:"bytes,5,opt,name=report_data,json=reportData,proto3" json:"report_data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SNPDevice) Reset() {
+	*x = SNPDevice{}
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SNPDevice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SNPDevice) ProtoMessage() {}
+
+func (x *SNPDevice) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SNPDevice.ProtoReflect.Descriptor instead.
+func (*SNPDevice) Descriptor() ([]byte, []int) {
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *SNPDevice) GetReport() []byte {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+func (x *SNPDevice) GetHclReport() []byte {
+	if x != nil {
+		return x.HclReport
+	}
+	return nil
+}
+
+func (x *SNPDevice) GetCertificates() []byte {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+func (x *SNPDevice) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *SNPDevice) GetReportData() []byte {
+	if x != nil {
+		return x.ReportData
+	}
+	return nil
+}
+
+// TPMDevice is a quote. Its key is trusted by a credential of this verifier's, by
+// the HCL report beside it, or because the verifier's configuration names it.
+type TPMDevice struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// TPMT_PUBLIC.
+	AkPublic     []byte `protobuf:"bytes,1,opt,name=ak_public,json=akPublic,proto3" json:"ak_public,omitempty"`
+	AkCredential string `protobuf:"bytes,2,opt,name=ak_credential,json=akCredential,proto3" json:"ak_credential,omitempty"`
+	// TPMS_ATTEST and TPMT_SIGNATURE.
+	Quote     []byte `protobuf:"bytes,3,opt,name=quote,proto3" json:"quote,omitempty"`
+	Signature []byte `protobuf:"bytes,4,opt,name=signature,proto3" json:"signature,omitempty"`
+	// The quoted values of the SHA-256 bank by index, 32 bytes each.
+	Pcrs map[uint32][]byte `protobuf:"bytes,5,rep,name=pcrs,proto3" json:"pcrs,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The firmware's event log as the kernel keeps it, or empty.
+	TcgLog []byte `protobuf:"bytes,6,opt,name=tcg_log,json=tcgLog,proto3" json:"tcg_log,omitempty"`
+	// The qualifying data that the quote must have, 1 to 64 bytes.
+	ExtraData     []byte `protobuf:"bytes,7,opt,name=extra_data,json=extraData,proto3" json:"extra_data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TPMDevice) Reset() {
+	*x = TPMDevice{}
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TPMDevice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TPMDevice) ProtoMessage() {}
+
+func (x *TPMDevice) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TPMDevice.ProtoReflect.Descriptor instead.
+func (*TPMDevice) Descriptor() ([]byte, []int) {
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *TPMDevice) GetAkPublic() []byte {
+	if x != nil {
+		return x.AkPublic
+	}
+	return nil
+}
+
+func (x *TPMDevice) GetAkCredential() string {
+	if x != nil {
+		return x.AkCredential
+	}
+	return ""
+}
+
+func (x *TPMDevice) GetQuote() []byte {
+	if x != nil {
+		return x.Quote
+	}
+	return nil
+}
+
+func (x *TPMDevice) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+func (x *TPMDevice) GetPcrs() map[uint32][]byte {
+	if x != nil {
+		return x.Pcrs
+	}
+	return nil
+}
+
+func (x *TPMDevice) GetTcgLog() []byte {
+	if x != nil {
+		return x.TcgLog
+	}
+	return nil
+}
+
+func (x *TPMDevice) GetExtraData() []byte {
+	if x != nil {
+		return x.ExtraData
+	}
+	return nil
+}
+
+type GPUDevice struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// GET_MEASUREMENTS request and response.
+	Report []byte `protobuf:"bytes,1,opt,name=report,proto3" json:"report,omitempty"`
+	// PEM, leaf first.
+	Chain []byte `protobuf:"bytes,2,opt,name=chain,proto3" json:"chain,omitempty"`
+	// What the driver states.
+	DriverVersion string `protobuf:"bytes,3,opt,name=driver_version,json=driverVersion,proto3" json:"driver_version,omitempty"`
+	VbiosVersion  string `protobuf:"bytes,4,opt,name=vbios_version,json=vbiosVersion,proto3" json:"vbios_version,omitempty"`
+	Uuid          string `protobuf:"bytes,5,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GPUDevice) Reset() {
+	*x = GPUDevice{}
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GPUDevice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GPUDevice) ProtoMessage() {}
+
+func (x *GPUDevice) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GPUDevice.ProtoReflect.Descriptor instead.
+func (*GPUDevice) Descriptor() ([]byte, []int) {
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *GPUDevice) GetReport() []byte {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+func (x *GPUDevice) GetChain() []byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *GPUDevice) GetDriverVersion() string {
+	if x != nil {
+		return x.DriverVersion
+	}
+	return ""
+}
+
+func (x *GPUDevice) GetVbiosVersion() string {
+	if x != nil {
+		return x.VbiosVersion
+	}
+	return ""
+}
+
+func (x *GPUDevice) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+type CheckDevicesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// EAR as a signed JWT.
+	Result        string `protobuf:"bytes,1,opt,name=result,proto3" json:"result,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckDevicesResponse) Reset() {
+	*x = CheckDevicesResponse{}
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckDevicesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckDevicesResponse) ProtoMessage() {}
+
+func (x *CheckDevicesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckDevicesResponse.ProtoReflect.Descriptor instead.
+func (*CheckDevicesResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *CheckDevicesResponse) GetResult() string {
+	if x != nil {
+		return x.Result
+	}
+	return ""
+}
+
 type KeysRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -551,7 +947,7 @@ type KeysRequest struct {
 
 func (x *KeysRequest) Reset() {
 	*x = KeysRequest{}
-	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[10]
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -563,7 +959,7 @@ func (x *KeysRequest) String() string {
 func (*KeysRequest) ProtoMessage() {}
 
 func (x *KeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[10]
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -576,7 +972,7 @@ func (x *KeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeysRequest.ProtoReflect.Descriptor instead.
 func (*KeysRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{10}
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{15}
 }
 
 type KeysResponse struct {
@@ -588,7 +984,7 @@ type KeysResponse struct {
 
 func (x *KeysResponse) Reset() {
 	*x = KeysResponse{}
-	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[11]
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +996,7 @@ func (x *KeysResponse) String() string {
 func (*KeysResponse) ProtoMessage() {}
 
 func (x *KeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[11]
+	mi := &file_attest_api_verifier_v1_verifier_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +1009,7 @@ func (x *KeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeysResponse.ProtoReflect.Descriptor instead.
 func (*KeysResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{11}
+	return file_attest_api_verifier_v1_verifier_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *KeysResponse) GetJwks() []byte {
@@ -656,16 +1052,52 @@ const file_attest_api_verifier_v1_verifier_proto_rawDesc = "" +
 	"\baudience\x18\x02 \x01(\tR\baudience\x12\x14\n" +
 	"\x05nonce\x18\x03 \x01(\tR\x05nonce\"'\n" +
 	"\rCheckResponse\x12\x16\n" +
+	"\x06result\x18\x01 \x01(\tR\x06result\"\xfb\x01\n" +
+	"\x13CheckDevicesRequest\x12\x1a\n" +
+	"\baudience\x18\x01 \x01(\tR\baudience\x12\x16\n" +
+	"\x06policy\x18\x02 \x01(\tR\x06policy\x12/\n" +
+	"\x03snp\x18\x03 \x01(\v2\x1d.coffer.verifier.v1.SNPDeviceR\x03snp\x12/\n" +
+	"\x03tpm\x18\x04 \x01(\v2\x1d.coffer.verifier.v1.TPMDeviceR\x03tpm\x121\n" +
+	"\x04gpus\x18\x05 \x03(\v2\x1d.coffer.verifier.v1.GPUDeviceR\x04gpus\x12\x1b\n" +
+	"\tgpu_nonce\x18\x06 \x01(\fR\bgpuNonce\"\x9d\x01\n" +
+	"\tSNPDevice\x12\x16\n" +
+	"\x06report\x18\x01 \x01(\fR\x06report\x12\x1d\n" +
+	"\n" +
+	"hcl_report\x18\x02 \x01(\fR\thclReport\x12\"\n" +
+	"\fcertificates\x18\x03 \x01(\fR\fcertificates\x12\x14\n" +
+	"\x05chain\x18\x04 \x03(\fR\x05chain\x12\x1f\n" +
+	"\vreport_data\x18\x05 \x01(\fR\n" +
+	"reportData\"\xaf\x02\n" +
+	"\tTPMDevice\x12\x1b\n" +
+	"\tak_public\x18\x01 \x01(\fR\bakPublic\x12#\n" +
+	"\rak_credential\x18\x02 \x01(\tR\fakCredential\x12\x14\n" +
+	"\x05quote\x18\x03 \x01(\fR\x05quote\x12\x1c\n" +
+	"\tsignature\x18\x04 \x01(\fR\tsignature\x12;\n" +
+	"\x04pcrs\x18\x05 \x03(\v2'.coffer.verifier.v1.TPMDevice.PcrsEntryR\x04pcrs\x12\x17\n" +
+	"\atcg_log\x18\x06 \x01(\fR\x06tcgLog\x12\x1d\n" +
+	"\n" +
+	"extra_data\x18\a \x01(\fR\textraData\x1a7\n" +
+	"\tPcrsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\rR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\x99\x01\n" +
+	"\tGPUDevice\x12\x16\n" +
+	"\x06report\x18\x01 \x01(\fR\x06report\x12\x14\n" +
+	"\x05chain\x18\x02 \x01(\fR\x05chain\x12%\n" +
+	"\x0edriver_version\x18\x03 \x01(\tR\rdriverVersion\x12#\n" +
+	"\rvbios_version\x18\x04 \x01(\tR\fvbiosVersion\x12\x12\n" +
+	"\x04uuid\x18\x05 \x01(\tR\x04uuid\".\n" +
+	"\x14CheckDevicesResponse\x12\x16\n" +
 	"\x06result\x18\x01 \x01(\tR\x06result\"\r\n" +
 	"\vKeysRequest\"\"\n" +
 	"\fKeysResponse\x12\x12\n" +
-	"\x04jwks\x18\x01 \x01(\fR\x04jwks2\xb0\x04\n" +
+	"\x04jwks\x18\x01 \x01(\fR\x04jwks2\x93\x05\n" +
 	"\x0fVerifierService\x12X\n" +
 	"\tChallenge\x12$.coffer.verifier.v1.ChallengeRequest\x1a%.coffer.verifier.v1.ChallengeResponse\x12g\n" +
 	"\x0eBeginEnrolment\x12).coffer.verifier.v1.BeginEnrolmentRequest\x1a*.coffer.verifier.v1.BeginEnrolmentResponse\x12j\n" +
 	"\x0fFinishEnrolment\x12*.coffer.verifier.v1.FinishEnrolmentRequest\x1a+.coffer.verifier.v1.FinishEnrolmentResponse\x12U\n" +
 	"\bAppraise\x12#.coffer.verifier.v1.AppraiseRequest\x1a$.coffer.verifier.v1.AppraiseResponse\x12L\n" +
-	"\x05Check\x12 .coffer.verifier.v1.CheckRequest\x1a!.coffer.verifier.v1.CheckResponse\x12I\n" +
+	"\x05Check\x12 .coffer.verifier.v1.CheckRequest\x1a!.coffer.verifier.v1.CheckResponse\x12a\n" +
+	"\fCheckDevices\x12'.coffer.verifier.v1.CheckDevicesRequest\x1a(.coffer.verifier.v1.CheckDevicesResponse\x12I\n" +
 	"\x04Keys\x12\x1f.coffer.verifier.v1.KeysRequest\x1a .coffer.verifier.v1.KeysResponseB@Z>github.com/coffer-run/coffer/attest/api/verifier/v1;verifierv1b\x06proto3"
 
 var (
@@ -680,7 +1112,7 @@ func file_attest_api_verifier_v1_verifier_proto_rawDescGZIP() []byte {
 	return file_attest_api_verifier_v1_verifier_proto_rawDescData
 }
 
-var file_attest_api_verifier_v1_verifier_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_attest_api_verifier_v1_verifier_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_attest_api_verifier_v1_verifier_proto_goTypes = []any{
 	(*ChallengeRequest)(nil),        // 0: coffer.verifier.v1.ChallengeRequest
 	(*ChallengeResponse)(nil),       // 1: coffer.verifier.v1.ChallengeResponse
@@ -692,27 +1124,39 @@ var file_attest_api_verifier_v1_verifier_proto_goTypes = []any{
 	(*AppraiseResponse)(nil),        // 7: coffer.verifier.v1.AppraiseResponse
 	(*CheckRequest)(nil),            // 8: coffer.verifier.v1.CheckRequest
 	(*CheckResponse)(nil),           // 9: coffer.verifier.v1.CheckResponse
-	(*KeysRequest)(nil),             // 10: coffer.verifier.v1.KeysRequest
-	(*KeysResponse)(nil),            // 11: coffer.verifier.v1.KeysResponse
+	(*CheckDevicesRequest)(nil),     // 10: coffer.verifier.v1.CheckDevicesRequest
+	(*SNPDevice)(nil),               // 11: coffer.verifier.v1.SNPDevice
+	(*TPMDevice)(nil),               // 12: coffer.verifier.v1.TPMDevice
+	(*GPUDevice)(nil),               // 13: coffer.verifier.v1.GPUDevice
+	(*CheckDevicesResponse)(nil),    // 14: coffer.verifier.v1.CheckDevicesResponse
+	(*KeysRequest)(nil),             // 15: coffer.verifier.v1.KeysRequest
+	(*KeysResponse)(nil),            // 16: coffer.verifier.v1.KeysResponse
+	nil,                             // 17: coffer.verifier.v1.TPMDevice.PcrsEntry
 }
 var file_attest_api_verifier_v1_verifier_proto_depIdxs = []int32{
-	0,  // 0: coffer.verifier.v1.VerifierService.Challenge:input_type -> coffer.verifier.v1.ChallengeRequest
-	2,  // 1: coffer.verifier.v1.VerifierService.BeginEnrolment:input_type -> coffer.verifier.v1.BeginEnrolmentRequest
-	4,  // 2: coffer.verifier.v1.VerifierService.FinishEnrolment:input_type -> coffer.verifier.v1.FinishEnrolmentRequest
-	6,  // 3: coffer.verifier.v1.VerifierService.Appraise:input_type -> coffer.verifier.v1.AppraiseRequest
-	8,  // 4: coffer.verifier.v1.VerifierService.Check:input_type -> coffer.verifier.v1.CheckRequest
-	10, // 5: coffer.verifier.v1.VerifierService.Keys:input_type -> coffer.verifier.v1.KeysRequest
-	1,  // 6: coffer.verifier.v1.VerifierService.Challenge:output_type -> coffer.verifier.v1.ChallengeResponse
-	3,  // 7: coffer.verifier.v1.VerifierService.BeginEnrolment:output_type -> coffer.verifier.v1.BeginEnrolmentResponse
-	5,  // 8: coffer.verifier.v1.VerifierService.FinishEnrolment:output_type -> coffer.verifier.v1.FinishEnrolmentResponse
-	7,  // 9: coffer.verifier.v1.VerifierService.Appraise:output_type -> coffer.verifier.v1.AppraiseResponse
-	9,  // 10: coffer.verifier.v1.VerifierService.Check:output_type -> coffer.verifier.v1.CheckResponse
-	11, // 11: coffer.verifier.v1.VerifierService.Keys:output_type -> coffer.verifier.v1.KeysResponse
-	6,  // [6:12] is the sub-list for method output_type
-	0,  // [0:6] is the sub-list for method input_type
-	0,  // [0:0] is the sub-list for extension type_name
-	0,  // [0:0] is the sub-list for extension extendee
-	0,  // [0:0] is the sub-list for field type_name
+	11, // 0: coffer.verifier.v1.CheckDevicesRequest.snp:type_name -> coffer.verifier.v1.SNPDevice
+	12, // 1: coffer.verifier.v1.CheckDevicesRequest.tpm:type_name -> coffer.verifier.v1.TPMDevice
+	13, // 2: coffer.verifier.v1.CheckDevicesRequest.gpus:type_name -> coffer.verifier.v1.GPUDevice
+	17, // 3: coffer.verifier.v1.TPMDevice.pcrs:type_name -> coffer.verifier.v1.TPMDevice.PcrsEntry
+	0,  // 4: coffer.verifier.v1.VerifierService.Challenge:input_type -> coffer.verifier.v1.ChallengeRequest
+	2,  // 5: coffer.verifier.v1.VerifierService.BeginEnrolment:input_type -> coffer.verifier.v1.BeginEnrolmentRequest
+	4,  // 6: coffer.verifier.v1.VerifierService.FinishEnrolment:input_type -> coffer.verifier.v1.FinishEnrolmentRequest
+	6,  // 7: coffer.verifier.v1.VerifierService.Appraise:input_type -> coffer.verifier.v1.AppraiseRequest
+	8,  // 8: coffer.verifier.v1.VerifierService.Check:input_type -> coffer.verifier.v1.CheckRequest
+	10, // 9: coffer.verifier.v1.VerifierService.CheckDevices:input_type -> coffer.verifier.v1.CheckDevicesRequest
+	15, // 10: coffer.verifier.v1.VerifierService.Keys:input_type -> coffer.verifier.v1.KeysRequest
+	1,  // 11: coffer.verifier.v1.VerifierService.Challenge:output_type -> coffer.verifier.v1.ChallengeResponse
+	3,  // 12: coffer.verifier.v1.VerifierService.BeginEnrolment:output_type -> coffer.verifier.v1.BeginEnrolmentResponse
+	5,  // 13: coffer.verifier.v1.VerifierService.FinishEnrolment:output_type -> coffer.verifier.v1.FinishEnrolmentResponse
+	7,  // 14: coffer.verifier.v1.VerifierService.Appraise:output_type -> coffer.verifier.v1.AppraiseResponse
+	9,  // 15: coffer.verifier.v1.VerifierService.Check:output_type -> coffer.verifier.v1.CheckResponse
+	14, // 16: coffer.verifier.v1.VerifierService.CheckDevices:output_type -> coffer.verifier.v1.CheckDevicesResponse
+	16, // 17: coffer.verifier.v1.VerifierService.Keys:output_type -> coffer.verifier.v1.KeysResponse
+	11, // [11:18] is the sub-list for method output_type
+	4,  // [4:11] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_attest_api_verifier_v1_verifier_proto_init() }
@@ -726,7 +1170,7 @@ func file_attest_api_verifier_v1_verifier_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_attest_api_verifier_v1_verifier_proto_rawDesc), len(file_attest_api_verifier_v1_verifier_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -468,6 +468,385 @@ func (*SetReadyResponse) Descriptor() ([]byte, []int) {
 	return file_plugins_contract_gpu_v1_gpu_proto_rawDescGZIP(), []int{7}
 }
 
+type StateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uuids         []string               `protobuf:"bytes,1,rep,name=uuids,proto3" json:"uuids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateRequest) Reset() {
+	*x = StateRequest{}
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateRequest) ProtoMessage() {}
+
+func (x *StateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
+func (*StateRequest) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_gpu_v1_gpu_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *StateRequest) GetUuids() []string {
+	if x != nil {
+		return x.Uuids
+	}
+	return nil
+}
+
+type StateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in InventoryResponse.
+	CcMode string `protobuf:"bytes,1,opt,name=cc_mode,json=ccMode,proto3" json:"cc_mode,omitempty"`
+	Ready  bool   `protobuf:"varint,2,opt,name=ready,proto3" json:"ready,omitempty"`
+	// The driver changes the keys of its encrypted copies before an attacker's
+	// advantage reaches 2^this. 0: the driver does not say.
+	AttackerAdvantage uint64         `protobuf:"varint,3,opt,name=attacker_advantage,json=attackerAdvantage,proto3" json:"attacker_advantage,omitempty"`
+	Devices           []*DeviceState `protobuf:"bytes,4,rep,name=devices,proto3" json:"devices,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *StateResponse) Reset() {
+	*x = StateResponse{}
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateResponse) ProtoMessage() {}
+
+func (x *StateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
+func (*StateResponse) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_gpu_v1_gpu_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *StateResponse) GetCcMode() string {
+	if x != nil {
+		return x.CcMode
+	}
+	return ""
+}
+
+func (x *StateResponse) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+func (x *StateResponse) GetAttackerAdvantage() uint64 {
+	if x != nil {
+		return x.AttackerAdvantage
+	}
+	return 0
+}
+
+func (x *StateResponse) GetDevices() []*DeviceState {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+type DeviceState struct {
+	state                  protoimpl.MessageState `protogen:"open.v1"`
+	Uuid                   string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	UsedMemoryBytes        int64                  `protobuf:"varint,2,opt,name=used_memory_bytes,json=usedMemoryBytes,proto3" json:"used_memory_bytes,omitempty"`
+	ProtectedMemoryBytes   int64                  `protobuf:"varint,3,opt,name=protected_memory_bytes,json=protectedMemoryBytes,proto3" json:"protected_memory_bytes,omitempty"`
+	UnprotectedMemoryBytes int64                  `protobuf:"varint,4,opt,name=unprotected_memory_bytes,json=unprotectedMemoryBytes,proto3" json:"unprotected_memory_bytes,omitempty"`
+	// Processes with a compute context on the device.
+	Processes int32 `protobuf:"varint,5,opt,name=processes,proto3" json:"processes,omitempty"`
+	// The memory node that is near to the device, counted from 1; 0: none is.
+	NearNode      int32 `protobuf:"varint,6,opt,name=near_node,json=nearNode,proto3" json:"near_node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceState) Reset() {
+	*x = DeviceState{}
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceState) ProtoMessage() {}
+
+func (x *DeviceState) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceState.ProtoReflect.Descriptor instead.
+func (*DeviceState) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_gpu_v1_gpu_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *DeviceState) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *DeviceState) GetUsedMemoryBytes() int64 {
+	if x != nil {
+		return x.UsedMemoryBytes
+	}
+	return 0
+}
+
+func (x *DeviceState) GetProtectedMemoryBytes() int64 {
+	if x != nil {
+		return x.ProtectedMemoryBytes
+	}
+	return 0
+}
+
+func (x *DeviceState) GetUnprotectedMemoryBytes() int64 {
+	if x != nil {
+		return x.UnprotectedMemoryBytes
+	}
+	return 0
+}
+
+func (x *DeviceState) GetProcesses() int32 {
+	if x != nil {
+		return x.Processes
+	}
+	return 0
+}
+
+func (x *DeviceState) GetNearNode() int32 {
+	if x != nil {
+		return x.NearNode
+	}
+	return 0
+}
+
+type PrepareRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Uuids []string               `protobuf:"bytes,1,rep,name=uuids,proto3" json:"uuids,omitempty"`
+	// For staged copies, of each device; a multiple of 1024.
+	UnprotectedMemoryBytes int64 `protobuf:"varint,2,opt,name=unprotected_memory_bytes,json=unprotectedMemoryBytes,proto3" json:"unprotected_memory_bytes,omitempty"`
+	// 50 to 65.
+	MaxAttackerAdvantage uint64 `protobuf:"varint,3,opt,name=max_attacker_advantage,json=maxAttackerAdvantage,proto3" json:"max_attacker_advantage,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
+}
+
+func (x *PrepareRequest) Reset() {
+	*x = PrepareRequest{}
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareRequest) ProtoMessage() {}
+
+func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
+func (*PrepareRequest) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_gpu_v1_gpu_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *PrepareRequest) GetUuids() []string {
+	if x != nil {
+		return x.Uuids
+	}
+	return nil
+}
+
+func (x *PrepareRequest) GetUnprotectedMemoryBytes() int64 {
+	if x != nil {
+		return x.UnprotectedMemoryBytes
+	}
+	return 0
+}
+
+func (x *PrepareRequest) GetMaxAttackerAdvantage() uint64 {
+	if x != nil {
+		return x.MaxAttackerAdvantage
+	}
+	return 0
+}
+
+type PrepareResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareResponse) Reset() {
+	*x = PrepareResponse{}
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareResponse) ProtoMessage() {}
+
+func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
+func (*PrepareResponse) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_gpu_v1_gpu_proto_rawDescGZIP(), []int{12}
+}
+
+type ClearRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uuids         []string               `protobuf:"bytes,1,rep,name=uuids,proto3" json:"uuids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClearRequest) Reset() {
+	*x = ClearRequest{}
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClearRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClearRequest) ProtoMessage() {}
+
+func (x *ClearRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClearRequest.ProtoReflect.Descriptor instead.
+func (*ClearRequest) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_gpu_v1_gpu_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ClearRequest) GetUuids() []string {
+	if x != nil {
+		return x.Uuids
+	}
+	return nil
+}
+
+type ClearResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClearResponse) Reset() {
+	*x = ClearResponse{}
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClearResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClearResponse) ProtoMessage() {}
+
+func (x *ClearResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_gpu_v1_gpu_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClearResponse.ProtoReflect.Descriptor instead.
+func (*ClearResponse) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_gpu_v1_gpu_proto_rawDescGZIP(), []int{14}
+}
+
 var File_plugins_contract_gpu_v1_gpu_proto protoreflect.FileDescriptor
 
 const file_plugins_contract_gpu_v1_gpu_proto_rawDesc = "" +
@@ -499,12 +878,37 @@ const file_plugins_contract_gpu_v1_gpu_proto_rawDesc = "" +
 	"\rvbios_version\x18\x05 \x01(\tR\fvbiosVersion\"'\n" +
 	"\x0fSetReadyRequest\x12\x14\n" +
 	"\x05ready\x18\x01 \x01(\bR\x05ready\"\x12\n" +
-	"\x10SetReadyResponse2\x9d\x02\n" +
+	"\x10SetReadyResponse\"$\n" +
+	"\fStateRequest\x12\x14\n" +
+	"\x05uuids\x18\x01 \x03(\tR\x05uuids\"\xaa\x01\n" +
+	"\rStateResponse\x12\x17\n" +
+	"\acc_mode\x18\x01 \x01(\tR\x06ccMode\x12\x14\n" +
+	"\x05ready\x18\x02 \x01(\bR\x05ready\x12-\n" +
+	"\x12attacker_advantage\x18\x03 \x01(\x04R\x11attackerAdvantage\x12;\n" +
+	"\adevices\x18\x04 \x03(\v2!.coffer.plugin.gpu.v1.DeviceStateR\adevices\"\xf8\x01\n" +
+	"\vDeviceState\x12\x12\n" +
+	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12*\n" +
+	"\x11used_memory_bytes\x18\x02 \x01(\x03R\x0fusedMemoryBytes\x124\n" +
+	"\x16protected_memory_bytes\x18\x03 \x01(\x03R\x14protectedMemoryBytes\x128\n" +
+	"\x18unprotected_memory_bytes\x18\x04 \x01(\x03R\x16unprotectedMemoryBytes\x12\x1c\n" +
+	"\tprocesses\x18\x05 \x01(\x05R\tprocesses\x12\x1b\n" +
+	"\tnear_node\x18\x06 \x01(\x05R\bnearNode\"\x96\x01\n" +
+	"\x0ePrepareRequest\x12\x14\n" +
+	"\x05uuids\x18\x01 \x03(\tR\x05uuids\x128\n" +
+	"\x18unprotected_memory_bytes\x18\x02 \x01(\x03R\x16unprotectedMemoryBytes\x124\n" +
+	"\x16max_attacker_advantage\x18\x03 \x01(\x04R\x14maxAttackerAdvantage\"\x11\n" +
+	"\x0fPrepareResponse\"$\n" +
+	"\fClearRequest\x12\x14\n" +
+	"\x05uuids\x18\x01 \x03(\tR\x05uuids\"\x0f\n" +
+	"\rClearResponse2\x99\x04\n" +
 	"\n" +
 	"GPUService\x12\\\n" +
 	"\tInventory\x12&.coffer.plugin.gpu.v1.InventoryRequest\x1a'.coffer.plugin.gpu.v1.InventoryResponse\x12V\n" +
 	"\aCollect\x12$.coffer.plugin.gpu.v1.CollectRequest\x1a%.coffer.plugin.gpu.v1.CollectResponse\x12Y\n" +
-	"\bSetReady\x12%.coffer.plugin.gpu.v1.SetReadyRequest\x1a&.coffer.plugin.gpu.v1.SetReadyResponseB<Z:github.com/coffer-run/coffer/plugins/contract/gpu/v1;gpuv1b\x06proto3"
+	"\bSetReady\x12%.coffer.plugin.gpu.v1.SetReadyRequest\x1a&.coffer.plugin.gpu.v1.SetReadyResponse\x12P\n" +
+	"\x05State\x12\".coffer.plugin.gpu.v1.StateRequest\x1a#.coffer.plugin.gpu.v1.StateResponse\x12V\n" +
+	"\aPrepare\x12$.coffer.plugin.gpu.v1.PrepareRequest\x1a%.coffer.plugin.gpu.v1.PrepareResponse\x12P\n" +
+	"\x05Clear\x12\".coffer.plugin.gpu.v1.ClearRequest\x1a#.coffer.plugin.gpu.v1.ClearResponseB<Z:github.com/coffer-run/coffer/plugins/contract/gpu/v1;gpuv1b\x06proto3"
 
 var (
 	file_plugins_contract_gpu_v1_gpu_proto_rawDescOnce sync.Once
@@ -518,7 +922,7 @@ func file_plugins_contract_gpu_v1_gpu_proto_rawDescGZIP() []byte {
 	return file_plugins_contract_gpu_v1_gpu_proto_rawDescData
 }
 
-var file_plugins_contract_gpu_v1_gpu_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_plugins_contract_gpu_v1_gpu_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_plugins_contract_gpu_v1_gpu_proto_goTypes = []any{
 	(*InventoryRequest)(nil),  // 0: coffer.plugin.gpu.v1.InventoryRequest
 	(*InventoryResponse)(nil), // 1: coffer.plugin.gpu.v1.InventoryResponse
@@ -528,21 +932,35 @@ var file_plugins_contract_gpu_v1_gpu_proto_goTypes = []any{
 	(*Evidence)(nil),          // 5: coffer.plugin.gpu.v1.Evidence
 	(*SetReadyRequest)(nil),   // 6: coffer.plugin.gpu.v1.SetReadyRequest
 	(*SetReadyResponse)(nil),  // 7: coffer.plugin.gpu.v1.SetReadyResponse
+	(*StateRequest)(nil),      // 8: coffer.plugin.gpu.v1.StateRequest
+	(*StateResponse)(nil),     // 9: coffer.plugin.gpu.v1.StateResponse
+	(*DeviceState)(nil),       // 10: coffer.plugin.gpu.v1.DeviceState
+	(*PrepareRequest)(nil),    // 11: coffer.plugin.gpu.v1.PrepareRequest
+	(*PrepareResponse)(nil),   // 12: coffer.plugin.gpu.v1.PrepareResponse
+	(*ClearRequest)(nil),      // 13: coffer.plugin.gpu.v1.ClearRequest
+	(*ClearResponse)(nil),     // 14: coffer.plugin.gpu.v1.ClearResponse
 }
 var file_plugins_contract_gpu_v1_gpu_proto_depIdxs = []int32{
-	2, // 0: coffer.plugin.gpu.v1.InventoryResponse.devices:type_name -> coffer.plugin.gpu.v1.Device
-	5, // 1: coffer.plugin.gpu.v1.CollectResponse.evidence:type_name -> coffer.plugin.gpu.v1.Evidence
-	0, // 2: coffer.plugin.gpu.v1.GPUService.Inventory:input_type -> coffer.plugin.gpu.v1.InventoryRequest
-	3, // 3: coffer.plugin.gpu.v1.GPUService.Collect:input_type -> coffer.plugin.gpu.v1.CollectRequest
-	6, // 4: coffer.plugin.gpu.v1.GPUService.SetReady:input_type -> coffer.plugin.gpu.v1.SetReadyRequest
-	1, // 5: coffer.plugin.gpu.v1.GPUService.Inventory:output_type -> coffer.plugin.gpu.v1.InventoryResponse
-	4, // 6: coffer.plugin.gpu.v1.GPUService.Collect:output_type -> coffer.plugin.gpu.v1.CollectResponse
-	7, // 7: coffer.plugin.gpu.v1.GPUService.SetReady:output_type -> coffer.plugin.gpu.v1.SetReadyResponse
-	5, // [5:8] is the sub-list for method output_type
-	2, // [2:5] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	2,  // 0: coffer.plugin.gpu.v1.InventoryResponse.devices:type_name -> coffer.plugin.gpu.v1.Device
+	5,  // 1: coffer.plugin.gpu.v1.CollectResponse.evidence:type_name -> coffer.plugin.gpu.v1.Evidence
+	10, // 2: coffer.plugin.gpu.v1.StateResponse.devices:type_name -> coffer.plugin.gpu.v1.DeviceState
+	0,  // 3: coffer.plugin.gpu.v1.GPUService.Inventory:input_type -> coffer.plugin.gpu.v1.InventoryRequest
+	3,  // 4: coffer.plugin.gpu.v1.GPUService.Collect:input_type -> coffer.plugin.gpu.v1.CollectRequest
+	6,  // 5: coffer.plugin.gpu.v1.GPUService.SetReady:input_type -> coffer.plugin.gpu.v1.SetReadyRequest
+	8,  // 6: coffer.plugin.gpu.v1.GPUService.State:input_type -> coffer.plugin.gpu.v1.StateRequest
+	11, // 7: coffer.plugin.gpu.v1.GPUService.Prepare:input_type -> coffer.plugin.gpu.v1.PrepareRequest
+	13, // 8: coffer.plugin.gpu.v1.GPUService.Clear:input_type -> coffer.plugin.gpu.v1.ClearRequest
+	1,  // 9: coffer.plugin.gpu.v1.GPUService.Inventory:output_type -> coffer.plugin.gpu.v1.InventoryResponse
+	4,  // 10: coffer.plugin.gpu.v1.GPUService.Collect:output_type -> coffer.plugin.gpu.v1.CollectResponse
+	7,  // 11: coffer.plugin.gpu.v1.GPUService.SetReady:output_type -> coffer.plugin.gpu.v1.SetReadyResponse
+	9,  // 12: coffer.plugin.gpu.v1.GPUService.State:output_type -> coffer.plugin.gpu.v1.StateResponse
+	12, // 13: coffer.plugin.gpu.v1.GPUService.Prepare:output_type -> coffer.plugin.gpu.v1.PrepareResponse
+	14, // 14: coffer.plugin.gpu.v1.GPUService.Clear:output_type -> coffer.plugin.gpu.v1.ClearResponse
+	9,  // [9:15] is the sub-list for method output_type
+	3,  // [3:9] is the sub-list for method input_type
+	3,  // [3:3] is the sub-list for extension type_name
+	3,  // [3:3] is the sub-list for extension extendee
+	0,  // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_plugins_contract_gpu_v1_gpu_proto_init() }
@@ -556,7 +974,7 @@ func file_plugins_contract_gpu_v1_gpu_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_plugins_contract_gpu_v1_gpu_proto_rawDesc), len(file_plugins_contract_gpu_v1_gpu_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,9 @@ const (
 	GPUService_Inventory_FullMethodName = "/coffer.plugin.gpu.v1.GPUService/Inventory"
 	GPUService_Collect_FullMethodName   = "/coffer.plugin.gpu.v1.GPUService/Collect"
 	GPUService_SetReady_FullMethodName  = "/coffer.plugin.gpu.v1.GPUService/SetReady"
+	GPUService_State_FullMethodName     = "/coffer.plugin.gpu.v1.GPUService/State"
+	GPUService_Prepare_FullMethodName   = "/coffer.plugin.gpu.v1.GPUService/Prepare"
+	GPUService_Clear_FullMethodName     = "/coffer.plugin.gpu.v1.GPUService/Clear"
 )
 
 // GPUServiceClient is the client API for GPUService service.
@@ -37,6 +40,12 @@ type GPUServiceClient interface {
 	// SetReady tells the driver whether GPUs may take work (only after a
 	// Verified result).
 	SetReady(ctx context.Context, in *SetReadyRequest, opts ...grpc.CallOption) (*SetReadyResponse, error)
+	// State says how the driver stands and what the listed devices hold.
+	State(ctx context.Context, in *StateRequest, opts ...grpc.CallOption) (*StateResponse, error)
+	// Prepare sets what a job needs of the driver, before the GPUs are ready.
+	Prepare(ctx context.Context, in *PrepareRequest, opts ...grpc.CallOption) (*PrepareResponse, error)
+	// Clear resets the listed devices, which nobody may be using.
+	Clear(ctx context.Context, in *ClearRequest, opts ...grpc.CallOption) (*ClearResponse, error)
 }
 
 type gPUServiceClient struct {
@@ -77,6 +86,36 @@ func (c *gPUServiceClient) SetReady(ctx context.Context, in *SetReadyRequest, op
 	return out, nil
 }
 
+func (c *gPUServiceClient) State(ctx context.Context, in *StateRequest, opts ...grpc.CallOption) (*StateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StateResponse)
+	err := c.cc.Invoke(ctx, GPUService_State_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *gPUServiceClient) Prepare(ctx context.Context, in *PrepareRequest, opts ...grpc.CallOption) (*PrepareResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PrepareResponse)
+	err := c.cc.Invoke(ctx, GPUService_Prepare_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *gPUServiceClient) Clear(ctx context.Context, in *ClearRequest, opts ...grpc.CallOption) (*ClearResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ClearResponse)
+	err := c.cc.Invoke(ctx, GPUService_Clear_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // GPUServiceServer is the server API for GPUService service.
 // All implementations must embed UnimplementedGPUServiceServer
 // for forward compatibility.
@@ -88,6 +127,12 @@ type GPUServiceServer interface {
 	// SetReady tells the driver whether GPUs may take work (only after a
 	// Verified result).
 	SetReady(context.Context, *SetReadyRequest) (*SetReadyResponse, error)
+	// State says how the driver stands and what the listed devices hold.
+	State(context.Context, *StateRequest) (*StateResponse, error)
+	// Prepare sets what a job needs of the driver, before the GPUs are ready.
+	Prepare(context.Context, *PrepareRequest) (*PrepareResponse, error)
+	// Clear resets the listed devices, which nobody may be using.
+	Clear(context.Context, *ClearRequest) (*ClearResponse, error)
 	mustEmbedUnimplementedGPUServiceServer()
 }
 
@@ -106,6 +151,15 @@ func (UnimplementedGPUServiceServer) Collect(context.Context, *CollectRequest) (
 }
 func (UnimplementedGPUServiceServer) SetReady(context.Context, *SetReadyRequest) (*SetReadyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SetReady not implemented")
+}
+func (UnimplementedGPUServiceServer) State(context.Context, *StateRequest) (*StateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method State not implemented")
+}
+func (UnimplementedGPUServiceServer) Prepare(context.Context, *PrepareRequest) (*PrepareResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Prepare not implemented")
+}
+func (UnimplementedGPUServiceServer) Clear(context.Context, *ClearRequest) (*ClearResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Clear not implemented")
 }
 func (UnimplementedGPUServiceServer) mustEmbedUnimplementedGPUServiceServer() {}
 func (UnimplementedGPUServiceServer) testEmbeddedByValue()                    {}
@@ -182,6 +236,60 @@ func _GPUService_SetReady_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _GPUService_State_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GPUServiceServer).State(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: GPUService_State_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GPUServiceServer).State(ctx, req.(*StateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _GPUService_Prepare_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PrepareRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GPUServiceServer).Prepare(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: GPUService_Prepare_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GPUServiceServer).Prepare(ctx, req.(*PrepareRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _GPUService_Clear_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ClearRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GPUServiceServer).Clear(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: GPUService_Clear_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GPUServiceServer).Clear(ctx, req.(*ClearRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // GPUService_ServiceDesc is the grpc.ServiceDesc for GPUService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -200,6 +308,18 @@ var GPUService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SetReady",
 			Handler:    _GPUService_SetReady_Handler,
+		},
+		{
+			MethodName: "State",
+			Handler:    _GPUService_State_Handler,
+		},
+		{
+			MethodName: "Prepare",
+			Handler:    _GPUService_Prepare_Handler,
+		},
+		{
+			MethodName: "Clear",
+			Handler:    _GPUService_Clear_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

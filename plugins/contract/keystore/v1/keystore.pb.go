@@ -578,6 +578,264 @@ func (x *RewrapResponse) GetWrapped() *Wrapped {
 	return nil
 }
 
+type ChallengeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChallengeRequest) Reset() {
+	*x = ChallengeRequest{}
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChallengeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChallengeRequest) ProtoMessage() {}
+
+func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChallengeRequest.ProtoReflect.Descriptor instead.
+func (*ChallengeRequest) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP(), []int{10}
+}
+
+type ChallengeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 32 bytes, good for one call.
+	Challenge     []byte `protobuf:"bytes,1,opt,name=challenge,proto3" json:"challenge,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChallengeResponse) Reset() {
+	*x = ChallengeResponse{}
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChallengeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChallengeResponse) ProtoMessage() {}
+
+func (x *ChallengeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChallengeResponse.ProtoReflect.Descriptor instead.
+func (*ChallengeResponse) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ChallengeResponse) GetChallenge() []byte {
+	if x != nil {
+		return x.Challenge
+	}
+	return nil
+}
+
+type UnwrapForRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Wrapped       *Wrapped               `protobuf:"bytes,1,opt,name=wrapped,proto3" json:"wrapped,omitempty"`
+	Associated    []byte                 `protobuf:"bytes,2,opt,name=associated,proto3" json:"associated,omitempty"`
+	Proof         *Proof                 `protobuf:"bytes,3,opt,name=proof,proto3" json:"proof,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnwrapForRequest) Reset() {
+	*x = UnwrapForRequest{}
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnwrapForRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnwrapForRequest) ProtoMessage() {}
+
+func (x *UnwrapForRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnwrapForRequest.ProtoReflect.Descriptor instead.
+func (*UnwrapForRequest) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *UnwrapForRequest) GetWrapped() *Wrapped {
+	if x != nil {
+		return x.Wrapped
+	}
+	return nil
+}
+
+func (x *UnwrapForRequest) GetAssociated() []byte {
+	if x != nil {
+		return x.Associated
+	}
+	return nil
+}
+
+func (x *UnwrapForRequest) GetProof() *Proof {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+// Proof says who calls: an attestation result (EAR) for the store, and a
+// signature by the session key in it over the call.
+type Proof struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Result    string                 `protobuf:"bytes,1,opt,name=result,proto3" json:"result,omitempty"`
+	Challenge []byte                 `protobuf:"bytes,2,opt,name=challenge,proto3" json:"challenge,omitempty"`
+	// ECDSA P-256 over SHA-256, ASN.1.
+	Signature     []byte `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Proof) Reset() {
+	*x = Proof{}
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Proof) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Proof) ProtoMessage() {}
+
+func (x *Proof) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Proof.ProtoReflect.Descriptor instead.
+func (*Proof) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Proof) GetResult() string {
+	if x != nil {
+		return x.Result
+	}
+	return ""
+}
+
+func (x *Proof) GetChallenge() []byte {
+	if x != nil {
+		return x.Challenge
+	}
+	return nil
+}
+
+func (x *Proof) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+type UnwrapForResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// HPKE, ML-KEM-768+X25519, HKDF-SHA256, AES-256-GCM (RFC 9180): the encapsulated
+	// key, and the sealed data key of 32 bytes.
+	Enc           []byte `protobuf:"bytes,1,opt,name=enc,proto3" json:"enc,omitempty"`
+	Ciphertext    []byte `protobuf:"bytes,2,opt,name=ciphertext,proto3" json:"ciphertext,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnwrapForResponse) Reset() {
+	*x = UnwrapForResponse{}
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnwrapForResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnwrapForResponse) ProtoMessage() {}
+
+func (x *UnwrapForResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnwrapForResponse.ProtoReflect.Descriptor instead.
+func (*UnwrapForResponse) Descriptor() ([]byte, []int) {
+	return file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *UnwrapForResponse) GetEnc() []byte {
+	if x != nil {
+		return x.Enc
+	}
+	return nil
+}
+
+func (x *UnwrapForResponse) GetCiphertext() []byte {
+	if x != nil {
+		return x.Ciphertext
+	}
+	return nil
+}
+
 type HealthRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -586,7 +844,7 @@ type HealthRequest struct {
 
 func (x *HealthRequest) Reset() {
 	*x = HealthRequest{}
-	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[10]
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -598,7 +856,7 @@ func (x *HealthRequest) String() string {
 func (*HealthRequest) ProtoMessage() {}
 
 func (x *HealthRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[10]
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -611,7 +869,7 @@ func (x *HealthRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthRequest.ProtoReflect.Descriptor instead.
 func (*HealthRequest) Descriptor() ([]byte, []int) {
-	return file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP(), []int{10}
+	return file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP(), []int{15}
 }
 
 type HealthResponse struct {
@@ -622,7 +880,7 @@ type HealthResponse struct {
 
 func (x *HealthResponse) Reset() {
 	*x = HealthResponse{}
-	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[11]
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -634,7 +892,7 @@ func (x *HealthResponse) String() string {
 func (*HealthResponse) ProtoMessage() {}
 
 func (x *HealthResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[11]
+	mi := &file_plugins_contract_keystore_v1_keystore_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -647,7 +905,7 @@ func (x *HealthResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthResponse.ProtoReflect.Descriptor instead.
 func (*HealthResponse) Descriptor() ([]byte, []int) {
-	return file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP(), []int{11}
+	return file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP(), []int{16}
 }
 
 var File_plugins_contract_keystore_v1_keystore_proto protoreflect.FileDescriptor
@@ -695,14 +953,34 @@ const file_plugins_contract_keystore_v1_keystore_proto_rawDesc = "" +
 	"associated\x18\x02 \x01(\fR\n" +
 	"associated\"N\n" +
 	"\x0eRewrapResponse\x12<\n" +
-	"\awrapped\x18\x01 \x01(\v2\".coffer.plugin.keystore.v1.WrappedR\awrapped\"\x0f\n" +
+	"\awrapped\x18\x01 \x01(\v2\".coffer.plugin.keystore.v1.WrappedR\awrapped\"\x12\n" +
+	"\x10ChallengeRequest\"1\n" +
+	"\x11ChallengeResponse\x12\x1c\n" +
+	"\tchallenge\x18\x01 \x01(\fR\tchallenge\"\xa8\x01\n" +
+	"\x10UnwrapForRequest\x12<\n" +
+	"\awrapped\x18\x01 \x01(\v2\".coffer.plugin.keystore.v1.WrappedR\awrapped\x12\x1e\n" +
+	"\n" +
+	"associated\x18\x02 \x01(\fR\n" +
+	"associated\x126\n" +
+	"\x05proof\x18\x03 \x01(\v2 .coffer.plugin.keystore.v1.ProofR\x05proof\"[\n" +
+	"\x05Proof\x12\x16\n" +
+	"\x06result\x18\x01 \x01(\tR\x06result\x12\x1c\n" +
+	"\tchallenge\x18\x02 \x01(\fR\tchallenge\x12\x1c\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\"E\n" +
+	"\x11UnwrapForResponse\x12\x10\n" +
+	"\x03enc\x18\x01 \x01(\fR\x03enc\x12\x1e\n" +
+	"\n" +
+	"ciphertext\x18\x02 \x01(\fR\n" +
+	"ciphertext\"\x0f\n" +
 	"\rHealthRequest\"\x10\n" +
-	"\x0eHealthResponse2\xe0\x03\n" +
+	"\x0eHealthResponse2\xb0\x05\n" +
 	"\x0fKeyStoreService\x12W\n" +
 	"\x04Info\x12&.coffer.plugin.keystore.v1.InfoRequest\x1a'.coffer.plugin.keystore.v1.InfoResponse\x12W\n" +
 	"\x04Wrap\x12&.coffer.plugin.keystore.v1.WrapRequest\x1a'.coffer.plugin.keystore.v1.WrapResponse\x12]\n" +
 	"\x06Unwrap\x12(.coffer.plugin.keystore.v1.UnwrapRequest\x1a).coffer.plugin.keystore.v1.UnwrapResponse\x12]\n" +
-	"\x06Rewrap\x12(.coffer.plugin.keystore.v1.RewrapRequest\x1a).coffer.plugin.keystore.v1.RewrapResponse\x12]\n" +
+	"\x06Rewrap\x12(.coffer.plugin.keystore.v1.RewrapRequest\x1a).coffer.plugin.keystore.v1.RewrapResponse\x12f\n" +
+	"\tChallenge\x12+.coffer.plugin.keystore.v1.ChallengeRequest\x1a,.coffer.plugin.keystore.v1.ChallengeResponse\x12f\n" +
+	"\tUnwrapFor\x12+.coffer.plugin.keystore.v1.UnwrapForRequest\x1a,.coffer.plugin.keystore.v1.UnwrapForResponse\x12]\n" +
 	"\x06Health\x12(.coffer.plugin.keystore.v1.HealthRequest\x1a).coffer.plugin.keystore.v1.HealthResponseBFZDgithub.com/coffer-run/coffer/plugins/contract/keystore/v1;keystorev1b\x06proto3"
 
 var (
@@ -717,20 +995,25 @@ func file_plugins_contract_keystore_v1_keystore_proto_rawDescGZIP() []byte {
 	return file_plugins_contract_keystore_v1_keystore_proto_rawDescData
 }
 
-var file_plugins_contract_keystore_v1_keystore_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_plugins_contract_keystore_v1_keystore_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_plugins_contract_keystore_v1_keystore_proto_goTypes = []any{
-	(*InfoRequest)(nil),    // 0: coffer.plugin.keystore.v1.InfoRequest
-	(*InfoResponse)(nil),   // 1: coffer.plugin.keystore.v1.InfoResponse
-	(*Key)(nil),            // 2: coffer.plugin.keystore.v1.Key
-	(*WrapRequest)(nil),    // 3: coffer.plugin.keystore.v1.WrapRequest
-	(*WrapResponse)(nil),   // 4: coffer.plugin.keystore.v1.WrapResponse
-	(*Wrapped)(nil),        // 5: coffer.plugin.keystore.v1.Wrapped
-	(*UnwrapRequest)(nil),  // 6: coffer.plugin.keystore.v1.UnwrapRequest
-	(*UnwrapResponse)(nil), // 7: coffer.plugin.keystore.v1.UnwrapResponse
-	(*RewrapRequest)(nil),  // 8: coffer.plugin.keystore.v1.RewrapRequest
-	(*RewrapResponse)(nil), // 9: coffer.plugin.keystore.v1.RewrapResponse
-	(*HealthRequest)(nil),  // 10: coffer.plugin.keystore.v1.HealthRequest
-	(*HealthResponse)(nil), // 11: coffer.plugin.keystore.v1.HealthResponse
+	(*InfoRequest)(nil),       // 0: coffer.plugin.keystore.v1.InfoRequest
+	(*InfoResponse)(nil),      // 1: coffer.plugin.keystore.v1.InfoResponse
+	(*Key)(nil),               // 2: coffer.plugin.keystore.v1.Key
+	(*WrapRequest)(nil),       // 3: coffer.plugin.keystore.v1.WrapRequest
+	(*WrapResponse)(nil),      // 4: coffer.plugin.keystore.v1.WrapResponse
+	(*Wrapped)(nil),           // 5: coffer.plugin.keystore.v1.Wrapped
+	(*UnwrapRequest)(nil),     // 6: coffer.plugin.keystore.v1.UnwrapRequest
+	(*UnwrapResponse)(nil),    // 7: coffer.plugin.keystore.v1.UnwrapResponse
+	(*RewrapRequest)(nil),     // 8: coffer.plugin.keystore.v1.RewrapRequest
+	(*RewrapResponse)(nil),    // 9: coffer.plugin.keystore.v1.RewrapResponse
+	(*ChallengeRequest)(nil),  // 10: coffer.plugin.keystore.v1.ChallengeRequest
+	(*ChallengeResponse)(nil), // 11: coffer.plugin.keystore.v1.ChallengeResponse
+	(*UnwrapForRequest)(nil),  // 12: coffer.plugin.keystore.v1.UnwrapForRequest
+	(*Proof)(nil),             // 13: coffer.plugin.keystore.v1.Proof
+	(*UnwrapForResponse)(nil), // 14: coffer.plugin.keystore.v1.UnwrapForResponse
+	(*HealthRequest)(nil),     // 15: coffer.plugin.keystore.v1.HealthRequest
+	(*HealthResponse)(nil),    // 16: coffer.plugin.keystore.v1.HealthResponse
 }
 var file_plugins_contract_keystore_v1_keystore_proto_depIdxs = []int32{
 	2,  // 0: coffer.plugin.keystore.v1.InfoResponse.keys:type_name -> coffer.plugin.keystore.v1.Key
@@ -738,21 +1021,27 @@ var file_plugins_contract_keystore_v1_keystore_proto_depIdxs = []int32{
 	5,  // 2: coffer.plugin.keystore.v1.UnwrapRequest.wrapped:type_name -> coffer.plugin.keystore.v1.Wrapped
 	5,  // 3: coffer.plugin.keystore.v1.RewrapRequest.wrapped:type_name -> coffer.plugin.keystore.v1.Wrapped
 	5,  // 4: coffer.plugin.keystore.v1.RewrapResponse.wrapped:type_name -> coffer.plugin.keystore.v1.Wrapped
-	0,  // 5: coffer.plugin.keystore.v1.KeyStoreService.Info:input_type -> coffer.plugin.keystore.v1.InfoRequest
-	3,  // 6: coffer.plugin.keystore.v1.KeyStoreService.Wrap:input_type -> coffer.plugin.keystore.v1.WrapRequest
-	6,  // 7: coffer.plugin.keystore.v1.KeyStoreService.Unwrap:input_type -> coffer.plugin.keystore.v1.UnwrapRequest
-	8,  // 8: coffer.plugin.keystore.v1.KeyStoreService.Rewrap:input_type -> coffer.plugin.keystore.v1.RewrapRequest
-	10, // 9: coffer.plugin.keystore.v1.KeyStoreService.Health:input_type -> coffer.plugin.keystore.v1.HealthRequest
-	1,  // 10: coffer.plugin.keystore.v1.KeyStoreService.Info:output_type -> coffer.plugin.keystore.v1.InfoResponse
-	4,  // 11: coffer.plugin.keystore.v1.KeyStoreService.Wrap:output_type -> coffer.plugin.keystore.v1.WrapResponse
-	7,  // 12: coffer.plugin.keystore.v1.KeyStoreService.Unwrap:output_type -> coffer.plugin.keystore.v1.UnwrapResponse
-	9,  // 13: coffer.plugin.keystore.v1.KeyStoreService.Rewrap:output_type -> coffer.plugin.keystore.v1.RewrapResponse
-	11, // 14: coffer.plugin.keystore.v1.KeyStoreService.Health:output_type -> coffer.plugin.keystore.v1.HealthResponse
-	10, // [10:15] is the sub-list for method output_type
-	5,  // [5:10] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	5,  // 5: coffer.plugin.keystore.v1.UnwrapForRequest.wrapped:type_name -> coffer.plugin.keystore.v1.Wrapped
+	13, // 6: coffer.plugin.keystore.v1.UnwrapForRequest.proof:type_name -> coffer.plugin.keystore.v1.Proof
+	0,  // 7: coffer.plugin.keystore.v1.KeyStoreService.Info:input_type -> coffer.plugin.keystore.v1.InfoRequest
+	3,  // 8: coffer.plugin.keystore.v1.KeyStoreService.Wrap:input_type -> coffer.plugin.keystore.v1.WrapRequest
+	6,  // 9: coffer.plugin.keystore.v1.KeyStoreService.Unwrap:input_type -> coffer.plugin.keystore.v1.UnwrapRequest
+	8,  // 10: coffer.plugin.keystore.v1.KeyStoreService.Rewrap:input_type -> coffer.plugin.keystore.v1.RewrapRequest
+	10, // 11: coffer.plugin.keystore.v1.KeyStoreService.Challenge:input_type -> coffer.plugin.keystore.v1.ChallengeRequest
+	12, // 12: coffer.plugin.keystore.v1.KeyStoreService.UnwrapFor:input_type -> coffer.plugin.keystore.v1.UnwrapForRequest
+	15, // 13: coffer.plugin.keystore.v1.KeyStoreService.Health:input_type -> coffer.plugin.keystore.v1.HealthRequest
+	1,  // 14: coffer.plugin.keystore.v1.KeyStoreService.Info:output_type -> coffer.plugin.keystore.v1.InfoResponse
+	4,  // 15: coffer.plugin.keystore.v1.KeyStoreService.Wrap:output_type -> coffer.plugin.keystore.v1.WrapResponse
+	7,  // 16: coffer.plugin.keystore.v1.KeyStoreService.Unwrap:output_type -> coffer.plugin.keystore.v1.UnwrapResponse
+	9,  // 17: coffer.plugin.keystore.v1.KeyStoreService.Rewrap:output_type -> coffer.plugin.keystore.v1.RewrapResponse
+	11, // 18: coffer.plugin.keystore.v1.KeyStoreService.Challenge:output_type -> coffer.plugin.keystore.v1.ChallengeResponse
+	14, // 19: coffer.plugin.keystore.v1.KeyStoreService.UnwrapFor:output_type -> coffer.plugin.keystore.v1.UnwrapForResponse
+	16, // 20: coffer.plugin.keystore.v1.KeyStoreService.Health:output_type -> coffer.plugin.keystore.v1.HealthResponse
+	14, // [14:21] is the sub-list for method output_type
+	7,  // [7:14] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_plugins_contract_keystore_v1_keystore_proto_init() }
@@ -766,7 +1055,7 @@ func file_plugins_contract_keystore_v1_keystore_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_plugins_contract_keystore_v1_keystore_proto_rawDesc), len(file_plugins_contract_keystore_v1_keystore_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,11 +22,13 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	KeyStoreService_Info_FullMethodName   = "/coffer.plugin.keystore.v1.KeyStoreService/Info"
-	KeyStoreService_Wrap_FullMethodName   = "/coffer.plugin.keystore.v1.KeyStoreService/Wrap"
-	KeyStoreService_Unwrap_FullMethodName = "/coffer.plugin.keystore.v1.KeyStoreService/Unwrap"
-	KeyStoreService_Rewrap_FullMethodName = "/coffer.plugin.keystore.v1.KeyStoreService/Rewrap"
-	KeyStoreService_Health_FullMethodName = "/coffer.plugin.keystore.v1.KeyStoreService/Health"
+	KeyStoreService_Info_FullMethodName      = "/coffer.plugin.keystore.v1.KeyStoreService/Info"
+	KeyStoreService_Wrap_FullMethodName      = "/coffer.plugin.keystore.v1.KeyStoreService/Wrap"
+	KeyStoreService_Unwrap_FullMethodName    = "/coffer.plugin.keystore.v1.KeyStoreService/Unwrap"
+	KeyStoreService_Rewrap_FullMethodName    = "/coffer.plugin.keystore.v1.KeyStoreService/Rewrap"
+	KeyStoreService_Challenge_FullMethodName = "/coffer.plugin.keystore.v1.KeyStoreService/Challenge"
+	KeyStoreService_UnwrapFor_FullMethodName = "/coffer.plugin.keystore.v1.KeyStoreService/UnwrapFor"
+	KeyStoreService_Health_FullMethodName    = "/coffer.plugin.keystore.v1.KeyStoreService/Health"
 )
 
 // KeyStoreServiceClient is the client API for KeyStoreService service.
@@ -41,6 +43,12 @@ type KeyStoreServiceClient interface {
 	Unwrap(ctx context.Context, in *UnwrapRequest, opts ...grpc.CallOption) (*UnwrapResponse, error)
 	// Rewrap moves a wrapped key to the newest version of its key.
 	Rewrap(ctx context.Context, in *RewrapRequest, opts ...grpc.CallOption) (*RewrapResponse, error)
+	// Challenge returns bytes that one proof of the caller's attestation must be
+	// over. A store that asks for none answers UNIMPLEMENTED.
+	Challenge(ctx context.Context, in *ChallengeRequest, opts ...grpc.CallOption) (*ChallengeResponse, error)
+	// UnwrapFor is Unwrap for a caller that proves what it is. The data key is sealed
+	// to the recipient key that the caller's attestation result confirms.
+	UnwrapFor(ctx context.Context, in *UnwrapForRequest, opts ...grpc.CallOption) (*UnwrapForResponse, error)
 	// Health says whether the store's backend answers.
 	Health(ctx context.Context, in *HealthRequest, opts ...grpc.CallOption) (*HealthResponse, error)
 }
@@ -93,6 +101,26 @@ func (c *keyStoreServiceClient) Rewrap(ctx context.Context, in *RewrapRequest, o
 	return out, nil
 }
 
+func (c *keyStoreServiceClient) Challenge(ctx context.Context, in *ChallengeRequest, opts ...grpc.CallOption) (*ChallengeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChallengeResponse)
+	err := c.cc.Invoke(ctx, KeyStoreService_Challenge_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyStoreServiceClient) UnwrapFor(ctx context.Context, in *UnwrapForRequest, opts ...grpc.CallOption) (*UnwrapForResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UnwrapForResponse)
+	err := c.cc.Invoke(ctx, KeyStoreService_UnwrapFor_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *keyStoreServiceClient) Health(ctx context.Context, in *HealthRequest, opts ...grpc.CallOption) (*HealthResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(HealthResponse)
@@ -115,6 +143,12 @@ type KeyStoreServiceServer interface {
 	Unwrap(context.Context, *UnwrapRequest) (*UnwrapResponse, error)
 	// Rewrap moves a wrapped key to the newest version of its key.
 	Rewrap(context.Context, *RewrapRequest) (*RewrapResponse, error)
+	// Challenge returns bytes that one proof of the caller's attestation must be
+	// over. A store that asks for none answers UNIMPLEMENTED.
+	Challenge(context.Context, *ChallengeRequest) (*ChallengeResponse, error)
+	// UnwrapFor is Unwrap for a caller that proves what it is. The data key is sealed
+	// to the recipient key that the caller's attestation result confirms.
+	UnwrapFor(context.Context, *UnwrapForRequest) (*UnwrapForResponse, error)
 	// Health says whether the store's backend answers.
 	Health(context.Context, *HealthRequest) (*HealthResponse, error)
 	mustEmbedUnimplementedKeyStoreServiceServer()
@@ -138,6 +172,12 @@ func (UnimplementedKeyStoreServiceServer) Unwrap(context.Context, *UnwrapRequest
 }
 func (UnimplementedKeyStoreServiceServer) Rewrap(context.Context, *RewrapRequest) (*RewrapResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Rewrap not implemented")
+}
+func (UnimplementedKeyStoreServiceServer) Challenge(context.Context, *ChallengeRequest) (*ChallengeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Challenge not implemented")
+}
+func (UnimplementedKeyStoreServiceServer) UnwrapFor(context.Context, *UnwrapForRequest) (*UnwrapForResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UnwrapFor not implemented")
 }
 func (UnimplementedKeyStoreServiceServer) Health(context.Context, *HealthRequest) (*HealthResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Health not implemented")
@@ -235,6 +275,42 @@ func _KeyStoreService_Rewrap_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KeyStoreService_Challenge_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChallengeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyStoreServiceServer).Challenge(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyStoreService_Challenge_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyStoreServiceServer).Challenge(ctx, req.(*ChallengeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyStoreService_UnwrapFor_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnwrapForRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyStoreServiceServer).UnwrapFor(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyStoreService_UnwrapFor_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyStoreServiceServer).UnwrapFor(ctx, req.(*UnwrapForRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _KeyStoreService_Health_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(HealthRequest)
 	if err := dec(in); err != nil {
@@ -275,6 +351,14 @@ var KeyStoreService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Rewrap",
 			Handler:    _KeyStoreService_Rewrap_Handler,
+		},
+		{
+			MethodName: "Challenge",
+			Handler:    _KeyStoreService_Challenge_Handler,
+		},
+		{
+			MethodName: "UnwrapFor",
+			Handler:    _KeyStoreService_UnwrapFor_Handler,
 		},
 		{
 			MethodName: "Health",

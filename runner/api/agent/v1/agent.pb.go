@@ -240,7 +240,21 @@ type Job struct {
 	// node's clock; 0 without one.
 	LeaseUntilUnix int64 `protobuf:"varint,13,opt,name=lease_until_unix,json=leaseUntilUnix,proto3" json:"lease_until_unix,omitempty"`
 	// Why a running job was told to stop: "revoked: REASON" or "lease-lapsed: REASON".
-	Stopping      string `protobuf:"bytes,14,opt,name=stopping,proto3" json:"stopping,omitempty"`
+	Stopping string `protobuf:"bytes,14,opt,name=stopping,proto3" json:"stopping,omitempty"`
+	// Which attempt this is, from 1. Each attempt is a job of its own, with its own
+	// keys, evidence and bundle.
+	Attempt int32 `protobuf:"varint,15,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// The job that was submitted, where this is a later attempt of it.
+	RetryOf string `protobuf:"bytes,16,opt,name=retry_of,json=retryOf,proto3" json:"retry_of,omitempty"`
+	// The next attempt, where this one ended and another follows.
+	RetriedAs string `protobuf:"bytes,17,opt,name=retried_as,json=retriedAs,proto3" json:"retried_as,omitempty"`
+	Priority  int32  `protobuf:"varint,18,opt,name=priority,proto3" json:"priority,omitempty"`
+	// Place among those that wait for room on the node, from 1; 0 for all others.
+	QueuePosition int32 `protobuf:"varint,19,opt,name=queue_position,json=queuePosition,proto3" json:"queue_position,omitempty"`
+	// What a queued job waits for, in words.
+	WaitsFor string `protobuf:"bytes,20,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
+	// Not before this time does a retry begin; 0 for all others.
+	NotBeforeUnix int64 `protobuf:"varint,21,opt,name=not_before_unix,json=notBeforeUnix,proto3" json:"not_before_unix,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -371,6 +385,55 @@ func (x *Job) GetStopping() string {
 		return x.Stopping
 	}
 	return ""
+}
+
+func (x *Job) GetAttempt() int32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
+func (x *Job) GetRetryOf() string {
+	if x != nil {
+		return x.RetryOf
+	}
+	return ""
+}
+
+func (x *Job) GetRetriedAs() string {
+	if x != nil {
+		return x.RetriedAs
+	}
+	return ""
+}
+
+func (x *Job) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *Job) GetQueuePosition() int32 {
+	if x != nil {
+		return x.QueuePosition
+	}
+	return 0
+}
+
+func (x *Job) GetWaitsFor() string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return ""
+}
+
+func (x *Job) GetNotBeforeUnix() int64 {
+	if x != nil {
+		return x.NotBeforeUnix
+	}
+	return 0
 }
 
 type Check struct {
@@ -538,9 +601,12 @@ func (x *GetResponse) GetJob() *Job {
 }
 
 type ListRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	PageSize      int32                  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	PageToken     string                 `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 to 500; 0 is 50.
+	PageSize  int32  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Only jobs in this state; all if empty.
+	State         string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -585,6 +651,13 @@ func (x *ListRequest) GetPageSize() int32 {
 func (x *ListRequest) GetPageToken() string {
 	if x != nil {
 		return x.PageToken
+	}
+	return ""
+}
+
+func (x *ListRequest) GetState() string {
+	if x != nil {
+		return x.State
 	}
 	return ""
 }
@@ -704,6 +777,10 @@ type WatchResponse struct {
 	//	*WatchResponse_Job
 	//	*WatchResponse_Checkpoint
 	//	*WatchResponse_Lease
+	//	*WatchResponse_Queue
+	//	*WatchResponse_LogCut
+	//	*WatchResponse_Egress
+	//	*WatchResponse_Alert
 	Event         isWatchResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -805,6 +882,42 @@ func (x *WatchResponse) GetLease() *LeaseEvent {
 	return nil
 }
 
+func (x *WatchResponse) GetQueue() *QueueEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Queue); ok {
+			return x.Queue
+		}
+	}
+	return nil
+}
+
+func (x *WatchResponse) GetLogCut() *LogCutEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_LogCut); ok {
+			return x.LogCut
+		}
+	}
+	return nil
+}
+
+func (x *WatchResponse) GetEgress() *EgressEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Egress); ok {
+			return x.Egress
+		}
+	}
+	return nil
+}
+
+func (x *WatchResponse) GetAlert() *AlertEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Alert); ok {
+			return x.Alert
+		}
+	}
+	return nil
+}
+
 type isWatchResponse_Event interface {
 	isWatchResponse_Event()
 }
@@ -829,6 +942,22 @@ type WatchResponse_Lease struct {
 	Lease *LeaseEvent `protobuf:"bytes,7,opt,name=lease,proto3,oneof"`
 }
 
+type WatchResponse_Queue struct {
+	Queue *QueueEvent `protobuf:"bytes,8,opt,name=queue,proto3,oneof"`
+}
+
+type WatchResponse_LogCut struct {
+	LogCut *LogCutEvent `protobuf:"bytes,9,opt,name=log_cut,json=logCut,proto3,oneof"`
+}
+
+type WatchResponse_Egress struct {
+	Egress *EgressEvent `protobuf:"bytes,10,opt,name=egress,proto3,oneof"`
+}
+
+type WatchResponse_Alert struct {
+	Alert *AlertEvent `protobuf:"bytes,11,opt,name=alert,proto3,oneof"`
+}
+
 func (*WatchResponse_Stage) isWatchResponse_Event() {}
 
 func (*WatchResponse_Log) isWatchResponse_Event() {}
@@ -838,6 +967,14 @@ func (*WatchResponse_Job) isWatchResponse_Event() {}
 func (*WatchResponse_Checkpoint) isWatchResponse_Event() {}
 
 func (*WatchResponse_Lease) isWatchResponse_Event() {}
+
+func (*WatchResponse_Queue) isWatchResponse_Event() {}
+
+func (*WatchResponse_LogCut) isWatchResponse_Event() {}
+
+func (*WatchResponse_Egress) isWatchResponse_Event() {}
+
+func (*WatchResponse_Alert) isWatchResponse_Event() {}
 
 type StageEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -972,11 +1109,14 @@ func (x *LogEvent) GetOffset() int64 {
 }
 
 type CheckpointEvent struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sequence      uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Digest        string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
-	Bytes         int64                  `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Sequence uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Name     string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Digest   string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	Bytes    int64                  `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// The broker has countersigned it. A checkpoint comes once when it is sealed and
+	// once more when it is countersigned.
+	Anchored      bool `protobuf:"varint,5,opt,name=anchored,proto3" json:"anchored,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1037,6 +1177,13 @@ func (x *CheckpointEvent) GetBytes() int64 {
 		return x.Bytes
 	}
 	return 0
+}
+
+func (x *CheckpointEvent) GetAnchored() bool {
+	if x != nil {
+		return x.Anchored
+	}
+	return false
 }
 
 // LeaseEvent says that a running job must stop.
@@ -1103,6 +1250,510 @@ func (x *LeaseEvent) GetGraceMillis() int64 {
 	return 0
 }
 
+// QueueEvent says that a job waits, and for what.
+type QueueEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From 1; 0 where the job does not wait for room on the node.
+	Position      int32  `protobuf:"varint,1,opt,name=position,proto3" json:"position,omitempty"`
+	WaitsFor      string `protobuf:"bytes,2,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QueueEvent) Reset() {
+	*x = QueueEvent{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QueueEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QueueEvent) ProtoMessage() {}
+
+func (x *QueueEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QueueEvent.ProtoReflect.Descriptor instead.
+func (*QueueEvent) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *QueueEvent) GetPosition() int32 {
+	if x != nil {
+		return x.Position
+	}
+	return 0
+}
+
+func (x *QueueEvent) GetWaitsFor() string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return ""
+}
+
+// LogCutEvent says that the job printed more than its plan allows.
+type LogCutEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Dropped so far, of both streams, in bytes.
+	Bytes         int64 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogCutEvent) Reset() {
+	*x = LogCutEvent{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogCutEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogCutEvent) ProtoMessage() {}
+
+func (x *LogCutEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogCutEvent.ProtoReflect.Descriptor instead.
+func (*LogCutEvent) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *LogCutEvent) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+type LogsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// What lies before these offsets of the streams is left out.
+	StdoutOffset  int64 `protobuf:"varint,2,opt,name=stdout_offset,json=stdoutOffset,proto3" json:"stdout_offset,omitempty"`
+	StderrOffset  int64 `protobuf:"varint,3,opt,name=stderr_offset,json=stderrOffset,proto3" json:"stderr_offset,omitempty"`
+	Follow        bool  `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogsRequest) Reset() {
+	*x = LogsRequest{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogsRequest) ProtoMessage() {}
+
+func (x *LogsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
+func (*LogsRequest) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *LogsRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *LogsRequest) GetStdoutOffset() int64 {
+	if x != nil {
+		return x.StdoutOffset
+	}
+	return 0
+}
+
+func (x *LogsRequest) GetStderrOffset() int64 {
+	if x != nil {
+		return x.StderrOffset
+	}
+	return 0
+}
+
+func (x *LogsRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+// LogsResponse is one piece of a log: lines, or, where the lines are sealed to a
+// key that the job file names and the agent cannot open them any more, a part of
+// the sealed log.
+type LogsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Log   *LogEvent              `protobuf:"bytes,1,opt,name=log,proto3" json:"log,omitempty"`
+	// When the agent read it.
+	TimeUnixNano int64 `protobuf:"varint,2,opt,name=time_unix_nano,json=timeUnixNano,proto3" json:"time_unix_nano,omitempty"`
+	// Bytes of segment number segment, in order (docs/formats/logs.md).
+	Sealed        []byte `protobuf:"bytes,3,opt,name=sealed,proto3" json:"sealed,omitempty"`
+	Segment       int32  `protobuf:"varint,4,opt,name=segment,proto3" json:"segment,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogsResponse) Reset() {
+	*x = LogsResponse{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogsResponse) ProtoMessage() {}
+
+func (x *LogsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
+func (*LogsResponse) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *LogsResponse) GetLog() *LogEvent {
+	if x != nil {
+		return x.Log
+	}
+	return nil
+}
+
+func (x *LogsResponse) GetTimeUnixNano() int64 {
+	if x != nil {
+		return x.TimeUnixNano
+	}
+	return 0
+}
+
+func (x *LogsResponse) GetSealed() []byte {
+	if x != nil {
+		return x.Sealed
+	}
+	return nil
+}
+
+func (x *LogsResponse) GetSegment() int32 {
+	if x != nil {
+		return x.Segment
+	}
+	return 0
+}
+
+// EgressEvent is a destination that a job was kept from, or a connection that ended.
+type EgressEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A name or address that the job chose, and a port, or 0.
+	Host string `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	Port int32  `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	// Why the job was kept from it (docs/egress.md); empty for a connection.
+	Rule string `protobuf:"bytes,3,opt,name=rule,proto3" json:"rule,omitempty"`
+	// How often the job was refused the same so far.
+	Count int64 `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
+	// The program, if the trace shows only one that it can have been.
+	Process string `protobuf:"bytes,5,opt,name=process,proto3" json:"process,omitempty"`
+	Digest  string `protobuf:"bytes,6,opt,name=digest,proto3" json:"digest,omitempty"`
+	// Of a connection: bytes, and how it ended.
+	Sent          int64  `protobuf:"varint,7,opt,name=sent,proto3" json:"sent,omitempty"`
+	Received      int64  `protobuf:"varint,8,opt,name=received,proto3" json:"received,omitempty"`
+	End           string `protobuf:"bytes,9,opt,name=end,proto3" json:"end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EgressEvent) Reset() {
+	*x = EgressEvent{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EgressEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EgressEvent) ProtoMessage() {}
+
+func (x *EgressEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EgressEvent.ProtoReflect.Descriptor instead.
+func (*EgressEvent) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *EgressEvent) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *EgressEvent) GetPort() int32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *EgressEvent) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *EgressEvent) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *EgressEvent) GetProcess() string {
+	if x != nil {
+		return x.Process
+	}
+	return ""
+}
+
+func (x *EgressEvent) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *EgressEvent) GetSent() int64 {
+	if x != nil {
+		return x.Sent
+	}
+	return 0
+}
+
+func (x *EgressEvent) GetReceived() int64 {
+	if x != nil {
+		return x.Received
+	}
+	return 0
+}
+
+func (x *EgressEvent) GetEnd() string {
+	if x != nil {
+		return x.End
+	}
+	return ""
+}
+
+// AlertEvent is something in the job's trace that a rule of the node looks for
+// (docs/watching.md).
+type AlertEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From 1, in the order of finding.
+	Sequence uint64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Rule     string `protobuf:"bytes,2,opt,name=rule,proto3" json:"rule,omitempty"`
+	// The rule's sentence.
+	Says string `protobuf:"bytes,3,opt,name=says,proto3" json:"says,omitempty"`
+	// record, alert or stop.
+	Action   string `protobuf:"bytes,4,opt,name=action,proto3" json:"action,omitempty"`
+	Severity string `protobuf:"bytes,5,opt,name=severity,proto3" json:"severity,omitempty"`
+	// What was seen: the kind of event and, as far as it has them, who and what.
+	Kind    string `protobuf:"bytes,6,opt,name=kind,proto3" json:"kind,omitempty"`
+	Process string `protobuf:"bytes,7,opt,name=process,proto3" json:"process,omitempty"`
+	Path    string `protobuf:"bytes,8,opt,name=path,proto3" json:"path,omitempty"`
+	Digest  string `protobuf:"bytes,9,opt,name=digest,proto3" json:"digest,omitempty"`
+	Address string `protobuf:"bytes,10,opt,name=address,proto3" json:"address,omitempty"`
+	Bytes   int64  `protobuf:"varint,11,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// How often the rule was matched so far.
+	Count int64 `protobuf:"varint,12,opt,name=count,proto3" json:"count,omitempty"`
+	// Number of the event in the job's trace; 0 for what the trace does not show.
+	TraceSequence uint64 `protobuf:"varint,13,opt,name=trace_sequence,json=traceSequence,proto3" json:"trace_sequence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AlertEvent) Reset() {
+	*x = AlertEvent{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AlertEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AlertEvent) ProtoMessage() {}
+
+func (x *AlertEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AlertEvent.ProtoReflect.Descriptor instead.
+func (*AlertEvent) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *AlertEvent) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *AlertEvent) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *AlertEvent) GetSays() string {
+	if x != nil {
+		return x.Says
+	}
+	return ""
+}
+
+func (x *AlertEvent) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *AlertEvent) GetSeverity() string {
+	if x != nil {
+		return x.Severity
+	}
+	return ""
+}
+
+func (x *AlertEvent) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *AlertEvent) GetProcess() string {
+	if x != nil {
+		return x.Process
+	}
+	return ""
+}
+
+func (x *AlertEvent) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *AlertEvent) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *AlertEvent) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *AlertEvent) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *AlertEvent) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *AlertEvent) GetTraceSequence() uint64 {
+	if x != nil {
+		return x.TraceSequence
+	}
+	return 0
+}
+
 type CancelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1112,7 +1763,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1124,7 +1775,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1137,7 +1788,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -1156,7 +1807,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1168,7 +1819,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1181,7 +1832,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CancelResponse) GetJob() *Job {
@@ -1200,7 +1851,7 @@ type BundleRequest struct {
 
 func (x *BundleRequest) Reset() {
 	*x = BundleRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1863,7 @@ func (x *BundleRequest) String() string {
 func (*BundleRequest) ProtoMessage() {}
 
 func (x *BundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1876,7 @@ func (x *BundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleRequest.ProtoReflect.Descriptor instead.
 func (*BundleRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *BundleRequest) GetId() string {
@@ -1244,7 +1895,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1256,7 +1907,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1269,7 +1920,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *BundleResponse) GetBundle() []byte {
@@ -1287,7 +1938,7 @@ type CapacityRequest struct {
 
 func (x *CapacityRequest) Reset() {
 	*x = CapacityRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1299,7 +1950,7 @@ func (x *CapacityRequest) String() string {
 func (*CapacityRequest) ProtoMessage() {}
 
 func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1312,25 +1963,33 @@ func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityRequest.ProtoReflect.Descriptor instead.
 func (*CapacityRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 type CapacityResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	CpuMillis     int32                  `protobuf:"varint,1,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
-	MemoryBytes   int64                  `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
-	Gpus          int32                  `protobuf:"varint,3,opt,name=gpus,proto3" json:"gpus,omitempty"`
-	GpuDriver     string                 `protobuf:"bytes,4,opt,name=gpu_driver,json=gpuDriver,proto3" json:"gpu_driver,omitempty"`
-	GpuCcMode     string                 `protobuf:"bytes,5,opt,name=gpu_cc_mode,json=gpuCcMode,proto3" json:"gpu_cc_mode,omitempty"`
-	Running       int32                  `protobuf:"varint,6,opt,name=running,proto3" json:"running,omitempty"`
-	Queued        int32                  `protobuf:"varint,7,opt,name=queued,proto3" json:"queued,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	CpuMillis   int32                  `protobuf:"varint,1,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
+	MemoryBytes int64                  `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	Gpus        int32                  `protobuf:"varint,3,opt,name=gpus,proto3" json:"gpus,omitempty"`
+	GpuDriver   string                 `protobuf:"bytes,4,opt,name=gpu_driver,json=gpuDriver,proto3" json:"gpu_driver,omitempty"`
+	GpuCcMode   string                 `protobuf:"bytes,5,opt,name=gpu_cc_mode,json=gpuCcMode,proto3" json:"gpu_cc_mode,omitempty"`
+	Running     int32                  `protobuf:"varint,6,opt,name=running,proto3" json:"running,omitempty"`
+	// Jobs that wait, for approvals, for a retry's time or for room.
+	Queued int32 `protobuf:"varint,7,opt,name=queued,proto3" json:"queued,omitempty"`
+	// What no running job has.
+	// Cores are given away several times over: a job has a limit, not a share.
+	FreeCpuMillis   int32 `protobuf:"varint,8,opt,name=free_cpu_millis,json=freeCpuMillis,proto3" json:"free_cpu_millis,omitempty"`
+	FreeMemoryBytes int64 `protobuf:"varint,9,opt,name=free_memory_bytes,json=freeMemoryBytes,proto3" json:"free_memory_bytes,omitempty"`
+	FreeGpus        int32 `protobuf:"varint,10,opt,name=free_gpus,json=freeGpus,proto3" json:"free_gpus,omitempty"`
+	// How many jobs may run at once.
+	MaxRunning    int32 `protobuf:"varint,11,opt,name=max_running,json=maxRunning,proto3" json:"max_running,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CapacityResponse) Reset() {
 	*x = CapacityResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1342,7 +2001,7 @@ func (x *CapacityResponse) String() string {
 func (*CapacityResponse) ProtoMessage() {}
 
 func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1355,7 +2014,7 @@ func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityResponse.ProtoReflect.Descriptor instead.
 func (*CapacityResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CapacityResponse) GetCpuMillis() int32 {
@@ -1407,6 +2066,34 @@ func (x *CapacityResponse) GetQueued() int32 {
 	return 0
 }
 
+func (x *CapacityResponse) GetFreeCpuMillis() int32 {
+	if x != nil {
+		return x.FreeCpuMillis
+	}
+	return 0
+}
+
+func (x *CapacityResponse) GetFreeMemoryBytes() int64 {
+	if x != nil {
+		return x.FreeMemoryBytes
+	}
+	return 0
+}
+
+func (x *CapacityResponse) GetFreeGpus() int32 {
+	if x != nil {
+		return x.FreeGpus
+	}
+	return 0
+}
+
+func (x *CapacityResponse) GetMaxRunning() int32 {
+	if x != nil {
+		return x.MaxRunning
+	}
+	return 0
+}
+
 var File_runner_api_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
@@ -1422,7 +2109,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12'\n" +
 	"\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"8\n" +
 	"\x0eSubmitResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\x9f\x03\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\xfb\x04\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n" +
@@ -1440,7 +2127,15 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\tsubmitter\x18\v \x01(\tR\tsubmitter\x12.\n" +
 	"\x06checks\x18\f \x03(\v2\x16.coffer.agent.v1.CheckR\x06checks\x12(\n" +
 	"\x10lease_until_unix\x18\r \x01(\x03R\x0eleaseUntilUnix\x12\x1a\n" +
-	"\bstopping\x18\x0e \x01(\tR\bstopping\"w\n" +
+	"\bstopping\x18\x0e \x01(\tR\bstopping\x12\x18\n" +
+	"\aattempt\x18\x0f \x01(\x05R\aattempt\x12\x19\n" +
+	"\bretry_of\x18\x10 \x01(\tR\aretryOf\x12\x1d\n" +
+	"\n" +
+	"retried_as\x18\x11 \x01(\tR\tretriedAs\x12\x1a\n" +
+	"\bpriority\x18\x12 \x01(\x05R\bpriority\x12%\n" +
+	"\x0equeue_position\x18\x13 \x01(\x05R\rqueuePosition\x12\x1b\n" +
+	"\twaits_for\x18\x14 \x01(\tR\bwaitsFor\x12&\n" +
+	"\x0fnot_before_unix\x18\x15 \x01(\x03R\rnotBeforeUnix\"w\n" +
 	"\x05Check\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12\x1a\n" +
@@ -1451,17 +2146,18 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"GetRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"5\n" +
 	"\vGetResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"I\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"_\n" +
 	"\vListRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\x02 \x01(\tR\tpageToken\"`\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\"`\n" +
 	"\fListResponse\x12(\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x14.coffer.agent.v1.JobR\x04jobs\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"E\n" +
 	"\fWatchRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
-	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"\xe1\x02\n" +
+	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"\xbc\x04\n" +
 	"\rWatchResponse\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12$\n" +
 	"\x0etime_unix_nano\x18\x02 \x01(\x03R\ftimeUnixNano\x123\n" +
@@ -1471,7 +2167,12 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"checkpoint\x18\x06 \x01(\v2 .coffer.agent.v1.CheckpointEventH\x00R\n" +
 	"checkpoint\x123\n" +
-	"\x05lease\x18\a \x01(\v2\x1b.coffer.agent.v1.LeaseEventH\x00R\x05leaseB\a\n" +
+	"\x05lease\x18\a \x01(\v2\x1b.coffer.agent.v1.LeaseEventH\x00R\x05lease\x123\n" +
+	"\x05queue\x18\b \x01(\v2\x1b.coffer.agent.v1.QueueEventH\x00R\x05queue\x127\n" +
+	"\alog_cut\x18\t \x01(\v2\x1c.coffer.agent.v1.LogCutEventH\x00R\x06logCut\x126\n" +
+	"\x06egress\x18\n" +
+	" \x01(\v2\x1c.coffer.agent.v1.EgressEventH\x00R\x06egress\x123\n" +
+	"\x05alert\x18\v \x01(\v2\x1b.coffer.agent.v1.AlertEventH\x00R\x05alertB\a\n" +
 	"\x05event\"w\n" +
 	"\n" +
 	"StageEvent\x12\x14\n" +
@@ -1482,17 +2183,60 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bLogEvent\x12\x16\n" +
 	"\x06stream\x18\x01 \x01(\tR\x06stream\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x16\n" +
-	"\x06offset\x18\x03 \x01(\x03R\x06offset\"o\n" +
+	"\x06offset\x18\x03 \x01(\x03R\x06offset\"\x8b\x01\n" +
 	"\x0fCheckpointEvent\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x14\n" +
-	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\"[\n" +
+	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\x12\x1a\n" +
+	"\banchored\x18\x05 \x01(\bR\banchored\"[\n" +
 	"\n" +
 	"LeaseEvent\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12!\n" +
-	"\fgrace_millis\x18\x03 \x01(\x03R\vgraceMillis\"\x1f\n" +
+	"\fgrace_millis\x18\x03 \x01(\x03R\vgraceMillis\"E\n" +
+	"\n" +
+	"QueueEvent\x12\x1a\n" +
+	"\bposition\x18\x01 \x01(\x05R\bposition\x12\x1b\n" +
+	"\twaits_for\x18\x02 \x01(\tR\bwaitsFor\"#\n" +
+	"\vLogCutEvent\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\"\x7f\n" +
+	"\vLogsRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12#\n" +
+	"\rstdout_offset\x18\x02 \x01(\x03R\fstdoutOffset\x12#\n" +
+	"\rstderr_offset\x18\x03 \x01(\x03R\fstderrOffset\x12\x16\n" +
+	"\x06follow\x18\x04 \x01(\bR\x06follow\"\x93\x01\n" +
+	"\fLogsResponse\x12+\n" +
+	"\x03log\x18\x01 \x01(\v2\x19.coffer.agent.v1.LogEventR\x03log\x12$\n" +
+	"\x0etime_unix_nano\x18\x02 \x01(\x03R\ftimeUnixNano\x12\x16\n" +
+	"\x06sealed\x18\x03 \x01(\fR\x06sealed\x12\x18\n" +
+	"\asegment\x18\x04 \x01(\x05R\asegment\"\xd3\x01\n" +
+	"\vEgressEvent\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\x05R\x04port\x12\x12\n" +
+	"\x04rule\x18\x03 \x01(\tR\x04rule\x12\x14\n" +
+	"\x05count\x18\x04 \x01(\x03R\x05count\x12\x18\n" +
+	"\aprocess\x18\x05 \x01(\tR\aprocess\x12\x16\n" +
+	"\x06digest\x18\x06 \x01(\tR\x06digest\x12\x12\n" +
+	"\x04sent\x18\a \x01(\x03R\x04sent\x12\x1a\n" +
+	"\breceived\x18\b \x01(\x03R\breceived\x12\x10\n" +
+	"\x03end\x18\t \x01(\tR\x03end\"\xcb\x02\n" +
+	"\n" +
+	"AlertEvent\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x12\n" +
+	"\x04rule\x18\x02 \x01(\tR\x04rule\x12\x12\n" +
+	"\x04says\x18\x03 \x01(\tR\x04says\x12\x16\n" +
+	"\x06action\x18\x04 \x01(\tR\x06action\x12\x1a\n" +
+	"\bseverity\x18\x05 \x01(\tR\bseverity\x12\x12\n" +
+	"\x04kind\x18\x06 \x01(\tR\x04kind\x12\x18\n" +
+	"\aprocess\x18\a \x01(\tR\aprocess\x12\x12\n" +
+	"\x04path\x18\b \x01(\tR\x04path\x12\x16\n" +
+	"\x06digest\x18\t \x01(\tR\x06digest\x12\x18\n" +
+	"\aaddress\x18\n" +
+	" \x01(\tR\aaddress\x12\x14\n" +
+	"\x05bytes\x18\v \x01(\x03R\x05bytes\x12\x14\n" +
+	"\x05count\x18\f \x01(\x03R\x05count\x12%\n" +
+	"\x0etrace_sequence\x18\r \x01(\x04R\rtraceSequence\"\x1f\n" +
 	"\rCancelRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"8\n" +
 	"\x0eCancelResponse\x12&\n" +
@@ -1501,7 +2245,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"(\n" +
 	"\x0eBundleResponse\x12\x16\n" +
 	"\x06bundle\x18\x01 \x01(\fR\x06bundle\"\x11\n" +
-	"\x0fCapacityRequest\"\xd9\x01\n" +
+	"\x0fCapacityRequest\"\xeb\x02\n" +
 	"\x10CapacityResponse\x12\x1d\n" +
 	"\n" +
 	"cpu_millis\x18\x01 \x01(\x05R\tcpuMillis\x12!\n" +
@@ -1511,14 +2255,21 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"gpu_driver\x18\x04 \x01(\tR\tgpuDriver\x12\x1e\n" +
 	"\vgpu_cc_mode\x18\x05 \x01(\tR\tgpuCcMode\x12\x18\n" +
 	"\arunning\x18\x06 \x01(\x05R\arunning\x12\x16\n" +
-	"\x06queued\x18\a \x01(\x05R\x06queued2\xd6\x04\n" +
+	"\x06queued\x18\a \x01(\x05R\x06queued\x12&\n" +
+	"\x0ffree_cpu_millis\x18\b \x01(\x05R\rfreeCpuMillis\x12*\n" +
+	"\x11free_memory_bytes\x18\t \x01(\x03R\x0ffreeMemoryBytes\x12\x1b\n" +
+	"\tfree_gpus\x18\n" +
+	" \x01(\x05R\bfreeGpus\x12\x1f\n" +
+	"\vmax_running\x18\v \x01(\x05R\n" +
+	"maxRunning2\x9d\x05\n" +
 	"\fAgentService\x12C\n" +
 	"\x04Plan\x12\x1c.coffer.agent.v1.PlanRequest\x1a\x1d.coffer.agent.v1.PlanResponse\x12I\n" +
 	"\x06Submit\x12\x1e.coffer.agent.v1.SubmitRequest\x1a\x1f.coffer.agent.v1.SubmitResponse\x12@\n" +
 	"\x03Get\x12\x1b.coffer.agent.v1.GetRequest\x1a\x1c.coffer.agent.v1.GetResponse\x12C\n" +
 	"\x04List\x12\x1c.coffer.agent.v1.ListRequest\x1a\x1d.coffer.agent.v1.ListResponse\x12H\n" +
 	"\x05Watch\x12\x1d.coffer.agent.v1.WatchRequest\x1a\x1e.coffer.agent.v1.WatchResponse0\x01\x12I\n" +
-	"\x06Cancel\x12\x1e.coffer.agent.v1.CancelRequest\x1a\x1f.coffer.agent.v1.CancelResponse\x12I\n" +
+	"\x06Cancel\x12\x1e.coffer.agent.v1.CancelRequest\x1a\x1f.coffer.agent.v1.CancelResponse\x12E\n" +
+	"\x04Logs\x12\x1c.coffer.agent.v1.LogsRequest\x1a\x1d.coffer.agent.v1.LogsResponse0\x01\x12I\n" +
 	"\x06Bundle\x12\x1e.coffer.agent.v1.BundleRequest\x1a\x1f.coffer.agent.v1.BundleResponse\x12O\n" +
 	"\bCapacity\x12 .coffer.agent.v1.CapacityRequest\x1a!.coffer.agent.v1.CapacityResponseB:Z8github.com/coffer-run/coffer/runner/api/agent/v1;agentv1b\x06proto3"
 
@@ -1534,7 +2285,7 @@ func file_runner_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_runner_api_agent_v1_agent_proto_rawDescData
 }
 
-var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*PlanRequest)(nil),      // 0: coffer.agent.v1.PlanRequest
 	(*PlanResponse)(nil),     // 1: coffer.agent.v1.PlanResponse
@@ -1552,12 +2303,18 @@ var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*LogEvent)(nil),         // 13: coffer.agent.v1.LogEvent
 	(*CheckpointEvent)(nil),  // 14: coffer.agent.v1.CheckpointEvent
 	(*LeaseEvent)(nil),       // 15: coffer.agent.v1.LeaseEvent
-	(*CancelRequest)(nil),    // 16: coffer.agent.v1.CancelRequest
-	(*CancelResponse)(nil),   // 17: coffer.agent.v1.CancelResponse
-	(*BundleRequest)(nil),    // 18: coffer.agent.v1.BundleRequest
-	(*BundleResponse)(nil),   // 19: coffer.agent.v1.BundleResponse
-	(*CapacityRequest)(nil),  // 20: coffer.agent.v1.CapacityRequest
-	(*CapacityResponse)(nil), // 21: coffer.agent.v1.CapacityResponse
+	(*QueueEvent)(nil),       // 16: coffer.agent.v1.QueueEvent
+	(*LogCutEvent)(nil),      // 17: coffer.agent.v1.LogCutEvent
+	(*LogsRequest)(nil),      // 18: coffer.agent.v1.LogsRequest
+	(*LogsResponse)(nil),     // 19: coffer.agent.v1.LogsResponse
+	(*EgressEvent)(nil),      // 20: coffer.agent.v1.EgressEvent
+	(*AlertEvent)(nil),       // 21: coffer.agent.v1.AlertEvent
+	(*CancelRequest)(nil),    // 22: coffer.agent.v1.CancelRequest
+	(*CancelResponse)(nil),   // 23: coffer.agent.v1.CancelResponse
+	(*BundleRequest)(nil),    // 24: coffer.agent.v1.BundleRequest
+	(*BundleResponse)(nil),   // 25: coffer.agent.v1.BundleResponse
+	(*CapacityRequest)(nil),  // 26: coffer.agent.v1.CapacityRequest
+	(*CapacityResponse)(nil), // 27: coffer.agent.v1.CapacityResponse
 }
 var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	4,  // 0: coffer.agent.v1.SubmitResponse.job:type_name -> coffer.agent.v1.Job
@@ -1569,28 +2326,35 @@ var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	4,  // 6: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
 	14, // 7: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
 	15, // 8: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
-	4,  // 9: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
-	0,  // 10: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
-	2,  // 11: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
-	6,  // 12: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
-	8,  // 13: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
-	10, // 14: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
-	16, // 15: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
-	18, // 16: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
-	20, // 17: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
-	1,  // 18: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
-	3,  // 19: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
-	7,  // 20: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
-	9,  // 21: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
-	11, // 22: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
-	17, // 23: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
-	19, // 24: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
-	21, // 25: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
-	18, // [18:26] is the sub-list for method output_type
-	10, // [10:18] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	16, // 9: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
+	17, // 10: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
+	20, // 11: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
+	21, // 12: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
+	13, // 13: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
+	4,  // 14: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
+	0,  // 15: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
+	2,  // 16: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
+	6,  // 17: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
+	8,  // 18: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
+	10, // 19: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
+	22, // 20: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
+	18, // 21: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
+	24, // 22: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
+	26, // 23: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
+	1,  // 24: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
+	3,  // 25: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
+	7,  // 26: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
+	9,  // 27: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
+	11, // 28: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
+	23, // 29: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
+	19, // 30: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
+	25, // 31: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
+	27, // 32: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
+	24, // [24:33] is the sub-list for method output_type
+	15, // [15:24] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_runner_api_agent_v1_agent_proto_init() }
@@ -1604,6 +2368,10 @@ func file_runner_api_agent_v1_agent_proto_init() {
 		(*WatchResponse_Job)(nil),
 		(*WatchResponse_Checkpoint)(nil),
 		(*WatchResponse_Lease)(nil),
+		(*WatchResponse_Queue)(nil),
+		(*WatchResponse_LogCut)(nil),
+		(*WatchResponse_Egress)(nil),
+		(*WatchResponse_Alert)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1611,7 +2379,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_runner_api_agent_v1_agent_proto_rawDesc), len(file_runner_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -87,6 +87,12 @@ const (
 	// BrokerServiceCountersignCheckpointProcedure is the fully-qualified name of the BrokerService's
 	// CountersignCheckpoint RPC.
 	BrokerServiceCountersignCheckpointProcedure = "/coffer.broker.v1.BrokerService/CountersignCheckpoint"
+	// BrokerServiceResumeCheckpointProcedure is the fully-qualified name of the BrokerService's
+	// ResumeCheckpoint RPC.
+	BrokerServiceResumeCheckpointProcedure = "/coffer.broker.v1.BrokerService/ResumeCheckpoint"
+	// BrokerServiceCommitResealProcedure is the fully-qualified name of the BrokerService's
+	// CommitReseal RPC.
+	BrokerServiceCommitResealProcedure = "/coffer.broker.v1.BrokerService/CommitReseal"
 	// BrokerServiceLogBundleProcedure is the fully-qualified name of the BrokerService's LogBundle RPC.
 	BrokerServiceLogBundleProcedure = "/coffer.broker.v1.BrokerService/LogBundle"
 	// BrokerServiceEntriesProcedure is the fully-qualified name of the BrokerService's Entries RPC.
@@ -144,6 +150,12 @@ type BrokerServiceClient interface {
 	// CountersignCheckpoint records a job's newest checkpoint and signs for it
 	// (role: agent). A record that does not follow the last one is refused.
 	CountersignCheckpoint(context.Context, *connect.Request[v1.CountersignCheckpointRequest]) (*connect.Response[v1.CountersignCheckpointResponse], error)
+	// ResumeCheckpoint says from which checkpoint a job goes on whose plan resumes
+	// from the latest, and gives the job the plan's line of checkpoints (role: agent).
+	ResumeCheckpoint(context.Context, *connect.Request[v1.ResumeCheckpointRequest]) (*connect.Response[v1.ResumeCheckpointResponse], error)
+	// CommitReseal sets the digest of an asset that was created with neither digest
+	// nor key to what a job sealed under its key, once, and signs for it (role: agent).
+	CommitReseal(context.Context, *connect.Request[v1.CommitResealRequest]) (*connect.Response[v1.CommitResealResponse], error)
 	// LogBundle appends the digest of a job's bundle to the evidence log (role: agent).
 	LogBundle(context.Context, *connect.Request[v1.LogBundleRequest]) (*connect.Response[v1.LogBundleResponse], error)
 	// Entries returns the log entries of one job, for its bundle.
@@ -281,6 +293,18 @@ func NewBrokerServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(brokerServiceMethods.ByName("CountersignCheckpoint")),
 			connect.WithClientOptions(opts...),
 		),
+		resumeCheckpoint: connect.NewClient[v1.ResumeCheckpointRequest, v1.ResumeCheckpointResponse](
+			httpClient,
+			baseURL+BrokerServiceResumeCheckpointProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("ResumeCheckpoint")),
+			connect.WithClientOptions(opts...),
+		),
+		commitReseal: connect.NewClient[v1.CommitResealRequest, v1.CommitResealResponse](
+			httpClient,
+			baseURL+BrokerServiceCommitResealProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("CommitReseal")),
+			connect.WithClientOptions(opts...),
+		),
 		logBundle: connect.NewClient[v1.LogBundleRequest, v1.LogBundleResponse](
 			httpClient,
 			baseURL+BrokerServiceLogBundleProcedure,
@@ -318,6 +342,8 @@ type brokerServiceClient struct {
 	renew                 *connect.Client[v1.RenewRequest, v1.RenewResponse]
 	reportStopped         *connect.Client[v1.ReportStoppedRequest, v1.ReportStoppedResponse]
 	countersignCheckpoint *connect.Client[v1.CountersignCheckpointRequest, v1.CountersignCheckpointResponse]
+	resumeCheckpoint      *connect.Client[v1.ResumeCheckpointRequest, v1.ResumeCheckpointResponse]
+	commitReseal          *connect.Client[v1.CommitResealRequest, v1.CommitResealResponse]
 	logBundle             *connect.Client[v1.LogBundleRequest, v1.LogBundleResponse]
 	entries               *connect.Client[v1.EntriesRequest, v1.EntriesResponse]
 }
@@ -422,6 +448,16 @@ func (c *brokerServiceClient) CountersignCheckpoint(ctx context.Context, req *co
 	return c.countersignCheckpoint.CallUnary(ctx, req)
 }
 
+// ResumeCheckpoint calls coffer.broker.v1.BrokerService.ResumeCheckpoint.
+func (c *brokerServiceClient) ResumeCheckpoint(ctx context.Context, req *connect.Request[v1.ResumeCheckpointRequest]) (*connect.Response[v1.ResumeCheckpointResponse], error) {
+	return c.resumeCheckpoint.CallUnary(ctx, req)
+}
+
+// CommitReseal calls coffer.broker.v1.BrokerService.CommitReseal.
+func (c *brokerServiceClient) CommitReseal(ctx context.Context, req *connect.Request[v1.CommitResealRequest]) (*connect.Response[v1.CommitResealResponse], error) {
+	return c.commitReseal.CallUnary(ctx, req)
+}
+
 // LogBundle calls coffer.broker.v1.BrokerService.LogBundle.
 func (c *brokerServiceClient) LogBundle(ctx context.Context, req *connect.Request[v1.LogBundleRequest]) (*connect.Response[v1.LogBundleResponse], error) {
 	return c.logBundle.CallUnary(ctx, req)
@@ -483,6 +519,12 @@ type BrokerServiceHandler interface {
 	// CountersignCheckpoint records a job's newest checkpoint and signs for it
 	// (role: agent). A record that does not follow the last one is refused.
 	CountersignCheckpoint(context.Context, *connect.Request[v1.CountersignCheckpointRequest]) (*connect.Response[v1.CountersignCheckpointResponse], error)
+	// ResumeCheckpoint says from which checkpoint a job goes on whose plan resumes
+	// from the latest, and gives the job the plan's line of checkpoints (role: agent).
+	ResumeCheckpoint(context.Context, *connect.Request[v1.ResumeCheckpointRequest]) (*connect.Response[v1.ResumeCheckpointResponse], error)
+	// CommitReseal sets the digest of an asset that was created with neither digest
+	// nor key to what a job sealed under its key, once, and signs for it (role: agent).
+	CommitReseal(context.Context, *connect.Request[v1.CommitResealRequest]) (*connect.Response[v1.CommitResealResponse], error)
 	// LogBundle appends the digest of a job's bundle to the evidence log (role: agent).
 	LogBundle(context.Context, *connect.Request[v1.LogBundleRequest]) (*connect.Response[v1.LogBundleResponse], error)
 	// Entries returns the log entries of one job, for its bundle.
@@ -616,6 +658,18 @@ func NewBrokerServiceHandler(svc BrokerServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(brokerServiceMethods.ByName("CountersignCheckpoint")),
 		connect.WithHandlerOptions(opts...),
 	)
+	brokerServiceResumeCheckpointHandler := connect.NewUnaryHandler(
+		BrokerServiceResumeCheckpointProcedure,
+		svc.ResumeCheckpoint,
+		connect.WithSchema(brokerServiceMethods.ByName("ResumeCheckpoint")),
+		connect.WithHandlerOptions(opts...),
+	)
+	brokerServiceCommitResealHandler := connect.NewUnaryHandler(
+		BrokerServiceCommitResealProcedure,
+		svc.CommitReseal,
+		connect.WithSchema(brokerServiceMethods.ByName("CommitReseal")),
+		connect.WithHandlerOptions(opts...),
+	)
 	brokerServiceLogBundleHandler := connect.NewUnaryHandler(
 		BrokerServiceLogBundleProcedure,
 		svc.LogBundle,
@@ -670,6 +724,10 @@ func NewBrokerServiceHandler(svc BrokerServiceHandler, opts ...connect.HandlerOp
 			brokerServiceReportStoppedHandler.ServeHTTP(w, r)
 		case BrokerServiceCountersignCheckpointProcedure:
 			brokerServiceCountersignCheckpointHandler.ServeHTTP(w, r)
+		case BrokerServiceResumeCheckpointProcedure:
+			brokerServiceResumeCheckpointHandler.ServeHTTP(w, r)
+		case BrokerServiceCommitResealProcedure:
+			brokerServiceCommitResealHandler.ServeHTTP(w, r)
 		case BrokerServiceLogBundleProcedure:
 			brokerServiceLogBundleHandler.ServeHTTP(w, r)
 		case BrokerServiceEntriesProcedure:
@@ -761,6 +819,14 @@ func (UnimplementedBrokerServiceHandler) ReportStopped(context.Context, *connect
 
 func (UnimplementedBrokerServiceHandler) CountersignCheckpoint(context.Context, *connect.Request[v1.CountersignCheckpointRequest]) (*connect.Response[v1.CountersignCheckpointResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.CountersignCheckpoint is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) ResumeCheckpoint(context.Context, *connect.Request[v1.ResumeCheckpointRequest]) (*connect.Response[v1.ResumeCheckpointResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.ResumeCheckpoint is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) CommitReseal(context.Context, *connect.Request[v1.CommitResealRequest]) (*connect.Response[v1.CommitResealResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.CommitReseal is not implemented"))
 }
 
 func (UnimplementedBrokerServiceHandler) LogBundle(context.Context, *connect.Request[v1.LogBundleRequest]) (*connect.Response[v1.LogBundleResponse], error) {

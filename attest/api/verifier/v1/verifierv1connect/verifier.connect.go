@@ -48,6 +48,9 @@ const (
 	VerifierServiceAppraiseProcedure = "/coffer.verifier.v1.VerifierService/Appraise"
 	// VerifierServiceCheckProcedure is the fully-qualified name of the VerifierService's Check RPC.
 	VerifierServiceCheckProcedure = "/coffer.verifier.v1.VerifierService/Check"
+	// VerifierServiceCheckDevicesProcedure is the fully-qualified name of the VerifierService's
+	// CheckDevices RPC.
+	VerifierServiceCheckDevicesProcedure = "/coffer.verifier.v1.VerifierService/CheckDevices"
 	// VerifierServiceKeysProcedure is the fully-qualified name of the VerifierService's Keys RPC.
 	VerifierServiceKeysProcedure = "/coffer.verifier.v1.VerifierService/Keys"
 )
@@ -71,6 +74,10 @@ type VerifierServiceClient interface {
 	// the attester a nonce, its own or one from Challenge, gets evidence back and
 	// sends it here. The answer is an EAR of a type that no broker takes.
 	Check(context.Context, *connect.Request[v1.CheckRequest]) (*connect.Response[v1.CheckResponse], error)
+	// CheckDevices appraises devices by themselves, outside of the envelope, for a
+	// relying party that names what each must speak of. The answer is an EAR of a
+	// type that no broker takes: it is of no job, no plan and no key.
+	CheckDevices(context.Context, *connect.Request[v1.CheckDevicesRequest]) (*connect.Response[v1.CheckDevicesResponse], error)
 	// Keys returns the JSON Web Key Set that verifies results and credentials.
 	Keys(context.Context, *connect.Request[v1.KeysRequest]) (*connect.Response[v1.KeysResponse], error)
 }
@@ -116,6 +123,12 @@ func NewVerifierServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(verifierServiceMethods.ByName("Check")),
 			connect.WithClientOptions(opts...),
 		),
+		checkDevices: connect.NewClient[v1.CheckDevicesRequest, v1.CheckDevicesResponse](
+			httpClient,
+			baseURL+VerifierServiceCheckDevicesProcedure,
+			connect.WithSchema(verifierServiceMethods.ByName("CheckDevices")),
+			connect.WithClientOptions(opts...),
+		),
 		keys: connect.NewClient[v1.KeysRequest, v1.KeysResponse](
 			httpClient,
 			baseURL+VerifierServiceKeysProcedure,
@@ -132,6 +145,7 @@ type verifierServiceClient struct {
 	finishEnrolment *connect.Client[v1.FinishEnrolmentRequest, v1.FinishEnrolmentResponse]
 	appraise        *connect.Client[v1.AppraiseRequest, v1.AppraiseResponse]
 	check           *connect.Client[v1.CheckRequest, v1.CheckResponse]
+	checkDevices    *connect.Client[v1.CheckDevicesRequest, v1.CheckDevicesResponse]
 	keys            *connect.Client[v1.KeysRequest, v1.KeysResponse]
 }
 
@@ -160,6 +174,11 @@ func (c *verifierServiceClient) Check(ctx context.Context, req *connect.Request[
 	return c.check.CallUnary(ctx, req)
 }
 
+// CheckDevices calls coffer.verifier.v1.VerifierService.CheckDevices.
+func (c *verifierServiceClient) CheckDevices(ctx context.Context, req *connect.Request[v1.CheckDevicesRequest]) (*connect.Response[v1.CheckDevicesResponse], error) {
+	return c.checkDevices.CallUnary(ctx, req)
+}
+
 // Keys calls coffer.verifier.v1.VerifierService.Keys.
 func (c *verifierServiceClient) Keys(ctx context.Context, req *connect.Request[v1.KeysRequest]) (*connect.Response[v1.KeysResponse], error) {
 	return c.keys.CallUnary(ctx, req)
@@ -184,6 +203,10 @@ type VerifierServiceHandler interface {
 	// the attester a nonce, its own or one from Challenge, gets evidence back and
 	// sends it here. The answer is an EAR of a type that no broker takes.
 	Check(context.Context, *connect.Request[v1.CheckRequest]) (*connect.Response[v1.CheckResponse], error)
+	// CheckDevices appraises devices by themselves, outside of the envelope, for a
+	// relying party that names what each must speak of. The answer is an EAR of a
+	// type that no broker takes: it is of no job, no plan and no key.
+	CheckDevices(context.Context, *connect.Request[v1.CheckDevicesRequest]) (*connect.Response[v1.CheckDevicesResponse], error)
 	// Keys returns the JSON Web Key Set that verifies results and credentials.
 	Keys(context.Context, *connect.Request[v1.KeysRequest]) (*connect.Response[v1.KeysResponse], error)
 }
@@ -225,6 +248,12 @@ func NewVerifierServiceHandler(svc VerifierServiceHandler, opts ...connect.Handl
 		connect.WithSchema(verifierServiceMethods.ByName("Check")),
 		connect.WithHandlerOptions(opts...),
 	)
+	verifierServiceCheckDevicesHandler := connect.NewUnaryHandler(
+		VerifierServiceCheckDevicesProcedure,
+		svc.CheckDevices,
+		connect.WithSchema(verifierServiceMethods.ByName("CheckDevices")),
+		connect.WithHandlerOptions(opts...),
+	)
 	verifierServiceKeysHandler := connect.NewUnaryHandler(
 		VerifierServiceKeysProcedure,
 		svc.Keys,
@@ -243,6 +272,8 @@ func NewVerifierServiceHandler(svc VerifierServiceHandler, opts ...connect.Handl
 			verifierServiceAppraiseHandler.ServeHTTP(w, r)
 		case VerifierServiceCheckProcedure:
 			verifierServiceCheckHandler.ServeHTTP(w, r)
+		case VerifierServiceCheckDevicesProcedure:
+			verifierServiceCheckDevicesHandler.ServeHTTP(w, r)
 		case VerifierServiceKeysProcedure:
 			verifierServiceKeysHandler.ServeHTTP(w, r)
 		default:
@@ -272,6 +303,10 @@ func (UnimplementedVerifierServiceHandler) Appraise(context.Context, *connect.Re
 
 func (UnimplementedVerifierServiceHandler) Check(context.Context, *connect.Request[v1.CheckRequest]) (*connect.Response[v1.CheckResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.verifier.v1.VerifierService.Check is not implemented"))
+}
+
+func (UnimplementedVerifierServiceHandler) CheckDevices(context.Context, *connect.Request[v1.CheckDevicesRequest]) (*connect.Response[v1.CheckDevicesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.verifier.v1.VerifierService.CheckDevices is not implemented"))
 }
 
 func (UnimplementedVerifierServiceHandler) Keys(context.Context, *connect.Request[v1.KeysRequest]) (*connect.Response[v1.KeysResponse], error) {

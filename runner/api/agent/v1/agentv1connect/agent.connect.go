@@ -46,6 +46,8 @@ const (
 	AgentServiceWatchProcedure = "/coffer.agent.v1.AgentService/Watch"
 	// AgentServiceCancelProcedure is the fully-qualified name of the AgentService's Cancel RPC.
 	AgentServiceCancelProcedure = "/coffer.agent.v1.AgentService/Cancel"
+	// AgentServiceLogsProcedure is the fully-qualified name of the AgentService's Logs RPC.
+	AgentServiceLogsProcedure = "/coffer.agent.v1.AgentService/Logs"
 	// AgentServiceBundleProcedure is the fully-qualified name of the AgentService's Bundle RPC.
 	AgentServiceBundleProcedure = "/coffer.agent.v1.AgentService/Bundle"
 	// AgentServiceCapacityProcedure is the fully-qualified name of the AgentService's Capacity RPC.
@@ -65,6 +67,9 @@ type AgentServiceClient interface {
 	// job has ended and every event was sent.
 	Watch(context.Context, *connect.Request[v1.WatchRequest]) (*connect.ServerStreamForClient[v1.WatchResponse], error)
 	Cancel(context.Context, *connect.Request[v1.CancelRequest]) (*connect.Response[v1.CancelResponse], error)
+	// Logs streams what a job printed, from the given offsets on, and ends where the
+	// log ends; with follow it waits for more until the job has ended.
+	Logs(context.Context, *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogsResponse], error)
 	// Bundle returns the evidence bundle of a job that has ended.
 	Bundle(context.Context, *connect.Request[v1.BundleRequest]) (*connect.Response[v1.BundleResponse], error)
 	Capacity(context.Context, *connect.Request[v1.CapacityRequest]) (*connect.Response[v1.CapacityResponse], error)
@@ -117,6 +122,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("Cancel")),
 			connect.WithClientOptions(opts...),
 		),
+		logs: connect.NewClient[v1.LogsRequest, v1.LogsResponse](
+			httpClient,
+			baseURL+AgentServiceLogsProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("Logs")),
+			connect.WithClientOptions(opts...),
+		),
 		bundle: connect.NewClient[v1.BundleRequest, v1.BundleResponse](
 			httpClient,
 			baseURL+AgentServiceBundleProcedure,
@@ -140,6 +151,7 @@ type agentServiceClient struct {
 	list     *connect.Client[v1.ListRequest, v1.ListResponse]
 	watch    *connect.Client[v1.WatchRequest, v1.WatchResponse]
 	cancel   *connect.Client[v1.CancelRequest, v1.CancelResponse]
+	logs     *connect.Client[v1.LogsRequest, v1.LogsResponse]
 	bundle   *connect.Client[v1.BundleRequest, v1.BundleResponse]
 	capacity *connect.Client[v1.CapacityRequest, v1.CapacityResponse]
 }
@@ -174,6 +186,11 @@ func (c *agentServiceClient) Cancel(ctx context.Context, req *connect.Request[v1
 	return c.cancel.CallUnary(ctx, req)
 }
 
+// Logs calls coffer.agent.v1.AgentService.Logs.
+func (c *agentServiceClient) Logs(ctx context.Context, req *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogsResponse], error) {
+	return c.logs.CallServerStream(ctx, req)
+}
+
 // Bundle calls coffer.agent.v1.AgentService.Bundle.
 func (c *agentServiceClient) Bundle(ctx context.Context, req *connect.Request[v1.BundleRequest]) (*connect.Response[v1.BundleResponse], error) {
 	return c.bundle.CallUnary(ctx, req)
@@ -197,6 +214,9 @@ type AgentServiceHandler interface {
 	// job has ended and every event was sent.
 	Watch(context.Context, *connect.Request[v1.WatchRequest], *connect.ServerStream[v1.WatchResponse]) error
 	Cancel(context.Context, *connect.Request[v1.CancelRequest]) (*connect.Response[v1.CancelResponse], error)
+	// Logs streams what a job printed, from the given offsets on, and ends where the
+	// log ends; with follow it waits for more until the job has ended.
+	Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogsResponse]) error
 	// Bundle returns the evidence bundle of a job that has ended.
 	Bundle(context.Context, *connect.Request[v1.BundleRequest]) (*connect.Response[v1.BundleResponse], error)
 	Capacity(context.Context, *connect.Request[v1.CapacityRequest]) (*connect.Response[v1.CapacityResponse], error)
@@ -245,6 +265,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("Cancel")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceLogsHandler := connect.NewServerStreamHandler(
+		AgentServiceLogsProcedure,
+		svc.Logs,
+		connect.WithSchema(agentServiceMethods.ByName("Logs")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentServiceBundleHandler := connect.NewUnaryHandler(
 		AgentServiceBundleProcedure,
 		svc.Bundle,
@@ -271,6 +297,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceWatchHandler.ServeHTTP(w, r)
 		case AgentServiceCancelProcedure:
 			agentServiceCancelHandler.ServeHTTP(w, r)
+		case AgentServiceLogsProcedure:
+			agentServiceLogsHandler.ServeHTTP(w, r)
 		case AgentServiceBundleProcedure:
 			agentServiceBundleHandler.ServeHTTP(w, r)
 		case AgentServiceCapacityProcedure:
@@ -306,6 +334,10 @@ func (UnimplementedAgentServiceHandler) Watch(context.Context, *connect.Request[
 
 func (UnimplementedAgentServiceHandler) Cancel(context.Context, *connect.Request[v1.CancelRequest]) (*connect.Response[v1.CancelResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.agent.v1.AgentService.Cancel is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogsResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("coffer.agent.v1.AgentService.Logs is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) Bundle(context.Context, *connect.Request[v1.BundleRequest]) (*connect.Response[v1.BundleResponse], error) {

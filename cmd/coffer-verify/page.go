@@ -1,0 +1,58 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/coffer-run/coffer/attest/bundle/verify"
+	"github.com/coffer-run/coffer/attest/report"
+)
+
+// frameworks are those of --controls, or those that come with the program. Without
+// --report there are none to read.
+func (o options) frameworks() ([]report.Framework, error) {
+	if o.report == "" {
+		if len(o.controls) > 0 {
+			return nil, errors.New("--controls goes with --report")
+		}
+		return nil, nil
+	}
+	if len(o.controls) == 0 {
+		return report.Shipped()
+	}
+	var out []report.Framework
+	for _, name := range o.controls {
+		b, err := read(name, nil, report.MaxControls)
+		if err != nil {
+			return nil, err
+		}
+		f, err := report.ParseControls(b)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		out = append(out, f)
+	}
+	return out, nil
+}
+
+func writePage(path string, r verify.Report, file []byte, frameworks []report.Framework) error {
+	var page bytes.Buffer
+	if err := report.Write(&page, r, file, frameworks); err != nil {
+		return err
+	}
+	return replace(path, page.Bytes())
+}
+
+// replace writes the file at path, whole or not at all.
+func replace(path string, b []byte) error {
+	next := path + ".part"
+	if err := os.WriteFile(next, b, 0o644); err != nil { //nolint:gosec // it is for others to read
+		return err
+	}
+	if err := os.Rename(next, path); err != nil {
+		return errors.Join(err, os.Remove(next))
+	}
+	return nil
+}

@@ -1,0 +1,124 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/enclave/keys"
+	"github.com/coffer-run/coffer/enclave/seal"
+)
+
+// settled runs f on a disk that has nothing else to write: what an earlier part
+// left dirty would be charged to the next.
+func settled(f func() time.Duration) func() time.Duration {
+	return func() time.Duration {
+		unix.Sync()
+		return f()
+	}
+}
+
+// checkpoints measures sealing from memory to disk, durable when it returns. The
+// disk's floor writes the same bytes in the same way, through the page cache, with
+// the same hint to begin early, and ends with the same sync. Each part begins with
+// a disk at rest.
+func checkpoints(t *testing.T) []row {
+	key := keys.GenerateDataKey()
+	session := must[*keys.Session](t)(keys.GenerateSession())
+	plain := plaintext()
+	dir := t.TempDir()
+	sink := must[*os.Root](t)(os.OpenRoot(dir))
+	t.Cleanup(func() { sink.Close() })
+	n := 0
+	commit := func(from []seal.Source) time.Duration {
+		n++
+		name := fmt.Sprintf("checkpoint-%d", n)
+		began := time.Now()
+		_, err := seal.SealCheckpoint(context.WithoutCancel(t.Context()), key, session, from, sink, seal.Commit{
+			JobID: "job-1", Plan: plan.Sum([]byte("plan")), Asset: "a", Sequence: 1, Name: name, Folder: name,
+		}, time.Now, seal.Options{})
+		took := time.Since(began)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := sink.RemoveAll(name); err != nil {
+			t.Fatal(err)
+		}
+		return took
+	}
+	// The holder's blocks are sealed where they lie.
+	inPlace := func() time.Duration { return commit(blocks(plain)) }
+	copied := func() time.Duration { return commit(source(plain)) }
+	aead, nonce := gcm(t), make([]byte, 12)
+	// As many buffers as keep two workers from meeting in one.
+	out := make([][]byte, 64*runtime.GOMAXPROCS(0))
+	for i := range out {
+		out[i] = make([]byte, chunk+tag)
+	}
+	encrypt := func() time.Duration {
+		began := time.Now()
+		each(fileSize/chunk, func(i int) { aead.Seal(out[i%len(out)][:0], nonce, plain[i*chunk:(i+1)*chunk], nil) })
+		return time.Since(began)
+	}
+	// What the format asks for besides: one SHA-256 of the ciphertext.
+	digest := func() time.Duration {
+		began := time.Now()
+		each(fileSize/chunk, func(i int) { sha256.Sum256(plain[i*chunk : (i+1)*chunk]) })
+		return time.Since(began)
+	}
+	disk := func() time.Duration {
+		name := filepath.Join(dir, "plain")
+		f := must[*os.File](t)(os.Create(name))
+		began := time.Now()
+		each(fileSize/chunk, func(i int) {
+			at := int64(i) * (chunk + tag)
+			if _, err := f.WriteAt(out[i%len(out)], at); err != nil {
+				t.Error(err)
+			}
+			_ = unix.SyncFileRange(int(f.Fd()), at, chunk+tag, unix.SYNC_FILE_RANGE_WRITE)
+		})
+		if err := f.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		took := time.Since(began)
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(name); err != nil {
+			t.Fatal(err)
+		}
+		return took
+	}
+	m, ratio := rounds(t, fileRounds, func(s sample) float64 { return float64(max(s[1], s[2])) / float64(s[0]) }, settled(inPlace), settled(encrypt), settled(disk), digest, settled(copied))
+	return []row{
+		atLeast("checkpoint sealed and durable / the slower of cipher and disk", ratio, "x", 0.85),
+		// On few cores the parts wait for each other: all three are work for the processor.
+		info("  the same / 1/(1/cipher + 1/SHA-256 + 1/disk)", float64(m[1]+m[2]+m[3])/float64(m[0]), "x"),
+		info("  checkpoint", rate(m[0]), "GB/s"),
+		info("  the same with every chunk copied first, in turns with it", rate(m[4]), "GB/s"),
+		info("  cipher, AES-256-GCM seal, memory to memory, all cores", rate(m[1]), "GB/s"),
+		info("  disk, write and fsync of as many bytes, begun with a disk at rest", rate(m[2]), "GB/s"),
+		info("  SHA-256, which the format asks for beside the cipher, all cores", rate(m[3]), "GB/s"),
+	}
+}
+
+// lying is memory that lies in blocks of a chunk each, as the holder's does.
+type lying struct {
+	memory
+	b []byte
+}
+
+func (l lying) View(off int64, n int) ([]byte, error) { return l.b[off : off+int64(n)], nil }
+
+func blocks(b []byte) []seal.Source {
+	return []seal.Source{{Name: "f", Size: int64(len(b)), Open: func() (seal.Reader, error) { return lying{memory{bytes.NewReader(b)}, b}, nil }}}
+}

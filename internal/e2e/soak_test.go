@@ -1,0 +1,558 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/coffer-run/coffer/attest/bundle"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
+)
+
+const (
+	// soakAtOnce is how many jobs run together.
+	soakAtOnce = 8
+	// soakDisk is the size of the agent's disk, and soakFull how long it is full.
+	soakDisk, soakFull = 64 << 20, 2 * time.Second
+	// soakPause is the least time between two faults, and up to as much is added.
+	soakPause = time.Second
+	// soakMemory is by how much the agent's memory may grow, in bytes.
+	soakMemory = 64 << 20
+)
+
+// soakKind is one sort of job: what it does, and how it ends where nothing fails.
+type soakKind struct {
+	name, script, state, reason string
+	lines                       int
+	alerts                      []string
+}
+
+var soakKinds = []soakKind{
+	{"prints", `
+import time
+for i in range(200):
+    print("line", i, flush=True)
+    time.sleep(0.005)
+`, "succeeded", "", 200, nil},
+	{"fails", "import sys; print('line 0'); sys.exit(3)", "failed", "exit-code", 1, nil},
+	{"is-found", `
+import ctypes, os, time
+try: open("/etc/shadow")
+except OSError: pass
+time.sleep(1)
+ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0)
+print("line 0")
+`, "succeeded", "", 1, []string{"key-material", "ptrace"}},
+}
+
+// soakFaults are the processes that are killed. A job may end for their sake with
+// one of these reasons, and for no other.
+var (
+	soakFaults  = []string{"cofferd", "coffer-verifier", "coffer-broker", "containerd"}
+	soakReasons = []string{"verifier-unavailable", "broker-unavailable", "containerd-unavailable", "agent-restarted", "lease-lapsed"}
+)
+
+// soak is one run.
+type soak struct {
+	*node
+	t      *testing.T
+	agent  agentv1connect.AgentServiceClient
+	jobs   int
+	faults sync.Mutex // held while a process is down
+
+	mu     sync.Mutex // guards what follows
+	counts map[string]int
+	memory []uint64
+	full   bool
+}
+
+// TestSoak runs many jobs through one agent while the processes around them are
+// killed and the agent's disk fills once, and looks for anything that is untrue,
+// missing, doubled or left over.
+func TestSoak(t *testing.T) {
+	v := os.Getenv("COFFER_SOAK")
+	if v == "" {
+		t.Skip("make soak runs it: it takes minutes")
+	}
+	jobs, err := strconv.Atoi(v)
+	if err != nil || jobs < 1 {
+		t.Fatalf("COFFER_SOAK: %q is no number of jobs", v)
+	}
+	n := need(t)
+	s := &soak{node: n, t: t, agent: n.agent(t), jobs: jobs, counts: map[string]int{}}
+	s.smallDisk()
+	began := time.Now()
+	ctx, done := context.WithCancel(t.Context())
+	var around sync.WaitGroup
+	around.Go(func() { s.breakThings(ctx) })
+	around.Go(func() { s.sample(ctx) })
+	var work sync.WaitGroup
+	next := make(chan int)
+	for range soakAtOnce {
+		work.Go(func() {
+			for i := range next {
+				s.job(i)
+			}
+		})
+	}
+	for i := range s.jobs {
+		next <- i
+	}
+	close(next)
+	work.Wait()
+	done()
+	around.Wait()
+	s.must(t, "restart")
+	s.leftOver()
+	s.table(time.Since(began))
+}
+
+func (s *soak) count(what string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.counts[what]++
+}
+
+// smallDisk gives the agent a disk of its own, which can be filled.
+func (s *soak) smallDisk() {
+	t, dir := s.t, filepath.Join(s.dir, "agent")
+	kill(t, s.pid(t, "cofferd"))
+	swap := func(mount bool) error {
+		kept := t.TempDir()
+		if err := os.CopyFS(filepath.Join(kept, "agent"), os.DirFS(dir)); err != nil {
+			return err
+		}
+		if mount {
+			if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("mode=700,size=%d", soakDisk)); err != nil {
+				return err
+			}
+		} else {
+			if err := unix.Unmount(dir, 0); err != nil {
+				return err
+			}
+			if err := os.RemoveAll(dir); err != nil {
+				return err
+			}
+		}
+		return copyOver(filepath.Join(kept, "agent"), dir)
+	}
+	if err := swap(true); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		kill(t, s.pid(t, "cofferd"))
+		if err := swap(false); err != nil {
+			t.Error(err)
+		}
+		s.must(t, "restart")
+	})
+	s.must(t, "restart")
+}
+
+// copyOver copies the files of a folder with their modes.
+func copyOver(from, to string) error {
+	return filepath.WalkDir(from, func(p string, d os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, p)
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			return os.MkdirAll(filepath.Join(to, rel), 0o700)
+		}
+		b, err := os.ReadFile(p)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(to, rel), b, 0o600)
+	})
+}
+
+// breakThings kills one process after another, in an order of chance, and fills the
+// disk once.
+func (s *soak) breakThings(ctx context.Context) {
+	order := append(rand.Perm(len(soakFaults)), -1)
+	for i := 0; ; i++ {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(soakPause + rand.N(soakPause)): //nolint:gosec // chance, no secret
+		}
+		which := rand.IntN(len(soakFaults)) //nolint:gosec // chance, no secret
+		if i < len(order) {
+			which = order[i]
+		}
+		s.breakOne(which)
+	}
+}
+
+// breakOne kills a process and starts it again, or fills the disk.
+func (s *soak) breakOne(which int) {
+	s.faults.Lock()
+	defer s.faults.Unlock()
+	if which < 0 {
+		s.fillDisk()
+		return
+	}
+	kill(s.t, s.pid(s.t, soakFaults[which]))
+	time.Sleep(rand.N(time.Second)) //nolint:gosec // chance, no secret
+	if out, err := s.coffer("restart"); err != nil {
+		s.t.Errorf("restart: %v\n%s", err, out)
+	}
+	s.count("killed " + soakFaults[which])
+}
+
+func (s *soak) fillDisk() {
+	path := filepath.Join(s.dir, "agent", "filler")
+	f, err := os.Create(path)
+	if err != nil {
+		s.t.Error(err)
+		return
+	}
+	piece := make([]byte, 64<<10)
+	for err == nil {
+		_, err = f.Write(piece)
+	}
+	if !errors.Is(err, unix.ENOSPC) {
+		s.t.Error(err)
+	}
+	time.Sleep(soakFull)
+	if err := errors.Join(f.Close(), os.Remove(path)); err != nil {
+		s.t.Error(err)
+	}
+	s.count("disk full")
+	s.mu.Lock()
+	s.full = true
+	s.mu.Unlock()
+}
+
+// sample reads the agent's resident memory.
+func (s *soak) sample(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
+		}
+		s.faults.Lock()
+		pid := s.pid(s.t, "cofferd")
+		s.faults.Unlock()
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+		if err != nil {
+			continue
+		}
+		pages, err := strconv.ParseUint(strings.Fields(string(b))[1], 10, 64)
+		if err != nil {
+			continue
+		}
+		s.mu.Lock()
+		s.memory = append(s.memory, pages*uint64(os.Getpagesize()))
+		s.mu.Unlock()
+	}
+}
+
+// patiently calls until the agent answers; keys keep it from doing a thing twice.
+func (s *soak) patiently(what string, call func(context.Context) error) error {
+	var err error
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
+		ctx, cancel := context.WithTimeout(s.t.Context(), 20*time.Second)
+		err = call(ctx)
+		cancel()
+		if err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// job submits one and holds its end, its events, its output and its bundle against
+// each other.
+func (s *soak) job(i int) {
+	t, kind := s.t, soakKinds[i%len(soakKinds)]
+	file, err := os.ReadFile(s.small(t, fmt.Sprintf("soak-%d-%s", i, kind.name), kind.script, ""))
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	var j *agentv1.Job
+	if err := s.patiently("submit", func(ctx context.Context) error {
+		res, err := s.agent.Submit(ctx, connect.NewRequest(&agentv1.SubmitRequest{JobFile: file, IdempotencyKey: fmt.Sprintf("soak-%d-%d", os.Getpid(), i)}))
+		if err == nil {
+			j = res.Msg.GetJob()
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+		return
+	}
+	id := j.GetId()
+	for deadline := time.Now().Add(3 * time.Minute); j.GetEndedUnix() == 0; time.Sleep(200 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Errorf("job %s (%s) does not end: %v", id, kind.name, j)
+			return
+		}
+		if res, err := s.agent.Get(t.Context(), connect.NewRequest(&agentv1.GetRequest{Id: id})); err == nil {
+			j = res.Msg.GetJob()
+		}
+	}
+	s.count("ended " + strings.TrimSpace(j.GetState()+" "+j.GetReason()))
+	asMeant := j.GetState() == kind.state && j.GetReason() == kind.reason
+	s.mu.Lock()
+	full := s.full
+	s.mu.Unlock()
+	if !asMeant && (j.GetState() != "failed" || !slices.Contains(soakReasons, j.GetReason()) && !(full && strings.Contains(j.GetMessage(), "full"))) {
+		t.Errorf("job %s (%s) ended %s, %s: %s", id, kind.name, j.GetState(), j.GetReason(), j.GetMessage())
+	}
+	s.events(id, kind, asMeant)
+	s.output(id, kind, asMeant)
+	s.record(id, kind, j, asMeant)
+}
+
+// events reads the job's events from the beginning: each has a number of its own,
+// and the last one says how the job ended.
+func (s *soak) events(id string, kind soakKind, asMeant bool) {
+	var last uint64
+	alerts := map[string]int{}
+	final := false
+	err := s.patiently("watch", func(ctx context.Context) error {
+		last, final = 0, false
+		clear(alerts)
+		st, err := s.agent.Watch(ctx, connect.NewRequest(&agentv1.WatchRequest{Id: id}))
+		if err != nil {
+			return err
+		}
+		defer st.Close()
+		for st.Receive() {
+			e := st.Msg()
+			if e.GetSequence() <= last {
+				s.t.Errorf("job %s: event %d after %d", id, e.GetSequence(), last)
+			}
+			last = e.GetSequence()
+			if a := e.GetAlert(); a != nil {
+				alerts[a.GetRule()]++
+			}
+			final = e.GetJob().GetEndedUnix() != 0
+		}
+		return st.Err()
+	})
+	if err != nil {
+		s.t.Errorf("job %s: %v", id, err)
+		return
+	}
+	if !final {
+		s.t.Errorf("job %s: its events do not end with its end", id)
+	}
+	for rule, n := range alerts {
+		if n != 1 {
+			s.t.Errorf("job %s: %d events of rule %s, want 1", id, n, rule)
+		}
+	}
+	if asMeant && !slices.Equal(slices.Sorted(maps.Keys(alerts)), kind.alerts) {
+		s.t.Errorf("job %s: events of rules %v, want %v", id, alerts, kind.alerts)
+	}
+}
+
+// output reads what the job printed: whole, in order and once.
+func (s *soak) output(id string, kind soakKind, asMeant bool) {
+	var out strings.Builder
+	err := s.patiently("logs", func(ctx context.Context) error {
+		out.Reset()
+		st, err := s.agent.Logs(ctx, connect.NewRequest(&agentv1.LogsRequest{Id: id}))
+		if err != nil {
+			return err
+		}
+		defer st.Close()
+		for st.Receive() {
+			out.Write(st.Msg().GetLog().GetData())
+		}
+		return st.Err()
+	})
+	if err != nil {
+		s.t.Errorf("job %s: %v", id, err)
+		return
+	}
+	lines := strings.Split(strings.TrimSuffix(out.String(), "\n"), "\n")
+	if out.Len() == 0 {
+		lines = nil
+	}
+	for k, l := range lines {
+		if l != fmt.Sprintf("line %d", k) {
+			s.t.Errorf("job %s: line %d is %q", id, k, l)
+			return
+		}
+	}
+	if asMeant && len(lines) != kind.lines {
+		s.t.Errorf("job %s printed %d lines, want %d", id, len(lines), kind.lines)
+	}
+}
+
+// record holds the job's bundle against what the agent says.
+func (s *soak) record(id string, kind soakKind, j *agentv1.Job, asMeant bool) {
+	var file []byte
+	err := s.patiently("bundle", func(ctx context.Context) error {
+		res, err := s.agent.Bundle(ctx, connect.NewRequest(&agentv1.BundleRequest{Id: id}))
+		if err == nil {
+			file = res.Msg.GetBundle()
+		}
+		if connect.CodeOf(err) == connect.CodeNotFound {
+			return nil
+		}
+		return err
+	})
+	if err != nil || len(file) == 0 {
+		if err != nil || asMeant {
+			s.t.Errorf("job %s has no bundle: %v", id, err)
+		}
+		s.count("without a bundle")
+		return
+	}
+	b, err := bundle.Parse(file)
+	if err != nil {
+		s.t.Errorf("job %s: %v", id, err)
+		return
+	}
+	st, err := bundle.ParseStatement(b.Statement)
+	if err != nil {
+		s.t.Errorf("job %s: %v", id, err)
+		return
+	}
+	if string(st.Outcome.State) != j.GetState() || st.Outcome.Reason != j.GetReason() {
+		s.t.Errorf("job %s: the bundle says %s %s, the agent %s %s", id, st.Outcome.State, st.Outcome.Reason, j.GetState(), j.GetReason())
+	}
+	if !asMeant {
+		return
+	}
+	a, err := bundle.Decode[bundle.Alerts](b.Parts[bundle.AlertsPart])
+	if err != nil || !slices.Equal(rulesOf(a), kind.alerts) || len(a.Findings) != len(kind.alerts) {
+		s.t.Errorf("job %s: %v, findings %+v, want %v", id, err, a.Findings, kind.alerts)
+	}
+}
+
+// leftOver looks for what jobs that have ended still have on the machine.
+func (s *soak) leftOver() {
+	for name, found := range map[string][]string{
+		"run folders":    names(s.layout.Jobs()),
+		"control groups": s.groups(),
+		"mounts":         s.mounts(),
+		"containers":     s.containers("containers", "ls", "-q"),
+		"snapshots":      s.containers("snapshots", "--snapshotter", "overlayfs", "ls"),
+		"holders":        s.holders(),
+		"values":         names(filepath.Join(s.dir, "agent", "values")),
+	} {
+		s.mu.Lock()
+		s.counts["left over: "+name] = len(found)
+		s.mu.Unlock()
+		if len(found) > 0 {
+			s.t.Errorf("left over: %s: %v", name, found)
+		}
+	}
+}
+
+func names(dir string) []string {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !os.IsNotExist(err) {
+		return []string{err.Error()}
+	}
+	var out []string
+	for _, e := range entries {
+		out = append(out, e.Name())
+	}
+	return out
+}
+
+// groups are the control groups below the stack's that are a job's.
+func (s *soak) groups() []string {
+	var out []string
+	for _, pattern := range []string{"/sys/fs/cgroup/*%s/*", "/sys/fs/cgroup%s/*"} {
+		found, err := filepath.Glob(fmt.Sprintf(pattern, s.layout.Cgroup()))
+		if err != nil {
+			return []string{err.Error()}
+		}
+		for _, f := range found {
+			if st, err := os.Stat(f); err == nil && st.IsDir() && len(filepath.Base(f)) >= 26 {
+				out = append(out, f)
+			}
+		}
+	}
+	return out
+}
+
+func (s *soak) mounts() []string {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return []string{err.Error()}
+	}
+	var out []string
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], s.layout.Jobs()) {
+			out = append(out, f[4])
+		}
+	}
+	return out
+}
+
+// containers asks containerd for what is a job's.
+func (s *soak) containers(args ...string) []string {
+	out, err := ctr(s.node, args...)
+	if err != nil {
+		return []string{err.Error() + out}
+	}
+	var jobs []string
+	for line := range strings.Lines(out) {
+		if strings.HasPrefix(line, "job-") {
+			jobs = append(jobs, strings.TrimSpace(line))
+		}
+	}
+	return jobs
+}
+
+// holders are processes that hold a job's keys and regions.
+func (s *soak) holders() []string {
+	var out []string
+	for _, pid := range names("/proc") {
+		exe, err := os.Readlink(filepath.Join("/proc", pid, "exe"))
+		if err == nil && exe == filepath.Join(s.bin, "coffer-holder") {
+			out = append(out, pid)
+		}
+	}
+	return out
+}
+
+// table prints what happened, and holds the agent's memory against its bound.
+func (s *soak) table(took time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	fmt.Printf("\n%-44s %10s\n", "soak", "")
+	fmt.Printf("%-44s %10d\n", "jobs", s.jobs)
+	fmt.Printf("%-44s %9.0fs\n", "time", took.Seconds())
+	for _, k := range slices.Sorted(maps.Keys(s.counts)) {
+		fmt.Printf("%-44s %10d\n", k, s.counts[k])
+	}
+	if len(s.memory) < 4 {
+		return
+	}
+	// A quarter at each end, by its median: agents that were killed begin small.
+	q := len(s.memory) / 4
+	middle := func(m []uint64) uint64 { return slices.Sorted(slices.Values(m))[len(m)/2] }
+	first, last := middle(s.memory[:q]), middle(s.memory[len(s.memory)-q:])
+	fmt.Printf("%-44s %7d MiB\n%-44s %7d MiB\n%-44s %7d MiB\n", "agent's memory, first quarter", first>>20, "agent's memory, last quarter", last>>20, "agent's memory, most", slices.Max(s.memory)>>20)
+	if last > first+soakMemory {
+		s.t.Errorf("the agent's memory grew from %d to %d MiB", first>>20, last>>20)
+	}
+}

@@ -1,0 +1,153 @@
+package jobspec
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+
+	"github.com/coffer-run/coffer/attest/plan"
+)
+
+// Field is one field of a job file: what documents, the schema and refusals say of
+// it. Its place and its type come from Spec.
+type Field struct {
+	// Path is its place: "inputs[].mount" is that of each input, "env.*" each
+	// variable.
+	Path string
+	// Doc says what it is for, in one or two sentences.
+	Doc string
+	// Want says what a value must be; it follows the word "want".
+	Want string
+	// Default is what holds where the job file is silent; "" where nothing does.
+	Default string
+	// Example is a value as YAML on one line.
+	Example string
+	// Required fields must be there if what they are part of is.
+	Required bool
+	// Planned fields change the plan digest: people approve them.
+	Planned bool
+
+	// What the schema checks besides the type.
+	pattern    string
+	enum       []string
+	min, max   *int64
+	minItems   int
+	maxItems   int
+	firstMatch string
+}
+
+func between(low, high int64) (a, b *int64) { return &low, &high }
+
+const (
+	namePattern  = `^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`
+	envPattern   = `^[A-Za-z_][A-Za-z0-9_]{0,127}$`
+	imagePattern = `^[a-z0-9][a-z0-9./:_-]{0,200}(@sha256:[0-9a-f]{64})?$`
+
+	wantName  = "lower-case letters, digits, '-' and '.', at most 63, starting and ending with a letter or digit"
+	wantSize  = "a size, such as 512Mi or 4Gi"
+	wantTime  = "a duration of at least a second, such as 30m or 12h"
+	wantPath  = "an absolute path outside of what belongs to the sandbox"
+	wantAsset = "the name of an asset at the broker: " + wantName
+)
+
+// Fields lists every field of a job file, in the order in which people write them.
+func Fields() []Field {
+	gpuLow, gpuHigh := between(0, 16)
+	pidLow, pidHigh := between(1, 32768)
+	prioLow, prioHigh := between(-MaxPriority, MaxPriority)
+	retryLow, retryHigh := between(1, plan.MaxRetries)
+	exitLow, exitHigh := between(1, 255)
+	keepLow, keepHigh := between(1, maxKeep)
+	portLow, portHigh := between(1, 65535)
+	eventLow, eventHigh := between(1, MaxEgressEvents)
+	return []Field{
+		{Path: "apiVersion", Doc: "The version of the job file.", Want: APIVersion, Example: APIVersion, Required: true, enum: []string{APIVersion}},
+		{Path: "name", Doc: "What people call the job.", Want: wantName, Example: "fashion-mnist", Required: true, Planned: true, pattern: namePattern},
+		{Path: "image", Doc: "The container image. The node resolves a name to a digest, and the digest is in the plan.",
+			Want: "a name, or name@sha256:<digest>", Example: "coffer.local/torch:latest", Required: true, Planned: true, pattern: imagePattern},
+		{Path: "command", Doc: "The program, as an absolute path in the image, and its arguments. No shell reads them.",
+			Want: "the program and its arguments as a list, the program as an absolute path such as /usr/bin/python3", Example: "[/usr/bin/python3, /app/train.py]",
+			Required: true, Planned: true, minItems: 1, firstMatch: "^/"},
+		{Path: "env", Doc: "Environment variables. The plan has the names and the digest of each value, never the values.", Want: "names with values", Example: `{EPOCHS: "2"}`, Planned: true},
+		{Path: "env.*", Doc: "One variable. A name without a value is one that every submission must set.",
+			Want: "a value: write it, or submit with --set env.NAME=VALUE", Example: `"2"`, Planned: true},
+		{Path: "inputs", Doc: "Sealed data and weights that the job reads.", Want: fmt.Sprintf("a list of at most %d inputs", MaxInputs), Example: "[]", Default: "none", Planned: true, maxItems: MaxInputs},
+		{Path: "inputs[].name", Doc: "What the input is called in the plan.", Want: wantName, Example: "data", Required: true, Planned: true, pattern: namePattern},
+		{Path: "inputs[].asset", Doc: "The asset whose key opens it. The plan has the digest of what was sealed.", Want: wantAsset, Example: "fashion-mnist", Required: true, Planned: true, pattern: namePattern},
+		{Path: "inputs[].uri", Doc: "Where the sealed folder lies: a folder of the node, or a bucket that the node's configuration lists.",
+			Want: "file:///absolute/path, s3://bucket/prefix, gs://bucket/prefix or azblob://container/prefix", Example: "file:///var/lib/coffer/demo/fashion-mnist", Required: true},
+		{Path: "inputs[].mount", Doc: "Where the job sees it opened, read-only.", Want: wantPath, Example: "/inputs/data", Required: true, Planned: true},
+		{Path: "checkpoints", Doc: "Where the job writes checkpoints, which are sealed as they are written.", Want: "asset, uri and mount", Default: "the job writes none", Planned: true},
+		{Path: "checkpoints.asset", Doc: "The asset whose key seals them.", Want: wantAsset, Example: "fashion-mnist-checkpoints", Required: true, Planned: true, pattern: namePattern},
+		{Path: "checkpoints.uri", Doc: "The folder of the node, or the prefix in a bucket, into which sealed checkpoints go, each job's into a folder of its own.",
+			Want: "file:///absolute/path, s3://bucket/prefix, gs://bucket/prefix or azblob://container/prefix", Example: "file:///var/lib/coffer/demo/fashion-mnist-checkpoints", Required: true},
+		{Path: "checkpoints.mount", Doc: "Where the job writes them.", Want: wantPath, Example: "/checkpoints", Required: true, Planned: true},
+		{Path: "checkpoints.resume", Doc: "Which checkpoint the job goes on from: it sees that one under resume/ below the mount. latest is the newest that the broker countersigned for a job of the same plan.",
+			Want: "none, latest, or the digest of a checkpoint as coffer checkpoints ls shows it", Default: resumeNone, Example: "latest", Planned: true},
+		{Path: "checkpoints.keep", Doc: "Which sealed checkpoints stay once a newer one is countersigned. The newest always stays.", Want: "last, best or every", Default: "all of them stay"},
+		{Path: "checkpoints.keep.last", Doc: "How many of the newest stay.", Want: fmt.Sprintf("1 to %d", maxKeep), Default: "1", Example: "3", min: keepLow, max: keepHigh},
+		{Path: "checkpoints.keep.best", Doc: `Those with the best values of a metric stay. The job prints a value as a line of JSON with the checkpoint's name: {"checkpoint": "epoch-3", "accuracy": 0.87}.`,
+			Want: "metric and want", Example: "{metric: loss, want: min}"},
+		{Path: "checkpoints.keep.best.metric", Doc: "The metric's name in those lines.", Want: "the name of a number that the job reports", Example: "loss", Required: true, pattern: metricForm.String()},
+		{Path: "checkpoints.keep.best.want", Doc: "Whether large or small values are good.", Want: "max or min", Example: "min", Required: true, enum: []string{"max", "min"}},
+		{Path: "checkpoints.keep.best.count", Doc: "How many of the best stay.", Want: fmt.Sprintf("1 to %d", maxKeep), Default: "1", Example: "2", min: keepLow, max: keepHigh},
+		{Path: "checkpoints.keep.every", Doc: "The first of each so long time stays.", Want: wantTime, Example: "6h"},
+		{Path: "reseal", Doc: "What a job without a container does: it opens a sealed asset and seals it under another key. It has no image, command, env, inputs, checkpoints, egress or GPUs.",
+			Want: "asset, uri, to and out", Default: "the job runs a container", Planned: true},
+		{Path: "reseal.asset", Doc: "The asset whose key opens the source. The plan has the digest of what was sealed.", Want: wantAsset, Example: "fashion-mnist", Required: true, Planned: true, pattern: namePattern},
+		{Path: "reseal.uri", Doc: "Where the source's sealed folder lies, as for an input.",
+			Want: "file:///absolute/path, s3://bucket/prefix, gs://bucket/prefix or azblob://container/prefix", Example: "file:///var/lib/coffer/demo/fashion-mnist", Required: true},
+		{Path: "reseal.to", Doc: "The asset whose key seals it anew. Its digest is open until the job has set it.", Want: wantAsset, Example: "fashion-mnist-2", Required: true, Planned: true, pattern: namePattern},
+		{Path: "reseal.out", Doc: "The folder of the node that is made. A job that is submitted again with the same one keeps the files that hold.",
+			Want: "file:///absolute/path", Example: "file:///var/lib/coffer/demo/fashion-mnist-2", Required: true},
+		{Path: "egress", Doc: "The destinations that the job may reach, over TLS and through the node's gateway. Without any it has no network.",
+			Want: fmt.Sprintf("a list of at most %d destinations", plan.MaxEgress), Default: "none", Example: "[{host: metrics.example.com, maxBytes: 16Ki}]", Planned: true, maxItems: plan.MaxEgress},
+		{Path: "egress[].host", Doc: "The destination's name. It is what the TLS handshake names.", Want: "a host name: no address, no wildcard, no URL", Example: "metrics.example.com", Required: true, Planned: true},
+		{Path: "egress[].port", Doc: "The destination's port.", Want: "1 to 65535", Default: fmt.Sprint(DefaultEgressPort), Example: "443", Planned: true, min: portLow, max: portHigh},
+		{Path: "egress[].maxBytes", Doc: "How much the job may send there. It has no default: who approves the plan approves the number.", Want: wantSize, Example: "16Ki", Required: true, Planned: true},
+		{Path: "egress[].bytesPerSecond", Doc: "How fast it may send there.", Want: wantSize, Default: "1Mi", Example: "64Ki", Planned: true},
+		{Path: "resources", Doc: "What the job may use.", Want: "cpu and memory", Required: true, Planned: true},
+		{Path: "resources.cpu", Doc: "Cores, or thousandths of a core.", Want: "a number of cores, such as 2 or 1500m", Example: "2", Required: true, Planned: true},
+		{Path: "resources.memory", Doc: "Memory, including the opened inputs. It is at least 64Mi.", Want: wantSize, Example: "4Gi", Required: true, Planned: true},
+		{Path: "resources.gpus", Doc: "Whole GPUs, each attested.", Want: "0 to 16", Default: "0", Example: "1", Planned: true, min: gpuLow, max: gpuHigh},
+		{Path: "resources.pids", Doc: "Processes and threads at once.", Want: "1 to 32768", Default: fmt.Sprint(DefaultPids), Example: "512", Planned: true, min: pidLow, max: pidHigh},
+		{Path: "maxDuration", Doc: "The job is stopped when it has run so long.", Want: wantTime, Default: "24h", Example: "30m", Planned: true},
+		{Path: "output", Doc: "What may leave the job besides checkpoints.", Want: "bounds", Planned: true},
+		{Path: "output.logBytes", Doc: "What the job may print altogether, at most 256Mi.", Want: wantSize, Default: "16Mi", Example: "1Mi", Planned: true},
+		{Path: "output.logBytesPerSecond", Doc: "How fast it may print, at most 16Mi.", Want: wantSize, Default: "64Ki", Example: "64Ki", Planned: true},
+		{Path: "output.logKey", Doc: "A public key to which the kept log is sealed, so that the node cannot read it later.", Want: "x25519: or mlkem768x25519: and a public key in base64"},
+		{Path: "output.egressBytes", Doc: "What the job may send to all destinations of egress together.", Want: wantSize, Default: "the sum of egress[].maxBytes", Example: "16Ki", Planned: true},
+		{Path: "output.egressBytesPerSecond", Doc: "How fast it may send altogether.", Want: wantSize, Default: "the fastest of egress[].bytesPerSecond", Example: "64Ki", Planned: true},
+		{Path: "output.egressEvents", Doc: "How many different refused destinations are told by name.", Want: fmt.Sprintf("1 to %d", MaxEgressEvents), Default: fmt.Sprint(DefaultEgressEvents), Example: "10", Planned: true, min: eventLow, max: eventHigh},
+		{Path: "priority", Doc: "Orders the jobs that wait for room on the node: higher ones first.", Want: fmt.Sprintf("%d to %d", -MaxPriority, MaxPriority), Default: "0", Example: "10", min: prioLow, max: prioHigh},
+		{Path: "retry", Doc: "When a job that failed is tried again. Each attempt is a job of its own, with its own keys and evidence. Refused, revoked and cancelled jobs are never tried again.", Want: "limit", Default: "the job is tried once", Planned: true},
+		{Path: "retry.limit", Doc: "How many attempts may follow the first.", Want: fmt.Sprintf("1 to %d attempts after the first", plan.MaxRetries), Example: "2", Required: true, Planned: true, min: retryLow, max: retryHigh},
+		{Path: "retry.onExitCodes", Doc: "Exit codes of the job after which it is tried again.", Want: "a list of exit codes", Example: "[75]"},
+		{Path: "retry.onExitCodes[]", Doc: "An exit code.", Want: "1 to 255", Example: "75", min: exitLow, max: exitHigh},
+		{Path: "retry.onEvents", Doc: "Failures of the machine after which the job is tried again.", Want: "a list of reason codes", Default: "all but deadline, if onExitCodes is absent too", Example: "[lease-lapsed, holder-lost]"},
+		{Path: "retry.onEvents[]", Doc: "A reason code.", Want: "some of " + strings.Join(RetryEvents(), ", "), Example: "holder-lost", enum: RetryEvents()},
+		{Path: "retry.backoff", Doc: "The pause before the second attempt. Each later pause is twice the one before, up to 1h.", Want: wantTime + ", at most 1h", Default: "10s", Example: "1m"},
+		{Path: "stopGrace", Doc: "How long the job may take to end when it is told to, for a last checkpoint: whole seconds, at most 1h.", Want: wantTime, Default: "5s", Example: "30s", Planned: true},
+		{Path: "maxWait", Doc: "How long the job may wait for approvals and for room.", Want: wantTime, Default: "168h", Example: "24h"},
+		{Path: "attestationPolicy", Doc: "The attestation policy by which the verifier judges the machine. The plan has its digest.", Want: "the name of an attestation policy, such as production",
+			Example: "simulation", Required: true, Planned: true, pattern: "^."},
+	}
+}
+
+var element = regexp.MustCompile(`\[\d+\]`)
+
+// fieldOf returns the field at a place of a job file, or what that is a part of.
+func fieldOf(place string) Field {
+	place = element.ReplaceAllString(place, "[]")
+	if strings.HasPrefix(place, "env.") {
+		place = "env.*"
+	}
+	for ; place != ""; place = place[:max(strings.LastIndexAny(place, ".["), 0)] {
+		for _, f := range Fields() {
+			if f.Path == place {
+				return f
+			}
+		}
+	}
+	return Field{Want: "the fields of a job file"}
+}

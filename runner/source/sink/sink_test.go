@@ -1,0 +1,118 @@
+package sink
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
+)
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// checkpoint writes a folder with a signed record of the given digest.
+func checkpoint(t *testing.T, dir string, digest plan.Digest) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	rec, err := plan.Canonical(receipt.CheckpointRecord{
+		Version: receipt.CheckpointVersion, JobID: "a", Plan: plan.Sum(nil), Asset: "ckpt", Sequence: 1, Name: "x", Digest: digest, UnixNano: 1,
+	})
+	must(t, err)
+	sum := sha256.Sum256(append([]byte("coffer/v1 checkpoint\x00"), rec...))
+	sig, err := ecdsa.SignASN1(rand.Reader, key, sum[:])
+	must(t, err)
+	der, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	must(t, err)
+	b, err := plan.Canonical(receipt.SignedCheckpoint{Record: rec, Signature: sig, SessionKey: der})
+	must(t, err)
+	must(t, os.MkdirAll(dir, 0o700))
+	must(t, os.WriteFile(filepath.Join(dir, recordName), b, 0o600))
+}
+
+func TestFind(t *testing.T) {
+	base := t.TempDir()
+	uri := "file://" + base
+	one, two := plan.Sum([]byte("1")), plan.Sum([]byte("2"))
+	checkpoint(t, filepath.Join(base, "job-a", "000001-x"), one)
+	checkpoint(t, filepath.Join(base, "job-b", "000012-y"), two)
+	checkpoint(t, filepath.Join(base, "job-b", "000013-z.tmp"), plan.Sum([]byte("3")))
+	must(t, os.WriteFile(filepath.Join(base, "stray"), nil, 0o600))
+	if dir, err := Find(uri, "job-b", 12); err != nil || filepath.Base(dir) != "000012-y" {
+		t.Errorf("%s, %v", dir, err)
+	}
+	if dir, err := FindDigest(uri, one); err != nil || dir != filepath.Join(base, "job-a", "000001-x") {
+		t.Errorf("%s, %v", dir, err)
+	}
+	for _, err := range []error{second(Find(uri, "job-b", 1)), second(FindDigest(uri, plan.Sum([]byte("9"))))} {
+		if !errors.Is(err, ErrNotFound) {
+			t.Errorf("what is not there: %v", err)
+		}
+	}
+	for _, job := range []string{"../x", "", "a/b", ".."} {
+		if dir, err := Dir(uri, job); err == nil {
+			t.Errorf("job %q leads to %s", job, dir)
+		}
+	}
+	// A record that somebody changed names nothing.
+	b, err := os.ReadFile(filepath.Join(base, "job-a", "000001-x", recordName))
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(base, "job-a", "000001-x", recordName), []byte(strings.Replace(string(b), `"signature":"M`, `"signature":"N`, 1)), 0o600))
+	if _, err := FindDigest(uri, one); !errors.Is(err, ErrNotFound) {
+		t.Errorf("a changed record: %v", err)
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
+
+func TestCreate(t *testing.T) {
+	uri := "file://" + t.TempDir()
+	dir, err := Create(uri, "job-a")
+	must(t, err)
+	if again, err := Create(uri, "job-a"); err != nil || again != dir {
+		t.Errorf("a job that begins anew: %s, %v", again, err)
+	}
+	must(t, os.Mkdir(filepath.Join(dir, "000001-x"), 0o700))
+	if _, err := Create(uri, "job-a"); err == nil {
+		t.Error("a folder with checkpoints is taken")
+	}
+}
+
+// TestAnchorWriting: whatever an agent that was killed leaves, there is a whole
+// countersignature or none, and the next attempt writes it.
+func TestAnchorWriting(t *testing.T) {
+	for name, left := range map[string]string{"nothing": "", "an empty file": "-", "half of it": "tok", "all of it, not renamed": "token"} {
+		dir := t.TempDir()
+		if left != "" {
+			must(t, os.WriteFile(filepath.Join(dir, anchorName+tmpSuffix), []byte(strings.TrimPrefix(left, "-")), 0o600))
+		}
+		if got, err := ReadAnchor(dir); err != nil || got != "" {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+		for range 2 {
+			must(t, WriteAnchor(dir, "token"))
+		}
+		l, err := os.ReadDir(dir)
+		if got, rerr := ReadAnchor(dir); err != nil || rerr != nil || got != "token" || len(l) != 1 {
+			t.Errorf("%s: %q, %v, %d files", name, got, rerr, len(l))
+		}
+	}
+	dir := t.TempDir()
+	must(t, os.Symlink("/etc/hostname", filepath.Join(dir, anchorName)))
+	if got, err := ReadAnchor(dir); err == nil {
+		t.Errorf("a link is followed to %q", got)
+	}
+}

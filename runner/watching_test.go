@@ -1,0 +1,212 @@
+package runner
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
+	"github.com/coffer-run/coffer/runner/alerts"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/journal"
+	"github.com/coffer-run/coffer/runner/rules"
+)
+
+// collected takes alerts.
+type collected struct {
+	mu    sync.Mutex
+	lines int
+}
+
+func (c *collected) Write(_ context.Context, b []byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, x := range b {
+		if x == '\n' {
+			c.lines++
+		}
+	}
+	return nil
+}
+
+// watched is a job under the shipped rules, whose events go to a real journal.
+func watched(t *testing.T) (*Agent, *Job, context.Context) {
+	t.Helper()
+	set, err := rules.Parse(rules.Default)
+	if err != nil {
+		t.Fatal(err)
+	}
+	jnl, err := journal.Open(filepath.Join(t.TempDir(), "journal.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := jnl.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	log := slog.New(slog.DiscardHandler)
+	a := &Agent{Deps: Deps{Rules: set, Journal: jnl, Log: log}, log: log}
+	j := newJob("01JD3V8QK5W2M7N4P6R8S0T1V3", "user/ada")
+	j.feed = newFeed(j.id, jnl)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	j.cancel = cancel
+	a.beginWatching(t.Context(), j)
+	return a, j, ctx
+}
+
+func openOf(sequence uint64, path string) holdapi.Event {
+	return holdapi.Event{Sequence: sequence, UnixNano: 1, Kind: "open", Detail: path, Process: "p"}
+}
+
+func TestFindingsAreToldAndRecorded(t *testing.T) {
+	a, j, ctx := watched(t)
+	sink := &collected{}
+	a.Alerts = alerts.NewSink(sink, a.log)
+	for i := range uint64(1000) {
+		a.lookAt(t.Context(), j, openOf(i+1, "/etc/shadow"))
+	}
+	a.Alerts.Close(t.Context())
+	a.Alerts = nil
+	// 32 one by one, and then at 64, 128, 256 and 512.
+	if n := len(j.watching.found.Findings); n != 36 || j.watching.found.Untold != 1000-36 || sink.lines != 36 {
+		t.Errorf("%d findings, %d untold, %d alerts", n, j.watching.found.Untold, sink.lines)
+	}
+	if events, _, _ := j.feed.after(0); len(events) != 36 || events[0].GetAlert().GetTraceSequence() != 1 || events[35].GetAlert().GetCount() != 512 {
+		t.Errorf("%d events", len(events))
+	}
+	if ctx.Err() != nil {
+		t.Errorf("an alert ends the job: %v", context.Cause(ctx))
+	}
+	a.lookAt(t.Context(), j, holdapi.Event{Sequence: 1001, Kind: "operator-exec", Detail: "/bin/sh"})
+	var stop *ruleError
+	if !errors.As(context.Cause(ctx), &stop) || stop.id != "operator-exec" {
+		t.Errorf("the job goes on: %v", context.Cause(ctx))
+	}
+	if out := a.outcome(t.Context(), j, context.Cause(ctx)); out.Reason != bundle.ReasonRule+"operator-exec" || out.State != journal.Failed {
+		t.Errorf("%+v", out)
+	}
+}
+
+// The end of the trace is found, and ends the job by a way of its own.
+func TestTraceLostIsFound(t *testing.T) {
+	a, j, ctx := watched(t)
+	a.lookAt(t.Context(), j, holdapi.Event{Sequence: 1, Kind: bundle.EventTraceLost})
+	if len(j.watching.found.Findings) != 1 || ctx.Err() != nil {
+		t.Errorf("%+v, %v", j.watching.found, ctx.Err())
+	}
+}
+
+// Whoever takes a job up reads the trace from its beginning: nothing is told twice,
+// and what an earlier agent had not told is told.
+func TestTakenUpJobIsNotToldTwice(t *testing.T) {
+	a, before, _ := watched(t)
+	a.lookAt(t.Context(), before, openOf(1, "/etc/shadow"))
+	a.lookAtOutput(t.Context(), before, 5<<20, 0)
+	told, _, _ := before.feed.after(0)
+	if len(told) != 2 {
+		t.Fatalf("%d events", len(told))
+	}
+	a, j, ctx := watched(t)
+	j.watching = watching{adopted: true}
+	for _, e := range told {
+		b, err := proto.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var w agentv1.WatchResponse
+		if err := proto.Unmarshal(b, &w); err != nil {
+			t.Fatal(err)
+		}
+		j.restoreFinding(w.GetAlert(), w.GetTimeUnixNano())
+	}
+	a.beginWatching(t.Context(), j)
+	j.watching.skip = 5 << 20
+	for i := range uint64(3) {
+		a.lookAt(t.Context(), j, openOf(i+1, []string{"/etc/shadow", "/etc/hostname", "/root/.ssh/id"}[i]))
+	}
+	a.lookAtOutput(t.Context(), j, 5<<20, 0)
+	events, _, _ := j.feed.after(0)
+	if len(events) != 1 || events[0].GetAlert().GetPath() != "/root/.ssh/id" || events[0].GetAlert().GetSequence() != 3 || events[0].GetAlert().GetCount() != 2 {
+		t.Errorf("%v", events)
+	}
+	if ctx.Err() != nil {
+		t.Error(context.Cause(ctx))
+	}
+	// An agent that was killed between a finding and the end of the job.
+	_, j, ctx = watched(t)
+	j.watching = watching{adopted: true}
+	j.restoreFinding(&agentv1.AlertEvent{Sequence: 1, Rule: "operator-exec", Action: "stop", Kind: "operator-exec", TraceSequence: 9}, 1)
+	a.beginWatching(t.Context(), j)
+	if ctx.Err() == nil {
+		t.Error("a job that a rule had ended goes on")
+	}
+}
+
+func TestOutputThatWasCutCounts(t *testing.T) {
+	a, j, _ := watched(t)
+	a.lookAtOutput(t.Context(), j, 1000, 4<<20)
+	a.lookAtOutput(t.Context(), j, 1000, 4<<20)
+	if n := len(j.watching.found.Findings); n != 1 || j.watching.found.Findings[0].Rule != "burst-of-output" {
+		t.Errorf("%+v", j.watching.found.Findings)
+	}
+}
+
+func TestWhatLeavesByTheGatewayIsAddedUp(t *testing.T) {
+	a, j, _ := watched(t)
+	j.egress = &jobEgress{connections: []bundle.Connection{{Host: "a.example.com", Port: 443, Sent: 200 << 20}}}
+	a.lookAtSent(t.Context(), j)
+	a.lookAtSent(t.Context(), j)
+	if n := len(j.watching.found.Findings); n != 0 {
+		t.Errorf("200 MiB are a burst: %d", n)
+	}
+	j.egress.connections = append(j.egress.connections, bundle.Connection{Host: "b.example.com", Port: 443, Sent: 100 << 20})
+	a.lookAtSent(t.Context(), j)
+	if f := j.watching.found.Findings; len(f) != 1 || f[0].Rule != "burst-to-network" || f[0].Address != "b.example.com:443" {
+		t.Errorf("%+v", f)
+	}
+	// What an earlier agent saw does not count again.
+	_, k, _ := watched(t)
+	k.watching.sent, k.egress = nil, j.egress
+	a.lookAtSent(t.Context(), k)
+	if len(k.watching.found.Findings) != 0 || len(k.watching.sent) != 2 {
+		t.Errorf("%+v", k.watching.found.Findings)
+	}
+}
+
+// A full disk does not make a job that has ended one that runs.
+func TestTheEndOfAJobInsists(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, stop := context.WithCancelCause(t.Context())
+		a := &Agent{log: slog.New(slog.DiscardHandler), ctx: ctx}
+		j := newJob("job", "user/ada")
+		full := errors.New("disk is full")
+		tries := 0
+		began := time.Now()
+		if err := a.insist(t.Context(), j, func() error {
+			if tries++; tries < 10 {
+				return full
+			}
+			return nil
+		}); err != nil || tries != 10 || time.Since(began) > time.Minute {
+			t.Errorf("%v after %d tries and %s", err, tries, time.Since(began))
+		}
+		for _, final := range []error{journal.ErrConflict, journal.ErrNotFound} {
+			if err := a.insist(t.Context(), j, func() error { return final }); !errors.Is(err, final) {
+				t.Errorf("%v: %v", final, err)
+			}
+		}
+		stop(errShutdown)
+		if err := a.insist(t.Context(), j, func() error { return full }); !errors.Is(err, full) {
+			t.Errorf("an agent that ends: %v", err)
+		}
+	})
+}
