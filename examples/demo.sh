@@ -136,7 +136,7 @@ code=0
 coffer submit "$job" --watch >"$kept/attack-1.log" 2>&1 || code=$?
 indent <"$kept/attack-1.log"
 ctr images tag --force "$image-approved" "$image" >>"$kept/ctr.log" 2>&1
-refused "changed image" release "grant\.missing" "$kept/attack-1.log" "$code"
+refused "changed image" admit "image\.signature" "$kept/attack-1.log" "$code"
 
 say "attack 2: somebody with the node's own identity sends the verifier the first run's evidence again"
 code=0
