@@ -288,6 +288,11 @@ func (j *Job) stopped(reason string, trace []bundle.Event) *bundle.Stop {
 			s.ScrubbedUnixNano = e.UnixNano
 		}
 	}
+	if s.GoneUnixNano != 0 && s.ToldUnixNano > s.GoneUnixNano {
+		// Nobody was left to tell: an agent that comes back tells what its holder
+		// may have killed while it was away.
+		s.ToldUnixNano = 0
+	}
 	return s
 }
 

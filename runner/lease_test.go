@@ -362,6 +362,9 @@ func TestStopInEvidence(t *testing.T) {
 	}
 	j.toldNow()
 	j.goneNow()
+	if s := j.stopped("lease-lapsed", trace); s.ToldUnixNano != 0 || s.GoneUnixNano != 7 {
+		t.Errorf("told after the holder had killed it: %+v", s)
+	}
 	if s := j.stopped("lease-lapsed", trace[1:]); s.ToldUnixNano == 0 || s.GoneUnixNano < s.ToldUnixNano {
 		t.Errorf("%+v", s)
 	}
