@@ -60,6 +60,7 @@ const (
 	ActionRewrapKeys      Action = "RewrapKeys"
 	ActionRelease         Action = "Release"
 	ActionRenew           Action = "Renew"
+	ActionReattest        Action = "Reattest"
 	ActionReportStopped   Action = "ReportStopped"
 	ActionCountersign     Action = "CountersignCheckpoint"
 	ActionCommitReseal    Action = "CommitReseal"
@@ -84,7 +85,7 @@ func Actions() []Action {
 	return []Action{
 		ActionInfo, ActionCreateAsset, ActionReadAsset, ActionUpdateAssetPolicy, ActionCreateGrant, ActionRequestGrant, ActionApproveGrant, ActionConsentGrant,
 		ActionDenyGrant, ActionReadGrant, ActionListGrants, ActionRevoke, ActionRevokeAny, ActionListRevocations, ActionLiftRevocation, ActionRewrapKeys, ActionRelease,
-		ActionRenew, ActionReportStopped, ActionCountersign, ActionCommitReseal, ActionLogBundle, ActionEntries, ActionReadLog,
+		ActionRenew, ActionReattest, ActionReportStopped, ActionCountersign, ActionCommitReseal, ActionLogBundle, ActionEntries, ActionReadLog,
 	}
 }
 
@@ -112,7 +113,7 @@ func MayEver(role string, a Action) bool {
 		return role == roleOwner || role == roleOperator || role == roleAuditor
 	case ActionRevokeAny, ActionLiftRevocation, ActionRewrapKeys:
 		return role == roleOperator
-	case ActionRelease, ActionRenew, ActionReportStopped, ActionCountersign, ActionCommitReseal, ActionLogBundle:
+	case ActionRelease, ActionRenew, ActionReattest, ActionReportStopped, ActionCountersign, ActionCommitReseal, ActionLogBundle:
 		return role == roleAgent
 	case ActionReadLog:
 		return role == roleAuditor

@@ -74,6 +74,10 @@ func (b *Broker) Renew(ctx context.Context, agent Actor, l []Renewal) ([]Renewed
 			out = append(out, Renewed{JobID: r.JobID, Refused: refused[i]})
 			continue
 		}
+		if leases[i].reason(now) == "" && leases[i].Attested.Refused != "" {
+			out = append(out, Renewed{JobID: r.JobID, Refused: leases[i].Attested.Refused})
+			continue
+		}
 		token, err := b.signLease(leases[i], r.Challenge, now)
 		if err != nil {
 			return nil, err
@@ -104,6 +108,9 @@ func leaseOf(ctx context.Context, r Reader, agent Actor, job string) (Lease, str
 func (l Lease) reason(now time.Time) string {
 	if l.Stop == "" && !l.StopAt.IsZero() && !now.Before(l.StopAt) {
 		return "expired: the grant ended at " + stamp(l.StopAt)
+	}
+	if l.Stop == "" {
+		return l.Attested.late(now, l.Seconds)
 	}
 	return l.Stop
 }
@@ -158,6 +165,7 @@ func (c claim) lease(had Lease, v verdict, now time.Time) (Lease, error) {
 	l := Lease{
 		JobID: c.result.JobID, Agent: c.actor.String(), Submitter: c.request.Submitter, Plan: c.result.PlanDigest, Session: session, Image: c.image,
 		Seconds: v.asset.Policy.LeaseSeconds, Grace: v.asset.Policy.GraceSeconds, Uses: slices.Clone(had.Uses), Opened: now.UTC().Truncate(time.Second), Stop: had.Stop, Told: had.Told,
+		Attested: c.attested(had, v.asset.Policy),
 	}
 	if had.JobID != "" && had.Ended.IsZero() {
 		l.Opened = had.Opened

@@ -25,6 +25,10 @@ const (
 	MaxApprovers = 16
 	// maxVerifiers bounds the verifiers that one policy names.
 	maxVerifiers = 8
+	// MinResultAge and MaxResultAge bound MaxResultAgeSeconds: twice what a node can
+	// do at its quickest, and as much as a plan may ask for.
+	MinResultAge = 2 * plan.MinReattest
+	MaxResultAge = plan.MaxReattest
 )
 
 // Kinds of recipient keys.
@@ -78,6 +82,9 @@ type Policy struct {
 	// StopAtKeyDisabled stops running jobs when the key-encryption key of the asset
 	// is disabled at its store.
 	StopAtKeyDisabled bool `json:"stopAtKeyDisabled,omitempty"`
+	// MaxResultAgeSeconds stops running jobs whose newest attestation result is
+	// older; 0 asks for no result after the first.
+	MaxResultAgeSeconds int64 `json:"maxResultAgeSeconds,omitempty"`
 }
 
 // DefaultPolicy is what an asset has that names none.
@@ -132,6 +139,8 @@ func (b *Broker) settled(p Policy) (Policy, error) {
 		return p, fmt.Errorf("%w: policy: at most %d releases", ErrInvalid, MaxGrantReleases)
 	case p.MaxDurationSeconds < 0 || p.MaxDurationSeconds > int64(MaxGrantDuration/time.Second):
 		return p, fmt.Errorf("%w: policy: grants of at most %d days", ErrInvalid, MaxGrantDuration/(24*time.Hour))
+	case p.MaxResultAgeSeconds != 0 && (p.MaxResultAgeSeconds < MinResultAge || p.MaxResultAgeSeconds > MaxResultAge):
+		return p, fmt.Errorf("%w: policy: results of at most %d to %d s of age", ErrInvalid, MinResultAge, MaxResultAge)
 	case repeats(p.Affirming) || !within(p.Affirming, vectorClaims()...):
 		return p, fmt.Errorf("%w: policy: affirming names claims of the trust vector, each once: %q", ErrInvalid, vectorClaims())
 	}
@@ -212,9 +221,14 @@ func (p Policy) checkResults(l *check.List, c claim) {
 	if want := max(p.Threshold, 1); counted < want {
 		l.Fail("asset.verifier-threshold", strconv.Itoa(want)+" results of verifiers that the asset's policy trusts", strconv.Itoa(counted), "attest to more of them with the same keys")
 	}
+	p.checkAffirming(l, c.result)
+}
+
+// checkAffirming holds the trust vectors of a result against the policy.
+func (p Policy) checkAffirming(l *check.List, r receipt.Result) {
 	for _, name := range p.Affirming {
 		affirmed := false
-		for _, s := range c.result.Submods {
+		for _, s := range r.Submods {
 			// A vector with this one claim has the claim's tier.
 			v := receipt.TrustVector{Hardware: vector(s.Vector)[name]}
 			affirmed = affirmed || v.Tier() == receipt.Affirming

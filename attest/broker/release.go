@@ -55,8 +55,9 @@ type claim struct {
 	digest    plan.Digest // of the request's bytes
 	recipient plan.Digest
 	image     string
-	// reseal is what the plan reseals, if anything and if it was shown.
-	reseal *plan.Reseal
+	// reseal and reattest are the plan's, if it has any and was shown.
+	reseal   *plan.Reseal
+	reattest *plan.Reattest
 	// protocol is ProtocolCoffer or ProtocolKBS.
 	protocol string
 }
@@ -191,7 +192,7 @@ func (b *Broker) authenticate(agent Actor, ask Ask) (claim, error) {
 		case plan.Sum(ask.Plan) != res.PlanDigest:
 			l.Fail("release.plan", string(res.PlanDigest), string(plan.Sum(ask.Plan)), "send the plan that the evidence binds")
 		default:
-			c.image, c.reseal = p.Image, p.Reseal
+			c.image, c.reseal, c.reattest = p.Image, p.Reseal, p.Reattest
 		}
 	}
 	if len(l.Failed()) > 0 {
@@ -344,6 +345,12 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 	}
 	if v.lease, err = c.lease(had, v, b.now()); err != nil {
 		return verdict{}, err
+	}
+	if had.Ended.IsZero() && had.Attested.Refused != "" {
+		l.Fail("job.stopped", "a job that may run", had.Attested.Refused, "show the broker a result that affirms")
+	}
+	if a := had.Attested; a.MaxAge > 0 {
+		v.until = earlier(v.until, time.Unix(a.IssuedAt+a.MaxAge, 0))
 	}
 	if reason := had.reason(b.now()); reason != "" && (had.Stop != "" || had.Ended.IsZero()) {
 		l.Fail("job.stopped", "a job that may run", reason, "start another job under a grant that stands")
@@ -589,6 +596,7 @@ func (b *Broker) record(ctx context.Context, tx Tx, c claim, v verdict, rel Rele
 	if rel.LeaseSeconds != v.lease.Seconds {
 		return Release{}, fmt.Errorf("%w: the lease of job %s changed meanwhile", ErrUnavailable, rel.JobID)
 	}
+	rel.ResultSeconds = v.lease.Attested.MaxAge
 	rel.Approvals, rel.Policy = v.approvals, v.asset.policyDigest()
 	var more []translog.Result
 	for _, m := range c.more {
@@ -613,7 +621,7 @@ func (b *Broker) answer(r Release) (Answer, error) {
 	token, err := b.signer.Sign(receipt.TypeRelease, receipt.Release{
 		Issuer: b.id, ID: r.ID, IssuedAt: r.Time.Unix(), Grant: r.Grant, Attempt: r.Attempt, JobID: r.JobID, Plan: r.Plan, Asset: r.Asset,
 		AssetDigest: r.AssetDigest, ResultID: r.ResultID, WrappedDigest: r.wrapped(), NotAfter: r.NotAfter.Unix(), Simulated: r.Simulated,
-		LeaseSeconds: r.LeaseSeconds, LeaseKey: r.LeaseKey, Approvals: r.Approvals, Policy: r.Policy, Held: r.Held, LogIndex: r.LogIndex, LogHash: r.LogHash,
+		LeaseSeconds: r.LeaseSeconds, LeaseKey: r.LeaseKey, ResultSeconds: r.ResultSeconds, Approvals: r.Approvals, Policy: r.Policy, Held: r.Held, LogIndex: r.LogIndex, LogHash: r.LogHash,
 	})
 	if err != nil {
 		return Answer{}, fmt.Errorf("%w: sign receipt: %w", ErrUnavailable, err)

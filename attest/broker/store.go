@@ -169,6 +169,8 @@ type Lease struct {
 	// Stop says why the job has to stop; Told is when a renewal first said so.
 	Stop string
 	Told time.Time
+	// Attested is the newest attestation result that the job has shown.
+	Attested Attested
 	// Ended is when the agent reported the job gone or logged its bundle.
 	Ended time.Time
 }
@@ -253,8 +255,10 @@ type Release struct {
 	// LeaseSeconds is how long the job may run without a renewal.
 	LeaseSeconds int64
 	// LeaseKey is the id of the key that signs the job's leases.
-	LeaseKey  string
-	Approvals []plan.Digest
+	LeaseKey string
+	// ResultSeconds is receipt.Release's.
+	ResultSeconds int64
+	Approvals     []plan.Digest
 	// Policy is the digest of the signed policy statement, if there was one, and
 	// Held says where the key was.
 	Policy   plan.Digest

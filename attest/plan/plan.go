@@ -70,6 +70,8 @@ type Plan struct {
 	Resources Resources `json:"resources"`
 	// Retry is absent where the job is tried once.
 	Retry *Retry `json:"retry,omitempty"`
+	// Reattest is absent where the job attests once.
+	Reattest *Reattest `json:"reattest,omitempty"`
 	// Policy is the attestation policy by which evidence is appraised.
 	Policy Policy `json:"policy"`
 	// SandboxProfile is the digest of the rules from which the sandbox is made:
@@ -191,7 +193,7 @@ func (p Plan) validate() error {
 	case p.Output.LogBytes <= 0:
 		return errors.New("plan bounds no output")
 	}
-	if err := errors.Join(p.Output.validate(), p.Resources.validate(), p.Retry.validate(), p.validateEgress(), p.validateReseal()); err != nil {
+	if err := errors.Join(p.Output.validate(), p.Resources.validate(), p.Retry.validate(), p.Reattest.validate(), p.validateEgress(), p.validateReseal()); err != nil {
 		return err
 	}
 	for _, in := range p.Inputs {

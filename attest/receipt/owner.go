@@ -38,6 +38,8 @@ type AssetPolicy struct {
 	Affirming          []string `json:"affirming,omitempty"`
 	StopAtExpiry       bool     `json:"stopAtExpiry,omitempty"`
 	StopAtKeyDisabled  bool     `json:"stopAtKeyDisabled,omitempty"`
+
+	MaxResultAgeSeconds int64 `json:"maxResultAgeSeconds,omitempty"`
 }
 
 // AssetLabels are what access policies see of an asset.

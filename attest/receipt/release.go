@@ -121,6 +121,9 @@ type Release struct {
 	LeaseSeconds int64 `json:"leaseSeconds"`
 	// LeaseKey is the id of the key that signs the job's leases (LeaseTerms).
 	LeaseKey string `json:"leaseKey"`
+	// ResultSeconds is how old the job's newest attestation result may become before
+	// the broker stops the job; 0 is no bound.
+	ResultSeconds int64 `json:"resultSeconds,omitempty"`
 	// Approvals are the digests of the signed approvals and consents that counted.
 	Approvals []plan.Digest `json:"approvals,omitempty"`
 	// Policy is the digest of the asset's policy statement, which its owner signed;

@@ -49,6 +49,8 @@ const (
 	KindResume Kind = "resume"
 	// KindReseal is an open asset's digest, set to what a job sealed.
 	KindReseal Kind = "reseal"
+	// KindReattest is a newer attestation result of a running job.
+	KindReattest Kind = "reattest"
 	// KindPolicy is another set of access policies.
 	KindPolicy Kind = "policy"
 )
@@ -58,14 +60,14 @@ func (b Body) parts() map[Kind]bool {
 	return map[Kind]bool{
 		KindAsset: b.Asset != nil, KindGrant: b.Grant != nil, KindRevoke: b.Revoke != nil, KindRelease: b.Release != nil, KindBundle: b.Bundle != nil,
 		KindAssetPolicy: b.AssetPolicy != nil, KindRewrap: b.Rewrap != nil, KindApproval: b.Approval != nil, KindDeny: b.Deny != nil, KindLift: b.Lift != nil,
-		KindStop: b.Stop != nil, KindStopped: b.Stopped != nil, KindCheckpoint: b.Checkpoint != nil, KindResume: b.Resume != nil, KindReseal: b.Reseal != nil, KindPolicy: b.Policy != nil,
+		KindStop: b.Stop != nil, KindStopped: b.Stopped != nil, KindCheckpoint: b.Checkpoint != nil, KindResume: b.Resume != nil, KindReseal: b.Reseal != nil, KindReattest: b.Reattest != nil, KindPolicy: b.Policy != nil,
 	}
 }
 
 // ofJob says which kinds of entries belong to a job.
 func (k Kind) ofJob() bool {
 	switch k {
-	case KindRelease, KindBundle, KindStop, KindStopped, KindCheckpoint, KindResume, KindReseal:
+	case KindRelease, KindBundle, KindStop, KindStopped, KindCheckpoint, KindResume, KindReseal, KindReattest:
 		return true
 	default:
 		return false
@@ -107,6 +109,7 @@ type Body struct {
 	Checkpoint  *JobCheckpoint `json:"checkpoint,omitempty"`
 	Resume      *Resume        `json:"resume,omitempty"`
 	Reseal      *Reseal        `json:"reseal,omitempty"`
+	Reattest    *Reattest      `json:"reattest,omitempty"`
 	Policy      *Policy        `json:"policy,omitempty"`
 }
 
@@ -201,6 +204,15 @@ type Reseal struct {
 	Asset  string      `json:"asset"`
 	Digest plan.Digest `json:"digest"`
 	Record plan.Digest `json:"record"`
+}
+
+// Reattest records a newer attestation result of a running job.
+type Reattest struct {
+	Result
+	// IssuedAt is the verifier's, in seconds since 1970.
+	IssuedAt int64 `json:"issuedAt"`
+	// Refused is why the verifier does not affirm, empty if it does.
+	Refused string `json:"refused,omitempty"`
 }
 
 // Policy records which set of access policies is in force.

@@ -23,7 +23,7 @@ var ruleForm = regexp.MustCompile(`^([1-9][0-9]{0,2}) of ([A-Za-z0-9][A-Za-z0-9.
 type policyFlags struct {
 	approvals, verifiers, protocols, kems []string
 	threshold                             int32
-	lease, grace, maxDuration             time.Duration
+	lease, grace, maxDuration, resultAge  time.Duration
 	maxReleases                           int32
 	stopAtExpiry, stopAtDisabled          bool
 	sensitivity, region, project          string
@@ -41,6 +41,7 @@ func (f *policyFlags) add(cmd *cobra.Command) {
 	cmd.Flags().DurationVar(&f.grace, "grace", 10*time.Second, "how `long` a job that is told to stop has for a last checkpoint")
 	cmd.Flags().Int32Var(&f.maxReleases, "max-releases", 0, "most `attempts` that one grant may allow (default: the broker's bound)")
 	cmd.Flags().DurationVar(&f.maxDuration, "max-duration", 0, "`longest` that one grant may last (default: the broker's bound)")
+	cmd.Flags().DurationVar(&f.resultAge, "max-result-age", 0, "how `old` a running job's newest attestation result may become before the job is stopped (default: any age)")
 	cmd.Flags().BoolVar(&f.stopAtExpiry, "stop-at-expiry", false, "stop jobs when their grant ends, not only when it is revoked")
 	cmd.Flags().BoolVar(&f.stopAtDisabled, "stop-at-key-disabled", false, "stop jobs when the key-encryption key is disabled at its store")
 	keyFlag(cmd, &f.key)
@@ -75,6 +76,7 @@ func (f *policyFlags) apply(cmd *cobra.Command, p *brokerv1.AssetPolicy, l *brok
 		"grace":                func() { p.GraceSeconds = int64(f.grace / time.Second) },
 		"max-releases":         func() { p.MaxReleases = f.maxReleases },
 		"max-duration":         func() { p.MaxDurationSeconds = int64(f.maxDuration / time.Second) },
+		"max-result-age":       func() { p.MaxResultAgeSeconds = int64(f.resultAge / time.Second) },
 		"stop-at-expiry":       func() { p.StopAtExpiry = f.stopAtExpiry },
 		"stop-at-key-disabled": func() { p.StopAtKeyDisabled = f.stopAtDisabled },
 		"sensitivity":          func() { l.Sensitivity = f.sensitivity },
@@ -186,9 +188,16 @@ func assetRows(a *brokerv1.Asset) [][]string {
 		{"asset", a.GetName()}, {"kind", kindName(a.GetKind())}, {"owner", a.GetOwner()}, {"digest", orDash(a.GetDigest())}, {"created", clock(a.GetCreatedUnix())},
 		{"revision", strconv.FormatInt(a.GetRevision(), 10)}, {"key store", orDash(a.GetKeyStore())},
 		{"policy signed", signedBy(a)}, {"approvals", approvals}, {"verifiers", orDash(strings.Join(p.GetVerifiers(), ", "))}, {"protocols", orDash(strings.Join(p.GetProtocols(), ", "))},
-		{"lease", seconds(p.GetLeaseSeconds())}, {"grace", seconds(p.GetGraceSeconds())},
+		{"lease", seconds(p.GetLeaseSeconds())}, {"grace", seconds(p.GetGraceSeconds())}, {"result age", resultAge(p)},
 		{"sensitivity", orDash(l.GetSensitivity())}, {"region", orDash(l.GetRegion())}, {"project", orDash(l.GetProject())},
 	}
+}
+
+func resultAge(p *brokerv1.AssetPolicy) string {
+	if p.GetMaxResultAgeSeconds() == 0 {
+		return "any"
+	}
+	return "at most " + seconds(p.GetMaxResultAgeSeconds())
 }
 
 // signedBy names the key that signed the policy, as the signature has it.

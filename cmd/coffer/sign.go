@@ -91,7 +91,7 @@ func (h hand) policy(ctx context.Context, c *cli, b brokerClient, asset string, 
 		Policy: receipt.AssetPolicy{
 			Verifiers: p.GetVerifiers(), Threshold: int(p.GetVerifierThreshold()), KEMs: p.GetKems(), Protocols: p.GetProtocols(), LeaseSeconds: p.GetLeaseSeconds(),
 			GraceSeconds: p.GetGraceSeconds(), MaxReleases: int(p.GetMaxReleases()), MaxDurationSeconds: p.GetMaxDurationSeconds(), Affirming: p.GetAffirming(),
-			StopAtExpiry: p.GetStopAtExpiry(), StopAtKeyDisabled: p.GetStopAtKeyDisabled(),
+			StopAtExpiry: p.GetStopAtExpiry(), StopAtKeyDisabled: p.GetStopAtKeyDisabled(), MaxResultAgeSeconds: p.GetMaxResultAgeSeconds(),
 		},
 		Labels: receipt.AssetLabels{Sensitivity: l.GetSensitivity(), Region: l.GetRegion(), Project: l.GetProject()},
 	}

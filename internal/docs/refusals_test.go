@@ -30,6 +30,7 @@ const unnamed = "<...>"
 // groups say of checks whose names begin alike what they look at, and what cures a
 // failure for which the check itself has no advice.
 var groups = map[string][2]string{
+	"reattest":     {"Whether a later attestation result of a running job counts.", "attest again, to the verifier of the release and with the job's own keys"},
 	"access":       {"Whether a policy of the broker's maintainers lets a caller make a call.", "ask a maintainer of the access policies (docs/access.md)"},
 	"adopt":        {"Whether a job that an agent takes up after a restart is the one that was attested.", "submit the job again: the node's record of it was changed or lost"},
 	"alerts":       {"What a bundle says of the rules that watched the job.", "do not rely on this bundle; ask for the job's bundle again"},

@@ -247,6 +247,13 @@ func (s *service) Renew(ctx context.Context, req *connect.Request[brokerv1.Renew
 	return connect.NewResponse(out), nil
 }
 
+func (s *service) Reattest(ctx context.Context, req *connect.Request[brokerv1.ReattestRequest]) (*connect.Response[brokerv1.ReattestResponse], error) {
+	if err := s.b.Reattest(ctx, actor(ctx), req.Msg.GetJobId(), req.Msg.GetResult()); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&brokerv1.ReattestResponse{}), nil
+}
+
 func (s *service) ReportStopped(ctx context.Context, req *connect.Request[brokerv1.ReportStoppedRequest]) (*connect.Response[brokerv1.ReportStoppedResponse], error) {
 	m := req.Msg
 	if err := s.b.ReportStopped(ctx, actor(ctx), m.GetJobId(), broker.Stopped{
@@ -327,6 +334,7 @@ func asset(a broker.Asset) *brokerv1.Asset {
 	out.Policy = &brokerv1.AssetPolicy{
 		Verifiers: p.Verifiers, VerifierThreshold: int32(p.Threshold), Kems: p.KEMs, Protocols: p.Protocols, LeaseSeconds: p.LeaseSeconds, GraceSeconds: p.GraceSeconds,
 		MaxReleases: int32(p.MaxReleases), MaxDurationSeconds: p.MaxDurationSeconds, Affirming: p.Affirming, StopAtExpiry: p.StopAtExpiry, StopAtKeyDisabled: p.StopAtKeyDisabled,
+		MaxResultAgeSeconds: p.MaxResultAgeSeconds,
 	}
 	for _, r := range p.Approvals {
 		out.Policy.Approvals = append(out.Policy.Approvals, &brokerv1.ApprovalRule{Group: r.Group, Count: int32(r.Count)})
@@ -342,7 +350,7 @@ func policy(p *brokerv1.AssetPolicy) broker.Policy {
 	out := broker.Policy{
 		Verifiers: p.GetVerifiers(), Threshold: int(p.GetVerifierThreshold()), KEMs: p.GetKems(), Protocols: p.GetProtocols(), LeaseSeconds: p.GetLeaseSeconds(),
 		GraceSeconds: p.GetGraceSeconds(), MaxReleases: int(p.GetMaxReleases()), MaxDurationSeconds: p.GetMaxDurationSeconds(), Affirming: p.GetAffirming(),
-		StopAtExpiry: p.GetStopAtExpiry(), StopAtKeyDisabled: p.GetStopAtKeyDisabled(),
+		StopAtExpiry: p.GetStopAtExpiry(), StopAtKeyDisabled: p.GetStopAtKeyDisabled(), MaxResultAgeSeconds: p.GetMaxResultAgeSeconds(),
 	}
 	for _, r := range p.GetApprovals() {
 		out.Approvals = append(out.Approvals, broker.Rule{Group: r.GetGroup(), Count: int(r.GetCount())})

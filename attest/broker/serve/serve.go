@@ -77,6 +77,8 @@ func action(procedure string) broker.Action {
 		return broker.ActionRelease
 	case brokerv1connect.BrokerServiceRenewProcedure:
 		return broker.ActionRenew
+	case brokerv1connect.BrokerServiceReattestProcedure:
+		return broker.ActionReattest
 	case brokerv1connect.BrokerServiceReportStoppedProcedure:
 		return broker.ActionReportStopped
 	case brokerv1connect.BrokerServiceCountersignCheckpointProcedure, brokerv1connect.BrokerServiceResumeCheckpointProcedure:

@@ -298,6 +298,7 @@ func TestRoles(t *testing.T) {
 		"RewrapKeys":            {try(client.RewrapKeys), let("operator")},
 		"Release":               {try(client.Release), let("agent")},
 		"Renew":                 {try(client.Renew), let("agent")},
+		"Reattest":              {try(client.Reattest), let("agent")},
 		"ReportStopped":         {try(client.ReportStopped), let("agent")},
 		"CountersignCheckpoint": {try(client.CountersignCheckpoint), let("agent")},
 		"ResumeCheckpoint":      {try(client.ResumeCheckpoint), let("agent")},

@@ -24,7 +24,7 @@ import (
 const (
 	// schemaVersion is the schema that a store has once it is open. A database of
 	// version 2 or 3 is brought to it; every other one is an error.
-	schemaVersion = 4
+	schemaVersion = 5
 	// busyTimeout is how long a statement waits for another process's lock.
 	busyTimeout = 5 * time.Second
 	// walPages is how long the write-ahead log gets before its pages move to the
@@ -90,8 +90,8 @@ const (
 	assetColumns   = `name, kind, digest, owner, created, wrapped, key_store, labels, policy, revision, statement, statement_sig`
 	grantFields    = `id, plan, not_before, not_after, max_releases, used, owner, allow_simulated, revoked, reason, requester, idem_key, requested, principals, purpose, consented, denied, ended_by`
 	grantColumns   = grantFields + `, rowid, (SELECT json_group_array(asset) FROM grant_assets WHERE grant_id = id)`
-	releaseColumns = `verifier, result_id, asset, id, grant_id, attempt, job, plan, asset_digest, request, enc, ciphertext, time, not_after, simulated, lease_seconds, lease_key, approvals, policy, held, log_index, log_hash`
-	leaseColumns   = `job, agent, submitter, plan, session, seconds, grace, stop_at, image, chips, measurements, uses, opened, stop, told, ended`
+	releaseColumns = `verifier, result_id, asset, id, grant_id, attempt, job, plan, asset_digest, request, enc, ciphertext, time, not_after, simulated, lease_seconds, lease_key, approvals, policy, held, result_seconds, log_index, log_hash`
+	leaseColumns   = `job, agent, submitter, plan, session, seconds, grace, stop_at, image, chips, measurements, uses, opened, stop, told, attested, ended`
 	revokeColumns  = `kind, value, scope, reason, by_whom, time`
 	lineColumns    = `plan, asset, job, from_job, sequence, digest, record, log_index, log_hash`
 	headColumns    = `job, asset, plan, sequence, digest, record, time, log_index, log_hash`
@@ -132,13 +132,13 @@ const (
 	iGrantAsset = `INSERT INTO grant_assets (grant_id, asset) VALUES (?, ?)`
 	uGrant      = `UPDATE grants SET used = ?, consented = ?, revoked = ?, denied = ?, reason = ?, ended_by = ? WHERE id = ?`
 	iApproval   = `INSERT INTO approvals (grant_id, approver, document, signature, digest) VALUES (?, ?, ?, ?, ?)`
-	iLease      = `INSERT OR REPLACE INTO leases (` + leaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	iLease      = `INSERT OR REPLACE INTO leases (` + leaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iRevoke     = `INSERT INTO revocations (` + revokeColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
 	dRevoke     = `DELETE FROM revocations WHERE kind = ? AND value = ? AND scope = ?`
 	iCkptHead   = `INSERT OR REPLACE INTO heads (` + headColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iLine       = `INSERT OR REPLACE INTO lines (` + lineColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iPolicySet  = `INSERT OR REPLACE INTO policy_set (one, serial, digest) VALUES (1, ?, ?)`
-	iRelease    = `INSERT INTO releases (` + releaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	iRelease    = `INSERT INTO releases (` + releaseColumns + `) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	iUse        = `INSERT INTO uses (verifier, nonce, result_id, recipient) VALUES (?, ?, ?, ?)`
 	iCounted    = `INSERT INTO counted (grant_id, job, recipient) VALUES (?, ?, ?)`
 	iEntry      = `INSERT INTO log (idx, job, bundle, body, hash) VALUES (?, ?, ?, ?, ?)`
@@ -203,6 +203,13 @@ CREATE TABLE lines (
 	log_index INTEGER NOT NULL REFERENCES log (idx), log_hash BLOB NOT NULL,
 	PRIMARY KEY (plan, asset)
 ) STRICT, WITHOUT ROWID;
+`
+
+// schema5 adds what version 5 has. Jobs of before have shown no result, so that none
+// of theirs is taken.
+const schema5 = `
+ALTER TABLE leases ADD COLUMN attested TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE releases ADD COLUMN result_seconds INTEGER NOT NULL DEFAULT 0;
 `
 
 func readQueries() []string {
@@ -327,7 +334,7 @@ func migrate(ctx context.Context, db *sql.DB, origin string) (err error) {
 		return fmt.Errorf("database belongs to broker %q, not %q", found, origin)
 	}
 	for ; version < schemaVersion; version++ {
-		next := map[int]string{2: schema3, 3: schema4}[version]
+		next := map[int]string{2: schema3, 3: schema4, 4: schema5}[version]
 		if _, err := tx.ExecContext(ctx, next); err != nil {
 			return fmt.Errorf("bring schema %d to %d: %w", version, version+1, err)
 		}
@@ -494,7 +501,7 @@ func scanGrant(r scanner) (g broker.Grant, err error) {
 
 func scanRelease(r scanner) (l broker.Release, err error) {
 	err = mapped(r.Scan(&l.Verifier, &l.ResultID, &l.Asset, &l.ID, &l.Grant, &l.Attempt, &l.JobID, &l.Plan, &l.AssetDigest, &l.Request,
-		&l.Enc, &l.Ciphertext, instant{&l.Time}, instant{&l.NotAfter}, &l.Simulated, &l.LeaseSeconds, &l.LeaseKey, jsonText{&l.Approvals}, &l.Policy, jsonText{&l.Held}, &l.LogIndex, &l.LogHash))
+		&l.Enc, &l.Ciphertext, instant{&l.Time}, instant{&l.NotAfter}, &l.Simulated, &l.LeaseSeconds, &l.LeaseKey, jsonText{&l.Approvals}, &l.Policy, jsonText{&l.Held}, &l.ResultSeconds, &l.LogIndex, &l.LogHash))
 	return l, err
 }
 
@@ -505,7 +512,7 @@ func scanApproval(r scanner) (a broker.StoredApproval, err error) {
 
 func scanLease(r scanner) (l broker.Lease, err error) {
 	err = mapped(r.Scan(&l.JobID, &l.Agent, &l.Submitter, &l.Plan, &l.Session, &l.Seconds, &l.Grace, instant{&l.StopAt}, &l.Image, jsonText{&l.Chips},
-		jsonText{&l.Measurements}, jsonText{&l.Uses}, instant{&l.Opened}, &l.Stop, instant{&l.Told}, instant{&l.Ended}))
+		jsonText{&l.Measurements}, jsonText{&l.Uses}, instant{&l.Opened}, &l.Stop, instant{&l.Told}, jsonText{&l.Attested}, instant{&l.Ended}))
 	return l, err
 }
 
@@ -701,7 +708,7 @@ func (t *tx) InsertApproval(ctx context.Context, a broker.StoredApproval) error 
 
 func (t *tx) PutLease(ctx context.Context, l broker.Lease) error {
 	return t.exec(ctx, iLease, l.JobID, l.Agent, l.Submitter, string(l.Plan), l.Session, l.Seconds, l.Grace, instant{&l.StopAt}, l.Image, jsonText{l.Chips},
-		jsonText{l.Measurements}, jsonText{l.Uses}, l.Opened.Unix(), l.Stop, instant{&l.Told}, instant{&l.Ended})
+		jsonText{l.Measurements}, jsonText{l.Uses}, l.Opened.Unix(), l.Stop, instant{&l.Told}, jsonText{l.Attested}, instant{&l.Ended})
 }
 
 func (t *tx) InsertRevocation(ctx context.Context, r broker.Revocation) error {
@@ -726,7 +733,7 @@ func (t *tx) PutPolicySet(ctx context.Context, p translog.Policy) error {
 
 func (t *tx) InsertRelease(ctx context.Context, r broker.Release) error {
 	return t.exec(ctx, iRelease, r.Verifier, r.ResultID, r.Asset, r.ID, r.Grant, r.Attempt, r.JobID, string(r.Plan), string(r.AssetDigest), string(r.Request),
-		r.Enc, r.Ciphertext, r.Time.Unix(), r.NotAfter.Unix(), r.Simulated, r.LeaseSeconds, r.LeaseKey, jsonText{r.Approvals}, string(r.Policy), jsonText{r.Held}, int64(r.LogIndex), r.LogHash)
+		r.Enc, r.Ciphertext, r.Time.Unix(), r.NotAfter.Unix(), r.Simulated, r.LeaseSeconds, r.LeaseKey, jsonText{r.Approvals}, string(r.Policy), jsonText{r.Held}, r.ResultSeconds, int64(r.LogIndex), r.LogHash)
 }
 
 func (t *tx) InsertUse(ctx context.Context, u broker.Use) error {

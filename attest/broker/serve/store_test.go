@@ -68,7 +68,7 @@ func TestOpenStore(t *testing.T) {
 	if _, err := serve.OpenStore(t.Context(), path, ""); err == nil {
 		t.Error("opened as nobody")
 	}
-	for _, version := range []int{1, 5} {
+	for _, version := range []int{1, 6} {
 		db, err := sql.Open("sqlite", path)
 		if err != nil {
 			t.Fatal(err)
@@ -79,7 +79,7 @@ func TestOpenStore(t *testing.T) {
 		if err := db.Close(); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := serve.OpenStore(t.Context(), path, "broker.test"); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("schema version is %d and this broker reads versions 2 to 4 only", version)) {
+		if _, err := serve.OpenStore(t.Context(), path, "broker.test"); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("schema version is %d and this broker reads versions 2 to 5 only", version)) {
 			t.Errorf("opened another schema: %v", err)
 		}
 	}

@@ -475,8 +475,11 @@ type AssetPolicy struct {
 	StopAtExpiry bool `protobuf:"varint,11,opt,name=stop_at_expiry,json=stopAtExpiry,proto3" json:"stop_at_expiry,omitempty"`
 	// Whether jobs stop when the asset's key-encryption key is disabled at its store.
 	StopAtKeyDisabled bool `protobuf:"varint,12,opt,name=stop_at_key_disabled,json=stopAtKeyDisabled,proto3" json:"stop_at_key_disabled,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// How old a running job's newest attestation result may become before the job is
+	// stopped, 4 to 604800 seconds; 0 asks for no result after the first.
+	MaxResultAgeSeconds int64 `protobuf:"varint,13,opt,name=max_result_age_seconds,json=maxResultAgeSeconds,proto3" json:"max_result_age_seconds,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *AssetPolicy) Reset() {
@@ -591,6 +594,13 @@ func (x *AssetPolicy) GetStopAtKeyDisabled() bool {
 		return x.StopAtKeyDisabled
 	}
 	return false
+}
+
+func (x *AssetPolicy) GetMaxResultAgeSeconds() int64 {
+	if x != nil {
+		return x.MaxResultAgeSeconds
+	}
+	return 0
 }
 
 // ApprovalRule asks for the approvals of count members of a group.
@@ -3061,6 +3071,96 @@ func (x *Renewed) GetRefused() string {
 	return ""
 }
 
+type ReattestRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// EAR as a signed JWT, by the verifier of the release, for the same job, plan,
+	// keys and machine.
+	Result        string `protobuf:"bytes,2,opt,name=result,proto3" json:"result,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReattestRequest) Reset() {
+	*x = ReattestRequest{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReattestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReattestRequest) ProtoMessage() {}
+
+func (x *ReattestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReattestRequest.ProtoReflect.Descriptor instead.
+func (*ReattestRequest) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *ReattestRequest) GetJobId() string {
+	if x != nil {
+		return x.JobId
+	}
+	return ""
+}
+
+func (x *ReattestRequest) GetResult() string {
+	if x != nil {
+		return x.Result
+	}
+	return ""
+}
+
+type ReattestResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReattestResponse) Reset() {
+	*x = ReattestResponse{}
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReattestResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReattestResponse) ProtoMessage() {}
+
+func (x *ReattestResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReattestResponse.ProtoReflect.Descriptor instead.
+func (*ReattestResponse) Descriptor() ([]byte, []int) {
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{46}
+}
+
 type ReportStoppedRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
@@ -3077,7 +3177,7 @@ type ReportStoppedRequest struct {
 
 func (x *ReportStoppedRequest) Reset() {
 	*x = ReportStoppedRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[45]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3089,7 +3189,7 @@ func (x *ReportStoppedRequest) String() string {
 func (*ReportStoppedRequest) ProtoMessage() {}
 
 func (x *ReportStoppedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[45]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3102,7 +3202,7 @@ func (x *ReportStoppedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportStoppedRequest.ProtoReflect.Descriptor instead.
 func (*ReportStoppedRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{45}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ReportStoppedRequest) GetJobId() string {
@@ -3148,7 +3248,7 @@ type ReportStoppedResponse struct {
 
 func (x *ReportStoppedResponse) Reset() {
 	*x = ReportStoppedResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[46]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3160,7 +3260,7 @@ func (x *ReportStoppedResponse) String() string {
 func (*ReportStoppedResponse) ProtoMessage() {}
 
 func (x *ReportStoppedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[46]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3173,7 +3273,7 @@ func (x *ReportStoppedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportStoppedResponse.ProtoReflect.Descriptor instead.
 func (*ReportStoppedResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{46}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{48}
 }
 
 type CountersignCheckpointRequest struct {
@@ -3188,7 +3288,7 @@ type CountersignCheckpointRequest struct {
 
 func (x *CountersignCheckpointRequest) Reset() {
 	*x = CountersignCheckpointRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[47]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3200,7 +3300,7 @@ func (x *CountersignCheckpointRequest) String() string {
 func (*CountersignCheckpointRequest) ProtoMessage() {}
 
 func (x *CountersignCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[47]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3213,7 +3313,7 @@ func (x *CountersignCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountersignCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CountersignCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{47}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CountersignCheckpointRequest) GetJobId() string {
@@ -3247,7 +3347,7 @@ type CountersignCheckpointResponse struct {
 
 func (x *CountersignCheckpointResponse) Reset() {
 	*x = CountersignCheckpointResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[48]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3259,7 +3359,7 @@ func (x *CountersignCheckpointResponse) String() string {
 func (*CountersignCheckpointResponse) ProtoMessage() {}
 
 func (x *CountersignCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[48]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3272,7 +3372,7 @@ func (x *CountersignCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountersignCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CountersignCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{48}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *CountersignCheckpointResponse) GetReceipt() string {
@@ -3295,7 +3395,7 @@ type ResumeCheckpointRequest struct {
 
 func (x *ResumeCheckpointRequest) Reset() {
 	*x = ResumeCheckpointRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3307,7 +3407,7 @@ func (x *ResumeCheckpointRequest) String() string {
 func (*ResumeCheckpointRequest) ProtoMessage() {}
 
 func (x *ResumeCheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[49]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3320,7 +3420,7 @@ func (x *ResumeCheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeCheckpointRequest.ProtoReflect.Descriptor instead.
 func (*ResumeCheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{49}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ResumeCheckpointRequest) GetJobId() string {
@@ -3354,7 +3454,7 @@ type ResumeCheckpointResponse struct {
 
 func (x *ResumeCheckpointResponse) Reset() {
 	*x = ResumeCheckpointResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3366,7 +3466,7 @@ func (x *ResumeCheckpointResponse) String() string {
 func (*ResumeCheckpointResponse) ProtoMessage() {}
 
 func (x *ResumeCheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[50]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3379,7 +3479,7 @@ func (x *ResumeCheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeCheckpointResponse.ProtoReflect.Descriptor instead.
 func (*ResumeCheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{50}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ResumeCheckpointResponse) GetReceipt() string {
@@ -3403,7 +3503,7 @@ type CommitResealRequest struct {
 
 func (x *CommitResealRequest) Reset() {
 	*x = CommitResealRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3415,7 +3515,7 @@ func (x *CommitResealRequest) String() string {
 func (*CommitResealRequest) ProtoMessage() {}
 
 func (x *CommitResealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[51]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3428,7 +3528,7 @@ func (x *CommitResealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResealRequest.ProtoReflect.Descriptor instead.
 func (*CommitResealRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{51}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *CommitResealRequest) GetJobId() string {
@@ -3469,7 +3569,7 @@ type CommitResealResponse struct {
 
 func (x *CommitResealResponse) Reset() {
 	*x = CommitResealResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3481,7 +3581,7 @@ func (x *CommitResealResponse) String() string {
 func (*CommitResealResponse) ProtoMessage() {}
 
 func (x *CommitResealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[52]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3494,7 +3594,7 @@ func (x *CommitResealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResealResponse.ProtoReflect.Descriptor instead.
 func (*CommitResealResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{52}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *CommitResealResponse) GetReceipt() string {
@@ -3515,7 +3615,7 @@ type LogBundleRequest struct {
 
 func (x *LogBundleRequest) Reset() {
 	*x = LogBundleRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3527,7 +3627,7 @@ func (x *LogBundleRequest) String() string {
 func (*LogBundleRequest) ProtoMessage() {}
 
 func (x *LogBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[53]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3540,7 +3640,7 @@ func (x *LogBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBundleRequest.ProtoReflect.Descriptor instead.
 func (*LogBundleRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{53}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *LogBundleRequest) GetJobId() string {
@@ -3567,7 +3667,7 @@ type LogBundleResponse struct {
 
 func (x *LogBundleResponse) Reset() {
 	*x = LogBundleResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[54]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3579,7 +3679,7 @@ func (x *LogBundleResponse) String() string {
 func (*LogBundleResponse) ProtoMessage() {}
 
 func (x *LogBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[54]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3592,7 +3692,7 @@ func (x *LogBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBundleResponse.ProtoReflect.Descriptor instead.
 func (*LogBundleResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{54}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *LogBundleResponse) GetReceipt() string {
@@ -3611,7 +3711,7 @@ type EntriesRequest struct {
 
 func (x *EntriesRequest) Reset() {
 	*x = EntriesRequest{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[55]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3623,7 +3723,7 @@ func (x *EntriesRequest) String() string {
 func (*EntriesRequest) ProtoMessage() {}
 
 func (x *EntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[55]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3636,7 +3736,7 @@ func (x *EntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntriesRequest.ProtoReflect.Descriptor instead.
 func (*EntriesRequest) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{55}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *EntriesRequest) GetJobId() string {
@@ -3658,7 +3758,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[56]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3670,7 +3770,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[56]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3683,7 +3783,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{56}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Entry) GetIndex() uint64 {
@@ -3716,7 +3816,7 @@ type EntriesResponse struct {
 
 func (x *EntriesResponse) Reset() {
 	*x = EntriesResponse{}
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[57]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3728,7 +3828,7 @@ func (x *EntriesResponse) String() string {
 func (*EntriesResponse) ProtoMessage() {}
 
 func (x *EntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[57]
+	mi := &file_attest_api_broker_v1_broker_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3741,7 +3841,7 @@ func (x *EntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntriesResponse.ProtoReflect.Descriptor instead.
 func (*EntriesResponse) Descriptor() ([]byte, []int) {
-	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{57}
+	return file_attest_api_broker_v1_broker_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *EntriesResponse) GetEntries() []*Entry {
@@ -3780,7 +3880,7 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x06Labels\x12 \n" +
 	"\vsensitivity\x18\x01 \x01(\tR\vsensitivity\x12\x16\n" +
 	"\x06region\x18\x02 \x01(\tR\x06region\x12\x18\n" +
-	"\aproject\x18\x03 \x01(\tR\aproject\"\xde\x03\n" +
+	"\aproject\x18\x03 \x01(\tR\aproject\"\x93\x04\n" +
 	"\vAssetPolicy\x12<\n" +
 	"\tapprovals\x18\x01 \x03(\v2\x1e.coffer.broker.v1.ApprovalRuleR\tapprovals\x12\x1c\n" +
 	"\tverifiers\x18\x02 \x03(\tR\tverifiers\x12-\n" +
@@ -3794,7 +3894,8 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\taffirming\x18\n" +
 	" \x03(\tR\taffirming\x12$\n" +
 	"\x0estop_at_expiry\x18\v \x01(\bR\fstopAtExpiry\x12/\n" +
-	"\x14stop_at_key_disabled\x18\f \x01(\bR\x11stopAtKeyDisabled\":\n" +
+	"\x14stop_at_key_disabled\x18\f \x01(\bR\x11stopAtKeyDisabled\x123\n" +
+	"\x16max_result_age_seconds\x18\r \x01(\x03R\x13maxResultAgeSeconds\":\n" +
 	"\fApprovalRule\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\tR\x05group\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x05R\x05count\"\x82\x02\n" +
@@ -3977,7 +4078,11 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\aRenewed\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x14\n" +
 	"\x05lease\x18\x02 \x01(\tR\x05lease\x12\x18\n" +
-	"\arefused\x18\x03 \x01(\tR\arefused\"\xcb\x01\n" +
+	"\arefused\x18\x03 \x01(\tR\arefused\"@\n" +
+	"\x0fReattestRequest\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x16\n" +
+	"\x06result\x18\x02 \x01(\tR\x06result\"\x12\n" +
+	"\x10ReattestResponse\"\xcb\x01\n" +
 	"\x14ReportStoppedRequest\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12(\n" +
 	"\x10told_unix_millis\x18\x02 \x01(\x03R\x0etoldUnixMillis\x12(\n" +
@@ -4031,7 +4136,7 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x14REVOCATION_KIND_NODE\x10\x04\x12\x1b\n" +
 	"\x17REVOCATION_KIND_CHIP_ID\x10\x05\x12\x19\n" +
 	"\x15REVOCATION_KIND_IMAGE\x10\x06\x12\x1f\n" +
-	"\x1bREVOCATION_KIND_MEASUREMENT\x10\a2\x9d\x11\n" +
+	"\x1bREVOCATION_KIND_MEASUREMENT\x10\a2\xf0\x11\n" +
 	"\rBrokerService\x12E\n" +
 	"\x04Info\x12\x1d.coffer.broker.v1.InfoRequest\x1a\x1e.coffer.broker.v1.InfoResponse\x12Z\n" +
 	"\vCreateAsset\x12$.coffer.broker.v1.CreateAssetRequest\x1a%.coffer.broker.v1.CreateAssetResponse\x12Q\n" +
@@ -4053,7 +4158,8 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\n" +
 	"RewrapKeys\x12#.coffer.broker.v1.RewrapKeysRequest\x1a$.coffer.broker.v1.RewrapKeysResponse\x12N\n" +
 	"\aRelease\x12 .coffer.broker.v1.ReleaseRequest\x1a!.coffer.broker.v1.ReleaseResponse\x12H\n" +
-	"\x05Renew\x12\x1e.coffer.broker.v1.RenewRequest\x1a\x1f.coffer.broker.v1.RenewResponse\x12`\n" +
+	"\x05Renew\x12\x1e.coffer.broker.v1.RenewRequest\x1a\x1f.coffer.broker.v1.RenewResponse\x12Q\n" +
+	"\bReattest\x12!.coffer.broker.v1.ReattestRequest\x1a\".coffer.broker.v1.ReattestResponse\x12`\n" +
 	"\rReportStopped\x12&.coffer.broker.v1.ReportStoppedRequest\x1a'.coffer.broker.v1.ReportStoppedResponse\x12x\n" +
 	"\x15CountersignCheckpoint\x12..coffer.broker.v1.CountersignCheckpointRequest\x1a/.coffer.broker.v1.CountersignCheckpointResponse\x12i\n" +
 	"\x10ResumeCheckpoint\x12).coffer.broker.v1.ResumeCheckpointRequest\x1a*.coffer.broker.v1.ResumeCheckpointResponse\x12]\n" +
@@ -4074,7 +4180,7 @@ func file_attest_api_broker_v1_broker_proto_rawDescGZIP() []byte {
 }
 
 var file_attest_api_broker_v1_broker_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_attest_api_broker_v1_broker_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_attest_api_broker_v1_broker_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_attest_api_broker_v1_broker_proto_goTypes = []any{
 	(AssetKind)(0),                        // 0: coffer.broker.v1.AssetKind
 	(RevocationKind)(0),                   // 1: coffer.broker.v1.RevocationKind
@@ -4123,19 +4229,21 @@ var file_attest_api_broker_v1_broker_proto_goTypes = []any{
 	(*Renewal)(nil),                       // 44: coffer.broker.v1.Renewal
 	(*RenewResponse)(nil),                 // 45: coffer.broker.v1.RenewResponse
 	(*Renewed)(nil),                       // 46: coffer.broker.v1.Renewed
-	(*ReportStoppedRequest)(nil),          // 47: coffer.broker.v1.ReportStoppedRequest
-	(*ReportStoppedResponse)(nil),         // 48: coffer.broker.v1.ReportStoppedResponse
-	(*CountersignCheckpointRequest)(nil),  // 49: coffer.broker.v1.CountersignCheckpointRequest
-	(*CountersignCheckpointResponse)(nil), // 50: coffer.broker.v1.CountersignCheckpointResponse
-	(*ResumeCheckpointRequest)(nil),       // 51: coffer.broker.v1.ResumeCheckpointRequest
-	(*ResumeCheckpointResponse)(nil),      // 52: coffer.broker.v1.ResumeCheckpointResponse
-	(*CommitResealRequest)(nil),           // 53: coffer.broker.v1.CommitResealRequest
-	(*CommitResealResponse)(nil),          // 54: coffer.broker.v1.CommitResealResponse
-	(*LogBundleRequest)(nil),              // 55: coffer.broker.v1.LogBundleRequest
-	(*LogBundleResponse)(nil),             // 56: coffer.broker.v1.LogBundleResponse
-	(*EntriesRequest)(nil),                // 57: coffer.broker.v1.EntriesRequest
-	(*Entry)(nil),                         // 58: coffer.broker.v1.Entry
-	(*EntriesResponse)(nil),               // 59: coffer.broker.v1.EntriesResponse
+	(*ReattestRequest)(nil),               // 47: coffer.broker.v1.ReattestRequest
+	(*ReattestResponse)(nil),              // 48: coffer.broker.v1.ReattestResponse
+	(*ReportStoppedRequest)(nil),          // 49: coffer.broker.v1.ReportStoppedRequest
+	(*ReportStoppedResponse)(nil),         // 50: coffer.broker.v1.ReportStoppedResponse
+	(*CountersignCheckpointRequest)(nil),  // 51: coffer.broker.v1.CountersignCheckpointRequest
+	(*CountersignCheckpointResponse)(nil), // 52: coffer.broker.v1.CountersignCheckpointResponse
+	(*ResumeCheckpointRequest)(nil),       // 53: coffer.broker.v1.ResumeCheckpointRequest
+	(*ResumeCheckpointResponse)(nil),      // 54: coffer.broker.v1.ResumeCheckpointResponse
+	(*CommitResealRequest)(nil),           // 55: coffer.broker.v1.CommitResealRequest
+	(*CommitResealResponse)(nil),          // 56: coffer.broker.v1.CommitResealResponse
+	(*LogBundleRequest)(nil),              // 57: coffer.broker.v1.LogBundleRequest
+	(*LogBundleResponse)(nil),             // 58: coffer.broker.v1.LogBundleResponse
+	(*EntriesRequest)(nil),                // 59: coffer.broker.v1.EntriesRequest
+	(*Entry)(nil),                         // 60: coffer.broker.v1.Entry
+	(*EntriesResponse)(nil),               // 61: coffer.broker.v1.EntriesResponse
 }
 var file_attest_api_broker_v1_broker_proto_depIdxs = []int32{
 	0,  // 0: coffer.broker.v1.Asset.kind:type_name -> coffer.broker.v1.AssetKind
@@ -4168,7 +4276,7 @@ var file_attest_api_broker_v1_broker_proto_depIdxs = []int32{
 	1,  // 27: coffer.broker.v1.LiftRevocationRequest.kind:type_name -> coffer.broker.v1.RevocationKind
 	44, // 28: coffer.broker.v1.RenewRequest.renewals:type_name -> coffer.broker.v1.Renewal
 	46, // 29: coffer.broker.v1.RenewResponse.renewed:type_name -> coffer.broker.v1.Renewed
-	58, // 30: coffer.broker.v1.EntriesResponse.entries:type_name -> coffer.broker.v1.Entry
+	60, // 30: coffer.broker.v1.EntriesResponse.entries:type_name -> coffer.broker.v1.Entry
 	2,  // 31: coffer.broker.v1.BrokerService.Info:input_type -> coffer.broker.v1.InfoRequest
 	10, // 32: coffer.broker.v1.BrokerService.CreateAsset:input_type -> coffer.broker.v1.CreateAssetRequest
 	12, // 33: coffer.broker.v1.BrokerService.GetAsset:input_type -> coffer.broker.v1.GetAssetRequest
@@ -4187,38 +4295,40 @@ var file_attest_api_broker_v1_broker_proto_depIdxs = []int32{
 	39, // 46: coffer.broker.v1.BrokerService.RewrapKeys:input_type -> coffer.broker.v1.RewrapKeysRequest
 	41, // 47: coffer.broker.v1.BrokerService.Release:input_type -> coffer.broker.v1.ReleaseRequest
 	43, // 48: coffer.broker.v1.BrokerService.Renew:input_type -> coffer.broker.v1.RenewRequest
-	47, // 49: coffer.broker.v1.BrokerService.ReportStopped:input_type -> coffer.broker.v1.ReportStoppedRequest
-	49, // 50: coffer.broker.v1.BrokerService.CountersignCheckpoint:input_type -> coffer.broker.v1.CountersignCheckpointRequest
-	51, // 51: coffer.broker.v1.BrokerService.ResumeCheckpoint:input_type -> coffer.broker.v1.ResumeCheckpointRequest
-	53, // 52: coffer.broker.v1.BrokerService.CommitReseal:input_type -> coffer.broker.v1.CommitResealRequest
-	55, // 53: coffer.broker.v1.BrokerService.LogBundle:input_type -> coffer.broker.v1.LogBundleRequest
-	57, // 54: coffer.broker.v1.BrokerService.Entries:input_type -> coffer.broker.v1.EntriesRequest
-	3,  // 55: coffer.broker.v1.BrokerService.Info:output_type -> coffer.broker.v1.InfoResponse
-	11, // 56: coffer.broker.v1.BrokerService.CreateAsset:output_type -> coffer.broker.v1.CreateAssetResponse
-	13, // 57: coffer.broker.v1.BrokerService.GetAsset:output_type -> coffer.broker.v1.GetAssetResponse
-	15, // 58: coffer.broker.v1.BrokerService.ListAssets:output_type -> coffer.broker.v1.ListAssetsResponse
-	9,  // 59: coffer.broker.v1.BrokerService.UpdateAssetPolicy:output_type -> coffer.broker.v1.UpdateAssetPolicyResponse
-	27, // 60: coffer.broker.v1.BrokerService.CreateGrant:output_type -> coffer.broker.v1.CreateGrantResponse
-	20, // 61: coffer.broker.v1.BrokerService.RequestGrant:output_type -> coffer.broker.v1.RequestGrantResponse
-	22, // 62: coffer.broker.v1.BrokerService.ApproveGrant:output_type -> coffer.broker.v1.ApproveGrantResponse
-	24, // 63: coffer.broker.v1.BrokerService.DenyGrant:output_type -> coffer.broker.v1.DenyGrantResponse
-	26, // 64: coffer.broker.v1.BrokerService.GetGrant:output_type -> coffer.broker.v1.GetGrantResponse
-	29, // 65: coffer.broker.v1.BrokerService.ListGrants:output_type -> coffer.broker.v1.ListGrantsResponse
-	31, // 66: coffer.broker.v1.BrokerService.RevokeGrant:output_type -> coffer.broker.v1.RevokeGrantResponse
-	34, // 67: coffer.broker.v1.BrokerService.Revoke:output_type -> coffer.broker.v1.RevokeResponse
-	36, // 68: coffer.broker.v1.BrokerService.ListRevocations:output_type -> coffer.broker.v1.ListRevocationsResponse
-	38, // 69: coffer.broker.v1.BrokerService.LiftRevocation:output_type -> coffer.broker.v1.LiftRevocationResponse
-	40, // 70: coffer.broker.v1.BrokerService.RewrapKeys:output_type -> coffer.broker.v1.RewrapKeysResponse
-	42, // 71: coffer.broker.v1.BrokerService.Release:output_type -> coffer.broker.v1.ReleaseResponse
-	45, // 72: coffer.broker.v1.BrokerService.Renew:output_type -> coffer.broker.v1.RenewResponse
-	48, // 73: coffer.broker.v1.BrokerService.ReportStopped:output_type -> coffer.broker.v1.ReportStoppedResponse
-	50, // 74: coffer.broker.v1.BrokerService.CountersignCheckpoint:output_type -> coffer.broker.v1.CountersignCheckpointResponse
-	52, // 75: coffer.broker.v1.BrokerService.ResumeCheckpoint:output_type -> coffer.broker.v1.ResumeCheckpointResponse
-	54, // 76: coffer.broker.v1.BrokerService.CommitReseal:output_type -> coffer.broker.v1.CommitResealResponse
-	56, // 77: coffer.broker.v1.BrokerService.LogBundle:output_type -> coffer.broker.v1.LogBundleResponse
-	59, // 78: coffer.broker.v1.BrokerService.Entries:output_type -> coffer.broker.v1.EntriesResponse
-	55, // [55:79] is the sub-list for method output_type
-	31, // [31:55] is the sub-list for method input_type
+	47, // 49: coffer.broker.v1.BrokerService.Reattest:input_type -> coffer.broker.v1.ReattestRequest
+	49, // 50: coffer.broker.v1.BrokerService.ReportStopped:input_type -> coffer.broker.v1.ReportStoppedRequest
+	51, // 51: coffer.broker.v1.BrokerService.CountersignCheckpoint:input_type -> coffer.broker.v1.CountersignCheckpointRequest
+	53, // 52: coffer.broker.v1.BrokerService.ResumeCheckpoint:input_type -> coffer.broker.v1.ResumeCheckpointRequest
+	55, // 53: coffer.broker.v1.BrokerService.CommitReseal:input_type -> coffer.broker.v1.CommitResealRequest
+	57, // 54: coffer.broker.v1.BrokerService.LogBundle:input_type -> coffer.broker.v1.LogBundleRequest
+	59, // 55: coffer.broker.v1.BrokerService.Entries:input_type -> coffer.broker.v1.EntriesRequest
+	3,  // 56: coffer.broker.v1.BrokerService.Info:output_type -> coffer.broker.v1.InfoResponse
+	11, // 57: coffer.broker.v1.BrokerService.CreateAsset:output_type -> coffer.broker.v1.CreateAssetResponse
+	13, // 58: coffer.broker.v1.BrokerService.GetAsset:output_type -> coffer.broker.v1.GetAssetResponse
+	15, // 59: coffer.broker.v1.BrokerService.ListAssets:output_type -> coffer.broker.v1.ListAssetsResponse
+	9,  // 60: coffer.broker.v1.BrokerService.UpdateAssetPolicy:output_type -> coffer.broker.v1.UpdateAssetPolicyResponse
+	27, // 61: coffer.broker.v1.BrokerService.CreateGrant:output_type -> coffer.broker.v1.CreateGrantResponse
+	20, // 62: coffer.broker.v1.BrokerService.RequestGrant:output_type -> coffer.broker.v1.RequestGrantResponse
+	22, // 63: coffer.broker.v1.BrokerService.ApproveGrant:output_type -> coffer.broker.v1.ApproveGrantResponse
+	24, // 64: coffer.broker.v1.BrokerService.DenyGrant:output_type -> coffer.broker.v1.DenyGrantResponse
+	26, // 65: coffer.broker.v1.BrokerService.GetGrant:output_type -> coffer.broker.v1.GetGrantResponse
+	29, // 66: coffer.broker.v1.BrokerService.ListGrants:output_type -> coffer.broker.v1.ListGrantsResponse
+	31, // 67: coffer.broker.v1.BrokerService.RevokeGrant:output_type -> coffer.broker.v1.RevokeGrantResponse
+	34, // 68: coffer.broker.v1.BrokerService.Revoke:output_type -> coffer.broker.v1.RevokeResponse
+	36, // 69: coffer.broker.v1.BrokerService.ListRevocations:output_type -> coffer.broker.v1.ListRevocationsResponse
+	38, // 70: coffer.broker.v1.BrokerService.LiftRevocation:output_type -> coffer.broker.v1.LiftRevocationResponse
+	40, // 71: coffer.broker.v1.BrokerService.RewrapKeys:output_type -> coffer.broker.v1.RewrapKeysResponse
+	42, // 72: coffer.broker.v1.BrokerService.Release:output_type -> coffer.broker.v1.ReleaseResponse
+	45, // 73: coffer.broker.v1.BrokerService.Renew:output_type -> coffer.broker.v1.RenewResponse
+	48, // 74: coffer.broker.v1.BrokerService.Reattest:output_type -> coffer.broker.v1.ReattestResponse
+	50, // 75: coffer.broker.v1.BrokerService.ReportStopped:output_type -> coffer.broker.v1.ReportStoppedResponse
+	52, // 76: coffer.broker.v1.BrokerService.CountersignCheckpoint:output_type -> coffer.broker.v1.CountersignCheckpointResponse
+	54, // 77: coffer.broker.v1.BrokerService.ResumeCheckpoint:output_type -> coffer.broker.v1.ResumeCheckpointResponse
+	56, // 78: coffer.broker.v1.BrokerService.CommitReseal:output_type -> coffer.broker.v1.CommitResealResponse
+	58, // 79: coffer.broker.v1.BrokerService.LogBundle:output_type -> coffer.broker.v1.LogBundleResponse
+	61, // 80: coffer.broker.v1.BrokerService.Entries:output_type -> coffer.broker.v1.EntriesResponse
+	56, // [56:81] is the sub-list for method output_type
+	31, // [31:56] is the sub-list for method input_type
 	31, // [31:31] is the sub-list for extension type_name
 	31, // [31:31] is the sub-list for extension extendee
 	0,  // [0:31] is the sub-list for field type_name
@@ -4235,7 +4345,7 @@ func file_attest_api_broker_v1_broker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_attest_api_broker_v1_broker_proto_rawDesc), len(file_attest_api_broker_v1_broker_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   58,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

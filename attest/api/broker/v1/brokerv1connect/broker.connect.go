@@ -81,6 +81,8 @@ const (
 	BrokerServiceReleaseProcedure = "/coffer.broker.v1.BrokerService/Release"
 	// BrokerServiceRenewProcedure is the fully-qualified name of the BrokerService's Renew RPC.
 	BrokerServiceRenewProcedure = "/coffer.broker.v1.BrokerService/Renew"
+	// BrokerServiceReattestProcedure is the fully-qualified name of the BrokerService's Reattest RPC.
+	BrokerServiceReattestProcedure = "/coffer.broker.v1.BrokerService/Reattest"
 	// BrokerServiceReportStoppedProcedure is the fully-qualified name of the BrokerService's
 	// ReportStopped RPC.
 	BrokerServiceReportStoppedProcedure = "/coffer.broker.v1.BrokerService/ReportStopped"
@@ -145,6 +147,10 @@ type BrokerServiceClient interface {
 	// Renew answers the challenges of an agent's running jobs with signed leases
 	// (role: agent).
 	Renew(context.Context, *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error)
+	// Reattest shows the broker a newer attestation result of a running job (role:
+	// agent). One that affirms counts from then on; one that does not takes the
+	// job's lease, or lets it wait where the plan says so.
+	Reattest(context.Context, *connect.Request[v1.ReattestRequest]) (*connect.Response[v1.ReattestResponse], error)
 	// ReportStopped says that a job is gone (role: agent). It ends the lease.
 	ReportStopped(context.Context, *connect.Request[v1.ReportStoppedRequest]) (*connect.Response[v1.ReportStoppedResponse], error)
 	// CountersignCheckpoint records a job's newest checkpoint and signs for it
@@ -281,6 +287,12 @@ func NewBrokerServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(brokerServiceMethods.ByName("Renew")),
 			connect.WithClientOptions(opts...),
 		),
+		reattest: connect.NewClient[v1.ReattestRequest, v1.ReattestResponse](
+			httpClient,
+			baseURL+BrokerServiceReattestProcedure,
+			connect.WithSchema(brokerServiceMethods.ByName("Reattest")),
+			connect.WithClientOptions(opts...),
+		),
 		reportStopped: connect.NewClient[v1.ReportStoppedRequest, v1.ReportStoppedResponse](
 			httpClient,
 			baseURL+BrokerServiceReportStoppedProcedure,
@@ -340,6 +352,7 @@ type brokerServiceClient struct {
 	rewrapKeys            *connect.Client[v1.RewrapKeysRequest, v1.RewrapKeysResponse]
 	release               *connect.Client[v1.ReleaseRequest, v1.ReleaseResponse]
 	renew                 *connect.Client[v1.RenewRequest, v1.RenewResponse]
+	reattest              *connect.Client[v1.ReattestRequest, v1.ReattestResponse]
 	reportStopped         *connect.Client[v1.ReportStoppedRequest, v1.ReportStoppedResponse]
 	countersignCheckpoint *connect.Client[v1.CountersignCheckpointRequest, v1.CountersignCheckpointResponse]
 	resumeCheckpoint      *connect.Client[v1.ResumeCheckpointRequest, v1.ResumeCheckpointResponse]
@@ -438,6 +451,11 @@ func (c *brokerServiceClient) Renew(ctx context.Context, req *connect.Request[v1
 	return c.renew.CallUnary(ctx, req)
 }
 
+// Reattest calls coffer.broker.v1.BrokerService.Reattest.
+func (c *brokerServiceClient) Reattest(ctx context.Context, req *connect.Request[v1.ReattestRequest]) (*connect.Response[v1.ReattestResponse], error) {
+	return c.reattest.CallUnary(ctx, req)
+}
+
 // ReportStopped calls coffer.broker.v1.BrokerService.ReportStopped.
 func (c *brokerServiceClient) ReportStopped(ctx context.Context, req *connect.Request[v1.ReportStoppedRequest]) (*connect.Response[v1.ReportStoppedResponse], error) {
 	return c.reportStopped.CallUnary(ctx, req)
@@ -514,6 +532,10 @@ type BrokerServiceHandler interface {
 	// Renew answers the challenges of an agent's running jobs with signed leases
 	// (role: agent).
 	Renew(context.Context, *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error)
+	// Reattest shows the broker a newer attestation result of a running job (role:
+	// agent). One that affirms counts from then on; one that does not takes the
+	// job's lease, or lets it wait where the plan says so.
+	Reattest(context.Context, *connect.Request[v1.ReattestRequest]) (*connect.Response[v1.ReattestResponse], error)
 	// ReportStopped says that a job is gone (role: agent). It ends the lease.
 	ReportStopped(context.Context, *connect.Request[v1.ReportStoppedRequest]) (*connect.Response[v1.ReportStoppedResponse], error)
 	// CountersignCheckpoint records a job's newest checkpoint and signs for it
@@ -646,6 +668,12 @@ func NewBrokerServiceHandler(svc BrokerServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(brokerServiceMethods.ByName("Renew")),
 		connect.WithHandlerOptions(opts...),
 	)
+	brokerServiceReattestHandler := connect.NewUnaryHandler(
+		BrokerServiceReattestProcedure,
+		svc.Reattest,
+		connect.WithSchema(brokerServiceMethods.ByName("Reattest")),
+		connect.WithHandlerOptions(opts...),
+	)
 	brokerServiceReportStoppedHandler := connect.NewUnaryHandler(
 		BrokerServiceReportStoppedProcedure,
 		svc.ReportStopped,
@@ -720,6 +748,8 @@ func NewBrokerServiceHandler(svc BrokerServiceHandler, opts ...connect.HandlerOp
 			brokerServiceReleaseHandler.ServeHTTP(w, r)
 		case BrokerServiceRenewProcedure:
 			brokerServiceRenewHandler.ServeHTTP(w, r)
+		case BrokerServiceReattestProcedure:
+			brokerServiceReattestHandler.ServeHTTP(w, r)
 		case BrokerServiceReportStoppedProcedure:
 			brokerServiceReportStoppedHandler.ServeHTTP(w, r)
 		case BrokerServiceCountersignCheckpointProcedure:
@@ -811,6 +841,10 @@ func (UnimplementedBrokerServiceHandler) Release(context.Context, *connect.Reque
 
 func (UnimplementedBrokerServiceHandler) Renew(context.Context, *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.Renew is not implemented"))
+}
+
+func (UnimplementedBrokerServiceHandler) Reattest(context.Context, *connect.Request[v1.ReattestRequest]) (*connect.Response[v1.ReattestResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("coffer.broker.v1.BrokerService.Reattest is not implemented"))
 }
 
 func (UnimplementedBrokerServiceHandler) ReportStopped(context.Context, *connect.Request[v1.ReportStoppedRequest]) (*connect.Response[v1.ReportStoppedResponse], error) {
