@@ -10,8 +10,13 @@ import (
 	"github.com/coffer-run/coffer/attest/policy/rego"
 )
 
-// BenchmarkDecide is one decision over SNP, TPM and one GPU.
-func BenchmarkDecide(b *testing.B) {
+// BenchmarkDecide is one decision over SNP, TPM and one GPU, and BenchmarkDecideAgain
+// one on a machine in a state on which the policy has decided before.
+func BenchmarkDecide(b *testing.B) { decide(b, (*rego.Policy).Forget) }
+
+func BenchmarkDecideAgain(b *testing.B) { decide(b, func(*rego.Policy) {}) }
+
+func decide(b *testing.B, before func(*rego.Policy)) {
 	source, err := policy.Named("simulation")
 	if err != nil {
 		b.Fatal(err)
@@ -19,6 +24,7 @@ func BenchmarkDecide(b *testing.B) {
 	p, e := compiled(b, source), jobEvidence(b)
 	b.ReportAllocs()
 	for b.Loop() {
+		before(p)
 		if len(p.Decide(e).All().Failed()) > 0 {
 			b.Fatal("refused")
 		}

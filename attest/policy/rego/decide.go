@@ -2,6 +2,7 @@ package rego
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 
@@ -43,15 +44,26 @@ func (p *Policy) Decide(ev policy.Evidence) policy.Decision {
 	}
 
 	subs := p.submodules(ev, &d)
-	size := 0
 	for i := range subs {
 		p.simulated(&subs[i])
-		size += subs[i].readClaims()
+	}
+	id, named := p.identify(ev, subs)
+	var a *answered
+	if named {
+		a = p.answers.get(id)
+	}
+	size := 0
+	if a == nil {
+		for i := range subs {
+			size += subs[i].readClaims()
+		}
 	}
 	if size > MaxInput {
 		d.Platform.Fail("policy.rules", "claims of at most "+strconv.Itoa(MaxInput)+" bytes", strconv.Itoa(size), "")
-	} else if err := p.apply(ev, subs, &d); err != nil {
+	} else if a, err := p.apply(ev, subs, a, &d); err != nil {
 		d.Platform.Fail("policy.rules", "a decision by the policy's rules", printable(err.Error()), "mend the policy's rules, or name another policy")
+	} else if named {
+		p.answers.put(id, a)
 	}
 	settle(subs, &d)
 	return d
@@ -141,10 +153,11 @@ func (p *Policy) simulated(s *submodule) {
 // device without claims that can be read has none.
 func (s *submodule) readClaims() int {
 	var r reader
-	claims := s.device.Claims
+	claims := maps.Clone(s.device.Claims)
 	if claims == nil {
 		claims = map[string]any{}
 	}
+	delete(claims, momentary[s.kind])
 	var err error
 	if s.claims, err = r.read(claims); err != nil {
 		s.claims = ast.ObjectTerm()
@@ -153,28 +166,29 @@ func (s *submodule) readClaims() int {
 	return r.size
 }
 
-// apply asks the rules and records what they answer.
-func (p *Policy) apply(ev policy.Evidence, subs []submodule, d *policy.Decision) error {
+// apply asks the rules, unless their answer is given, and records it.
+func (p *Policy) apply(ev policy.Evidence, subs []submodule, a *answered, d *policy.Decision) (*answered, error) {
 	accepted, known, err := p.acceptedNow(ev, &d.Platform)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	answer, err := p.evaluate(input(ev, subs, accepted), known)
-	if err != nil {
-		return err
-	}
-	a, err := readAnswer(answer)
-	if err != nil {
-		return err
+	if a == nil {
+		answer, err := p.evaluate(input(ev, subs, accepted), known)
+		if err != nil {
+			return nil, err
+		}
+		if a, err = readAnswer(answer); err != nil {
+			return nil, err
+		}
 	}
 	for name := range a.submods {
 		if !slices.ContainsFunc(subs, func(s submodule) bool { return s.name == name }) {
-			return fmt.Errorf("rules speak of %.40q, which is no device here", name)
+			return nil, fmt.Errorf("rules speak of %.40q, which is no device here", name)
 		}
 	}
 	for _, s := range subs {
 		if s.asked && len(a.submods[s.name].checks) == 0 {
-			return fmt.Errorf("rules made no check of %s", s.name)
+			return nil, fmt.Errorf("rules made no check of %s", s.name)
 		}
 	}
 	d.Platform = append(d.Platform, a.checks...)
@@ -189,7 +203,7 @@ func (p *Policy) apply(ev policy.Evidence, subs []submodule, d *policy.Decision)
 			s.out.Fail(s.tierID(), string(receipt.Affirming), string(said.tier), "the policy's rules say no more than that")
 		}
 	}
-	return nil
+	return a, nil
 }
 
 // acceptedNow leaves out reference values that have expired since they were loaded. A source of

@@ -22,3 +22,6 @@ func (p *Policy) Input(ev policy.Evidence) ([]byte, error) {
 	}
 	return json.Marshal(v)
 }
+
+// Forget empties the memory of answers.
+func (p *Policy) Forget() { p.answers = &answers{} }

@@ -71,6 +71,9 @@ type Policy struct {
 	// known is what follows from them.
 	accepted ast.Value
 	known    known
+	// clocked is true of rules whose answers are not remembered.
+	clocked bool
+	answers *answers
 }
 
 var packageRef = ast.MustParseRef("data." + Package)
@@ -123,7 +126,7 @@ func compile(p policy.Policy, digest plan.Digest, references []policy.References
 	if len(c.GetRulesExact(ruleRef(EntryPoint))) == 0 {
 		return nil, fmt.Errorf("no rule %s", EntryPoint)
 	}
-	out := &Policy{source: p, compiler: c}
+	out := &Policy{source: p, compiler: c, clocked: readsClock(c), answers: &answers{}}
 	var err error
 	if out.query, err = queryOf(c, EntryPoint); err != nil {
 		return nil, err

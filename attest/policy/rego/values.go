@@ -271,7 +271,11 @@ func outcomes(l check.List) ast.Object {
 		if rank(outcome) == rank(check.Fail) {
 			outcome = check.Fail
 		}
-		items = append(items, ast.Item(ast.StringTerm(id), ast.ObjectTerm(item("outcome", ast.InternedTerm(string(outcome))), item("found", ast.StringTerm(l[i].Found)))))
+		said := ast.NewObject(item("outcome", ast.InternedTerm(string(outcome))))
+		if found, there := seen(l[i]); there {
+			said.Insert(ast.InternedTerm("found"), ast.StringTerm(found))
+		}
+		items = append(items, ast.Item(ast.StringTerm(id), ast.NewTerm(said)))
 	}
 	return ast.NewObject(items...)
 }
