@@ -156,6 +156,7 @@ func Open(ctx context.Context, d Deps) (*Agent, error) {
 		return nil, err
 	}
 	a.jobs.Go(func() { a.renewals(a.ctx) }) //nolint:contextcheck // for as long as the agent runs
+	a.jobs.Go(func() { a.sweeps(a.ctx) })   //nolint:contextcheck // for as long as the agent runs
 	return a, nil
 }
 
@@ -187,6 +188,7 @@ type Job struct {
 	attempt   int
 	retryOf   string // the first attempt's id, empty for itself
 	notBefore time.Time
+	spent     time.Duration // of the budget, by the attempts before this one
 	place     *place
 
 	// What follows belongs to the goroutine that runs the job.
@@ -338,6 +340,9 @@ func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
 		return nil, err
 	}
 	if err := a.Node.CheckGPUs(p); err != nil {
+		return nil, err
+	}
+	if err := a.offersCC(ctx, p); err != nil {
 		return nil, err
 	}
 	j := newJob("", "")

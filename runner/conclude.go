@@ -60,6 +60,7 @@ func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 		a.Sinks.Leave(j.id)
 	}
 	end.Ended = time.Now()
+	end.KeepUntil = j.keepUntil(end.Ended)
 	next := a.end(ctx, j, end, body)
 	if row, err := a.Journal.Job(ctx, j.id); err == nil {
 		a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Job{Job: Describe(row)}})

@@ -2,9 +2,11 @@ package runner
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/device"
@@ -21,7 +23,32 @@ func (a *Agent) beginGPUs(ctx context.Context, j *Job) error {
 		return err
 	}
 	j.gpus = use
+	if j.plan.Resources.CC != "" && use.Path() != device.Staged {
+		return refuseCC("not on")
+	}
 	return nil
+}
+
+// offersCC refuses a plan that asks for confidential computing of GPUs whose driver
+// does not say that it is on.
+func (a *Agent) offersCC(ctx context.Context, p plan.Plan) error {
+	if p.Resources.CC == "" {
+		return nil
+	}
+	st, err := a.GPUs.State(ctx, a.uuids)
+	if err != nil {
+		return fmt.Errorf("ask for the mode of the GPUs: %w", err)
+	}
+	if st.Mode != device.On {
+		return refuseCC(string(st.Mode))
+	}
+	return nil
+}
+
+func refuseCC(found string) error {
+	var l check.List
+	l.Fail("gpu.cc", "confidential computing on, as resources.cc asks", fmt.Sprintf("the driver says %.40q", found), "submit it to a node whose GPUs are in confidential mode")
+	return check.Refuse("admit", l)
 }
 
 // resumeGPUs takes the GPUs of a job that runs already.
@@ -44,7 +71,13 @@ func (a *Agent) readyGPUs(ctx context.Context, j *Job, v receipt.Verified) error
 	if j.gpus == nil {
 		return nil
 	}
-	return j.gpus.Ready(ctx, v)
+	if err := j.gpus.Ready(ctx, v); err != nil {
+		return err
+	}
+	if j.plan.Resources.CC != "" && j.gpus.Launch.Mode != device.On {
+		return refuseCC(string(j.gpus.Launch.Mode))
+	}
+	return nil
 }
 
 // finishGPUs takes a job's GPUs back, after its container is gone.

@@ -119,6 +119,8 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 		out.Reason = stop.code
 	case errors.As(err, &refused):
 		out.State, out.Reason, out.Checks = journal.Refused, refused.Stage+"-refused", refused.Checks
+	case errors.Is(err, errBudget):
+		out.Reason = "budget"
 	case errors.Is(err, errDeadline):
 		out.Reason = "deadline"
 	case errors.As(err, &exit):

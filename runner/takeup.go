@@ -110,13 +110,15 @@ func (a *Agent) takeUpOne(ctx context.Context, j *Job, started bool) (work func(
 		if err != nil {
 			return func(context.Context) error { return err }, "ends"
 		}
-		return work, "goes on"
+		return func(ctx context.Context) error { return j.spending(ctx, work) }, "goes on"
 	}
 	r, err := a.adopt(ctx, j, started)
 	if err != nil {
 		return func(context.Context) error { return err }, "ends"
 	}
-	return func(ctx context.Context) error { return a.watch(ctx, j, r) }, "goes on"
+	return func(ctx context.Context) error {
+		return j.spending(ctx, func(ctx context.Context) error { return a.watch(ctx, j, r) })
+	}, "goes on"
 }
 
 // beforeSandbox are the stages that nothing of a holder's is bound to.
@@ -144,6 +146,7 @@ func (a *Agent) rebuild(ctx context.Context, row journal.Job) (*Job, bool, error
 		return nil, false, err
 	}
 	j.plan, j.canonical, j.digest, j.redacted, j.at = p, row.Plan, plan.Sum(row.Plan), row.JobFile, bundle.Stage(row.Stage)
+	a.recallSpent(j)
 	j.runDir = a.jobDir(row.ID)
 	j.feed = newFeed(row.ID, a.Journal)
 	started := false

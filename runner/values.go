@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/runner/bootkey"
@@ -31,10 +32,12 @@ type Values struct {
 
 // submission is what is kept of one job.
 type submission struct {
-	Submitter string            `json:"submitter"`
-	Attempt   int               `json:"attempt"`
-	RetryOf   string            `json:"retryOf,omitempty"`
-	Env       map[string]string `json:"env,omitempty"`
+	Submitter string `json:"submitter"`
+	Attempt   int    `json:"attempt"`
+	RetryOf   string `json:"retryOf,omitempty"`
+	// Spent is what the attempts before this one used of the job's budget.
+	Spent time.Duration     `json:"spentNanos,omitempty"`
+	Env   map[string]string `json:"env,omitempty"`
 	// Outcome is how the job ended, from when its record is being made.
 	Outcome *journal.Job `json:"outcome,omitempty"`
 }

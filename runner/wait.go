@@ -26,7 +26,7 @@ func (a *Agent) begin(ctx context.Context, j *Job) error {
 	if err := a.waits(ctx, j); err != nil {
 		return err
 	}
-	return a.run(ctx, j)
+	return j.spending(ctx, func(ctx context.Context) error { return a.run(ctx, j) })
 }
 
 // waits holds a job until it may begin: for a retry's time, for approvals, for room.
@@ -107,6 +107,9 @@ func (a *Agent) next(j *Job, end journal.Job) *Job {
 	if end.State != journal.Failed || j.attempt >= j.plan.Attempts() || !j.spec.Retry.After(end.Reason, end.ExitCode) || a.ctx.Err() != nil {
 		return nil
 	}
+	if left, bounded := j.budgetLeft(); bounded && left <= 0 {
+		return nil
+	}
 	n := newJob(ulid.Make().String(), j.submitter)
 	n.spec, n.plan, n.canonical, n.digest, n.redacted = j.spec, j.plan, j.canonical, j.digest, j.redacted
 	n.submitted, n.attempt, n.retryOf = time.Now(), j.attempt+1, j.retryOf
@@ -114,12 +117,13 @@ func (a *Agent) next(j *Job, end journal.Job) *Job {
 		n.retryOf = j.id
 	}
 	n.notBefore = n.submitted.Add(j.spec.Retry.Pause(j.attempt))
+	n.spent = j.spent + j.used()
 	return n
 }
 
 // handOn sees to it that the next attempt has the values of this one.
 func (a *Agent) handOn(j, next *Job) error {
-	s := submission{Submitter: j.submitter, Attempt: next.attempt, RetryOf: next.retryOf, Env: map[string]string{}}
+	s := submission{Submitter: j.submitter, Attempt: next.attempt, RetryOf: next.retryOf, Spent: next.spent, Env: map[string]string{}}
 	switch {
 	case len(j.env) == len(j.plan.Env):
 		for i, e := range j.plan.Env {

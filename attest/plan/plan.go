@@ -72,6 +72,10 @@ type Plan struct {
 	Retry *Retry `json:"retry,omitempty"`
 	// Reattest is absent where the job attests once.
 	Reattest *Reattest `json:"reattest,omitempty"`
+	// Budget is absent where attempts are bounded by MaxSeconds and Retry alone.
+	Budget *Budget `json:"budget,omitempty"`
+	// Evidence is absent where the node keeps the record.
+	Evidence *Retention `json:"evidence,omitempty"`
 	// Policy is the attestation policy by which evidence is appraised.
 	Policy Policy `json:"policy"`
 	// SandboxProfile is the digest of the rules from which the sandbox is made:
@@ -115,6 +119,9 @@ type Output struct {
 	// EgressEvents is how many different refused connections are told by the name
 	// that the job asked for. The job chooses the names, so they are output too.
 	EgressEvents int64 `json:"egressEvents,omitempty"`
+	// LogReaders says who may read what the job printed, besides its submitter:
+	// ReadersOwners, ReadersEngineers, or, if absent, nobody.
+	LogReaders string `json:"logReaders,omitempty"`
 }
 
 // Resources are limits, not requests.
@@ -124,6 +131,9 @@ type Resources struct {
 	MemoryBytes int64 `json:"memoryBytes"`
 	Pids        int64 `json:"pids"`
 	GPUs        int   `json:"gpus"`
+	// CC is what the job asks of confidential computing on its GPUs: CCOn, CCRequired,
+	// or, if absent, nothing besides what the attestation policy asks for.
+	CC string `json:"cc,omitempty"`
 	// MaxSeconds ends a job that runs longer.
 	MaxSeconds int64 `json:"maxSeconds"`
 	// StopSeconds is how long a job that is told to end may take for it, with its
@@ -193,7 +203,7 @@ func (p Plan) validate() error {
 	case p.Output.LogBytes <= 0:
 		return errors.New("plan bounds no output")
 	}
-	if err := errors.Join(p.Output.validate(), p.Resources.validate(), p.Retry.validate(), p.Reattest.validate(), p.validateEgress(), p.validateReseal()); err != nil {
+	if err := errors.Join(p.Output.validate(), p.Resources.validate(), p.Retry.validate(), p.Reattest.validate(), p.validateBudget(), p.validateKeeping(), p.validateEgress(), p.validateReseal()); err != nil {
 		return err
 	}
 	for _, in := range p.Inputs {

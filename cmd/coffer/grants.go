@@ -833,6 +833,9 @@ func (c *cli) whyApproval(ctx context.Context, j *agentv1.Job, v *whyView) error
 		v.Who = append(v.Who, g.GetMissing()...)
 		v.Next = append(v.Next, fmt.Sprintf("coffer grant approve %s --reason TEXT", g.GetId()))
 	}
+	if want := j.GetExpectedApprovals(); len(want) > 0 {
+		v.Who = append(v.Who, "its submitter expects approval by: "+strings.Join(want, ", "))
+	}
 	return nil
 }
 

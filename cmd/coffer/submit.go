@@ -28,6 +28,9 @@ type preview struct {
 	Plan   json.RawMessage `json:"plan"`
 	// Keys says for each asset what stands between the plan and its key.
 	Keys []string `json:"preview"`
+	// Approvals are the groups whose approval the job file expects. The owners' rules
+	// say who must approve.
+	Approvals []string `json:"expectedApprovals,omitempty"`
 	// Node says what the node has for the job.
 	Node string `json:"node,omitempty"`
 	// ComparedWith is the last job of the same name that got its keys and ended well,
@@ -67,6 +70,9 @@ func (c *cli) previewPlan(ctx context.Context, a agentv1connect.AgentServiceClie
 	}
 	if p.Keys, err = c.previewGrants(ctx, p.Digest, p.Plan); err != nil {
 		return preview{}, err
+	}
+	if spec, err := jobspec.Parse(file); err == nil {
+		p.Approvals = spec.Approvals
 	}
 	if room, err := a.Capacity(ctx, connectRequest(&agentv1.CapacityRequest{})); err == nil {
 		m := room.Msg
@@ -165,6 +171,9 @@ func (c *cli) sayPreview(p preview) error {
 	var say []string
 	for _, k := range p.Keys {
 		say = append(say, "key      "+k)
+	}
+	if len(p.Approvals) > 0 {
+		say = append(say, "expects  approval by "+strings.Join(p.Approvals, ", ")+", as the job file says; the owners' rules decide")
 	}
 	var shown struct {
 		Egress []struct {

@@ -60,6 +60,7 @@ func Fields() []Field {
 	keepLow, keepHigh := between(1, maxKeep)
 	portLow, portHigh := between(1, 65535)
 	eventLow, eventHigh := between(1, MaxEgressEvents)
+	nodesLow, nodesHigh := between(1, 1)
 	return []Field{
 		{Path: "apiVersion", Doc: "The version of the job file.", Want: APIVersion, Example: APIVersion, Required: true, enum: []string{APIVersion}},
 		{Path: "name", Doc: "What people call the job.", Want: wantName, Example: "fashion-mnist", Required: true, Planned: true, pattern: namePattern},
@@ -110,12 +111,20 @@ func Fields() []Field {
 		{Path: "resources.cpu", Doc: "Cores, or thousandths of a core.", Want: "a number of cores, such as 2 or 1500m", Example: "2", Required: true, Planned: true},
 		{Path: "resources.memory", Doc: "Memory, including the opened inputs. It is at least 64Mi.", Want: wantSize, Example: "4Gi", Required: true, Planned: true},
 		{Path: "resources.gpus", Doc: "Whole GPUs, each attested.", Want: "0 to 16", Default: "0", Example: "1", Planned: true, min: gpuLow, max: gpuHigh},
+		{Path: "resources.cc", Doc: "What the job asks of confidential computing on its GPUs. off: nothing besides what the attestation policy asks for. on: the node's driver must say that it is on, when the job is taken and when it gets its GPUs. required: the same, and the record of a job that succeeded is false without the driver's word.",
+			Want: "off, on or required", Default: "off", Example: "required", Planned: true, enum: []string{ccOff, plan.CCOn, plan.CCRequired}},
+		{Path: "resources.nodes", Doc: "Reserved: a job runs on one node.", Want: "1: a job of several nodes is not supported", Default: "1", Example: "1", min: nodesLow, max: nodesHigh},
 		{Path: "resources.pids", Doc: "Processes and threads at once.", Want: "1 to 32768", Default: fmt.Sprint(DefaultPids), Example: "512", Planned: true, min: pidLow, max: pidHigh},
 		{Path: "maxDuration", Doc: "The job is stopped when it has run so long.", Want: wantTime, Default: "24h", Example: "30m", Planned: true},
+		{Path: "budget", Doc: "What all attempts of the job may use together. An attempt uses time from when it gets room on the node. When the budget is spent the job is told to end, with stopGrace for a last checkpoint, and is not tried again.", Want: "time, gpuTime or both", Default: "maxDuration bounds each attempt", Planned: true},
+		{Path: "budget.time", Doc: "Time of all attempts together.", Want: wantTime, Example: "2h", Planned: true},
+		{Path: "budget.gpuTime", Doc: "Time on GPUs, each counted: two GPUs use an hour of it in half an hour.", Want: wantTime, Example: "2h", Planned: true},
 		{Path: "output", Doc: "What may leave the job besides checkpoints.", Want: "bounds", Planned: true},
 		{Path: "output.logBytes", Doc: "What the job may print altogether, at most 256Mi.", Want: wantSize, Default: "16Mi", Example: "1Mi", Planned: true},
 		{Path: "output.logBytesPerSecond", Doc: "How fast it may print, at most 16Mi.", Want: wantSize, Default: "64Ki", Example: "64Ki", Planned: true},
 		{Path: "output.logKey", Doc: "A public key to which the kept log is sealed, so that the node cannot read it later.", Want: "x25519: or mlkem768x25519: and a public key in base64"},
+		{Path: "output.logReaders", Doc: "Who may read the log besides the submitter. owners: the owners of the assets that the job names. engineers: everybody with the role of an engineer at the node.",
+			Want: "submitter, owners or engineers", Default: "submitter", Example: "owners", Planned: true, enum: []string{readersNobody, plan.ReadersOwners, plan.ReadersEngineers}},
 		{Path: "output.egressBytes", Doc: "What the job may send to all destinations of egress together.", Want: wantSize, Default: "the sum of egress[].maxBytes", Example: "16Ki", Planned: true},
 		{Path: "output.egressBytesPerSecond", Doc: "How fast it may send altogether.", Want: wantSize, Default: "the fastest of egress[].bytesPerSecond", Example: "64Ki", Planned: true},
 		{Path: "output.egressEvents", Doc: "How many different refused destinations are told by name.", Want: fmt.Sprintf("1 to %d", MaxEgressEvents), Default: fmt.Sprint(DefaultEgressEvents), Example: "10", Planned: true, min: eventLow, max: eventHigh},
@@ -129,6 +138,11 @@ func Fields() []Field {
 		{Path: "retry.backoff", Doc: "The pause before the second attempt. Each later pause is twice the one before, up to 1h.", Want: wantTime + ", at most 1h", Default: "10s", Example: "1m"},
 		{Path: "stopGrace", Doc: "How long the job may take to end when it is told to, for a last checkpoint: whole seconds, at most 1h.", Want: wantTime, Default: "5s", Example: "30s", Planned: true},
 		{Path: "maxWait", Doc: "How long the job may wait for approvals and for room.", Want: wantTime, Default: "168h", Example: "24h"},
+		{Path: "evidence", Doc: "How the job's record is kept.", Want: "retain", Default: "the node keeps it", Planned: true},
+		{Path: "evidence.retain", Doc: "So long after the job's end the node removes its bundle and its log. A bundle that the evidence log has no entry of stays.", Want: "a duration of at least 24h, such as 720h", Example: "8760h", Required: true, Planned: true},
+		{Path: "approvals", Doc: "The groups whose approval the submitter expects. coffer plan and coffer why show them; who must approve is what the owner's policy says.",
+			Want: fmt.Sprintf("a list of at most %d names of groups", MaxApprovals), Default: "none is named", Example: "[model-owners]", maxItems: MaxApprovals},
+		{Path: "approvals[]", Doc: "The name of a group.", Want: wantName, Example: "model-owners", pattern: namePattern},
 		{Path: "attestationPolicy", Doc: "The attestation policy by which the verifier judges the machine. The plan has its digest.", Want: "the name of an attestation policy, such as production",
 			Example: "simulation", Required: true, Planned: true, pattern: "^."},
 	}

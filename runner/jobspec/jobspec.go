@@ -59,7 +59,12 @@ type Spec struct {
 	// checkpoint.
 	StopGrace Duration `yaml:"stopGrace,omitempty"`
 	// MaxWait is how long the job may wait for approvals and for room.
-	MaxWait           Duration `yaml:"maxWait,omitempty"`
+	MaxWait  Duration  `yaml:"maxWait,omitempty"`
+	Budget   *Budget   `yaml:"budget,omitempty"`
+	Evidence *Evidence `yaml:"evidence,omitempty"`
+	// Approvals are the groups whose approval the submitter expects. The broker's
+	// rules alone say who must approve.
+	Approvals         []string `yaml:"approvals,omitempty"`
 	AttestationPolicy string   `yaml:"attestationPolicy"`
 }
 
@@ -118,6 +123,11 @@ type Resources struct {
 	Memory Bytes `yaml:"memory"`
 	Pids   int64 `yaml:"pids,omitempty"`
 	GPUs   int   `yaml:"gpus"`
+	// CC is what the job asks of confidential computing on its GPUs: "off" for
+	// nothing besides the policy, "on" or "required".
+	CC string `yaml:"cc,omitempty"`
+	// Nodes is 1: a job runs on one node.
+	Nodes int `yaml:"nodes,omitempty"`
 }
 
 // Output bounds what the job may print.
@@ -132,6 +142,9 @@ type Output struct {
 	LogBytesPerSecond Bytes `yaml:"logBytesPerSecond,omitempty"`
 	// LogKey is a public key to which the kept log is sealed: "x25519:" and base64.
 	LogKey string `yaml:"logKey,omitempty"`
+	// LogReaders is who may read the log: "submitter", and besides "owners" or
+	// "engineers".
+	LogReaders string `yaml:"logReaders,omitempty"`
 }
 
 // CPU is in thousandths of a core: "2" or "1500m".
@@ -235,6 +248,7 @@ func (c *checker) check(s *Spec) {
 	c.retry(s)
 	c.egress(s)
 	c.reseal(s)
+	c.keeping(s)
 }
 
 // folder wants a folder of the node; or names what else is allowed.
@@ -294,6 +308,7 @@ func (s Spec) Plan(r Resolved) (plan.Plan, error) {
 		p.Inputs = append(p.Inputs, plan.Input{Name: in.Name, Asset: in.Asset, Digest: d, Mount: in.Mount})
 	}
 	s.planEgress(&p)
+	s.planKeeping(&p)
 	p.Checkpoints = s.Checkpoints.plan()
 	p.Reseal = s.Reseal.plan(r.Digests)
 	if _, err := p.Canonical(); err != nil {

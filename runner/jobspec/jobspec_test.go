@@ -70,6 +70,20 @@ func TestParseNamesLineAndField(t *testing.T) {
 		{"uri with dots", "file:///srv/sealed/data", "file:///srv/../sealed", 10, "want file:///"},
 		{"bucket with a query", "file:///srv/sealed/data", "s3://b-1/data?endpoint=x", 10, "s3://bucket/prefix"},
 		{"a log for ever", "maxDuration: 30m", "output: {logBytes: 100Ti}", 20, "at most 256Mi"},
+		{"several nodes", "  gpus: 1", "  gpus: 1\n  nodes: 2", 20, "2: want 1: a job of several nodes is not supported"},
+		{"a mode that is none", "  gpus: 1", "  gpus: 1\n  cc: devtools", 20, "want off, on or required"},
+		{"confidential GPUs of none", "  gpus: 1", "  cc: required", 19, "asks for no GPUs"},
+		{"an empty budget", "maxDuration: 30m", "budget: {}", 20, "want time, gpuTime or both"},
+		{"a budget of no time", "maxDuration: 30m", "budget: {time: 0s}", 20, "at least a second"},
+		{"GPU time without GPUs", "  gpus: 1", "budget: {gpuTime: 1h}", 19, "asks for no GPUs"},
+		{"a second for two GPUs", "  gpus: 1", "  gpus: 2\nbudget: {gpuTime: 1s}", 20, "a second for each GPU"},
+		{"half a second", "maxDuration: 30m", "budget: {time: 1500ms}", 20, "whole seconds"},
+		{"a budget beyond bounds", "maxDuration: 30m", "budget: {time: 90000h}", 20, "at most ten years"},
+		{"evidence for an hour", "maxDuration: 30m", "evidence: {retain: 1h}", 20, "at least 24h"},
+		{"evidence without a time", "maxDuration: 30m", "evidence: {}", 20, "it is missing"},
+		{"readers that are nobody", "maxDuration: 30m", "output: {logReaders: all}", 20, "want submitter, owners or engineers"},
+		{"a group that is no name", "maxDuration: 30m", "approvals: [Model Owners]", 20, "lower-case"},
+		{"too many groups", "maxDuration: 30m", "approvals: [a, b, c, d, e, f, g, h, i]", 20, "at most 8"},
 		{"no policy", "attestationPolicy: simulation", "", 0, "attestation policy"},
 		{"not yaml", "inputs:", "inputs: [", 0, ""},
 		{"anchors", "name: fashion-mnist", "name: &n fashion-mnist", 2, "anchors"},
@@ -134,6 +148,27 @@ func TestPlanChangesWithEveryField(t *testing.T) {
 		{"1500m", "1501m"}, {"4Gi", "5Gi"}, {"gpus: 1", "gpus: 2"}, {"30m", "31m"}, {"gpus: 1", "gpus: 1\n  pids: 9"}, {"maxDuration: 30m", "maxDuration: 30m\noutput: {logBytes: 1Mi}"},
 	} {
 		add(c[1], digest(strings.Replace(good, c[0], c[1], 1), r))
+	}
+	for _, line := range []string{
+		"resources: {cpu: 1500m, memory: 4Gi, gpus: 1, cc: on}", "resources: {cpu: 1500m, memory: 4Gi, gpus: 1, cc: required}",
+		"budget: {time: 1h}", "budget: {gpuTime: 1h}", "budget: {time: 1h, gpuTime: 1h}", "evidence: {retain: 24h}", "evidence: {retain: 25h}",
+		"output: {logReaders: owners}", "output: {logReaders: engineers}",
+	} {
+		in := good + line + "\n"
+		if rest, ok := strings.CutPrefix(line, "resources:"); ok {
+			in = strings.Replace(good, "resources:\n  cpu: 1500m\n  memory: 4Gi\n  gpus: 1\n", "resources:"+rest+"\n", 1)
+		}
+		add(line, digest(in, r))
+	}
+	// What is said and holds anyhow is the same plan, and who is expected to approve
+	// is no part of it.
+	for _, line := range []string{"output: {logReaders: submitter}", "approvals: [model-owners]"} {
+		if base != digest(good+line+"\n", r) {
+			t.Errorf("%s changes the plan", line)
+		}
+	}
+	if base != digest(strings.Replace(good, "  gpus: 1", "  gpus: 1\n  cc: off\n  nodes: 1", 1), r) {
+		t.Error("cc: off and nodes: 1 change the plan")
 	}
 	r2 := r
 	r2.Image = "sha256:" + strings.Repeat("b", 64)

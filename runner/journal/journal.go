@@ -68,6 +68,9 @@ type Job struct {
 	// NotBefore is when a later attempt may begin.
 	NotBefore time.Time
 	Priority  int
+	// KeepUntil, which End and Retry take down, is when the job's record may be
+	// removed; zero is never.
+	KeepUntil time.Time
 }
 
 // Entry is what a stage left behind: values that the next stages and the bundle
@@ -107,6 +110,7 @@ CREATE TABLE IF NOT EXISTS attempts (
 	job TEXT PRIMARY KEY REFERENCES jobs (id), attempt INTEGER NOT NULL, retry_of TEXT NOT NULL, retried_as TEXT NOT NULL DEFAULT '',
 	not_before INTEGER NOT NULL DEFAULT 0, priority INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+CREATE TABLE IF NOT EXISTS retention (job TEXT PRIMARY KEY REFERENCES jobs (id), until INTEGER NOT NULL, removed INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE IF NOT EXISTS bundles (job TEXT PRIMARY KEY REFERENCES jobs (id), bundle BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS entries (
 	job TEXT NOT NULL REFERENCES jobs (id), seq INTEGER NOT NULL, stage TEXT NOT NULL, at INTEGER NOT NULL, data BLOB NOT NULL,
@@ -286,8 +290,16 @@ func (j *Journal) end(ctx context.Context, db execer, job Job, bundle []byte) er
 		return fmt.Errorf("end job %s: %w", job.ID, err)
 	}
 	if err := j.update(ctx, db, job.ID, `UPDATE jobs SET state = ?, stage = ?, reason = ?, message = ?, checks = ?, ended = ?, exit_code = ?
-		WHERE id = ? AND ended = 0`, job.State, job.Stage, job.Reason, job.Message, string(checks), job.Ended.UnixNano(), job.ExitCode, job.ID); err != nil || len(bundle) == 0 {
+		WHERE id = ? AND ended = 0`, job.State, job.Stage, job.Reason, job.Message, string(checks), job.Ended.UnixNano(), job.ExitCode, job.ID); err != nil {
 		return err
+	}
+	if !job.KeepUntil.IsZero() {
+		if _, err := db.ExecContext(ctx, "INSERT INTO retention (job, until) VALUES (?, ?)", job.ID, job.KeepUntil.UnixNano()); err != nil {
+			return fmt.Errorf("end job %s: %w", job.ID, err)
+		}
+	}
+	if len(bundle) == 0 {
+		return nil
 	}
 	if _, err := db.ExecContext(ctx, "INSERT INTO bundles (job, bundle) VALUES (?, ?)", job.ID, bundle); err != nil {
 		return fmt.Errorf("end job %s: %w", job.ID, err)
@@ -403,12 +415,13 @@ func (j *Journal) Entry(ctx context.Context, id, stage string, v any) error {
 	return nil
 }
 
-// Bundle returns a job's evidence bundle, or ErrNotFound if it has none.
+// Bundle returns a job's evidence bundle, or ErrNotFound if it has none, which is
+// ErrRemoved if it had one.
 func (j *Journal) Bundle(ctx context.Context, id string) ([]byte, error) {
 	var b []byte
 	err := j.read.QueryRowContext(ctx, "SELECT coalesce(bundles.bundle, jobs.bundle) FROM jobs LEFT JOIN bundles ON bundles.job = jobs.id WHERE id = ? AND (bundles.bundle IS NOT NULL OR jobs.bundle IS NOT NULL)", id).Scan(&b)
 	if errors.Is(err, sql.ErrNoRows) {
-		return nil, ErrNotFound
+		return nil, j.noBundle(ctx, id)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read journal: %w", err)

@@ -130,6 +130,23 @@ func (s *Store) prune() error {
 	return nil
 }
 
+// Remove removes what is kept of an ended job's log; it is no error that there is
+// nothing.
+func (s *Store) Remove(job string) error {
+	if err := jobForm(job); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.live[job] {
+		return fmt.Errorf("remove log of job %s: it is still written", job)
+	}
+	if err := os.RemoveAll(s.path(job)); err != nil {
+		return fmt.Errorf("remove log of job %s: %w", job, err)
+	}
+	return nil
+}
+
 func folderSize(dir string) (int64, error) {
 	files, err := os.ReadDir(dir)
 	if err != nil {

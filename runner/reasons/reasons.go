@@ -28,6 +28,7 @@ func All() []Reason {
 		{"admit-refused", "the node does not take the job: its checks say why", "who wrote the job file, or who configured the node", []string{"coffer status JOB", "coffer plan FILE"}},
 		{"agent-restarted", "the node agent was restarted at a moment at which the job could not be taken up again", "nobody: submit it again", []string{"coffer retry JOB"}},
 		{"broker-unavailable", "the broker did not answer when a key was to be released", "who operates the broker", []string{"coffer doctor", "coffer retry JOB"}},
+		{"budget", "its attempts together used what its budget allows", "who wrote the job file; a larger budget is another plan and needs new approvals", []string{"coffer explain budget", "coffer plan FILE"}},
 		{"cancelled", "somebody told it to stop", "who cancelled it", []string{"coffer retry JOB"}},
 		{"containerd-unavailable", "containerd on the node did not answer", "who operates the node", []string{"coffer doctor", "coffer retry JOB"}},
 		{"deadline", "it ran as long as maxDuration allows", "who wrote the job file; a longer time is another plan and needs new approvals", []string{"coffer explain maxDuration", "coffer plan FILE"}},

@@ -7,7 +7,6 @@ import (
 	"connectrpc.com/connect"
 
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
-	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
 	"github.com/coffer-run/coffer/runner/logs"
 )
 
@@ -20,7 +19,7 @@ func (s *server) Logs(ctx context.Context, r *connect.Request[agentv1.LogsReques
 	if q.GetStdoutOffset() < 0 || q.GetStderrOffset() < 0 {
 		return connect.NewError(connect.CodeInvalidArgument, errors.New("offset: want 0 or more"))
 	}
-	if _, err := s.own(ctx, q.GetId(), agentv1connect.AgentServiceLogsProcedure); err != nil {
+	if err := s.readable(ctx, q.GetId()); err != nil {
 		return err
 	}
 	after := map[string]int64{logs.Stdout: q.GetStdoutOffset(), logs.Stderr: q.GetStderrOffset()}

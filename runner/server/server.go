@@ -2,7 +2,7 @@
 //
 // Trusted: the identity that Identify reads from a verified client certificate or token.
 // Checked: the role for each call, that an engineer's or scheduler's job is its own
-// where its output or its end is concerned, and sizes. Not trusted: job files.
+// where its end is concerned, that a log is for who reads it, and sizes. Not trusted: job files.
 package server
 
 import (
@@ -84,7 +84,7 @@ var allowed = map[string][]string{
 	agentv1connect.AgentServiceListProcedure:     {roleEngineer, roleOwner, roleOperator, roleAuditor, roleScheduler},
 	agentv1connect.AgentServiceWatchProcedure:    {roleEngineer, roleScheduler},
 	agentv1connect.AgentServiceCancelProcedure:   {roleEngineer, roleOperator, roleScheduler},
-	agentv1connect.AgentServiceLogsProcedure:     {roleEngineer, roleScheduler},
+	agentv1connect.AgentServiceLogsProcedure:     {roleEngineer, roleScheduler, roleOwner},
 	agentv1connect.AgentServiceBundleProcedure:   {roleEngineer, roleOwner, roleAuditor},
 	agentv1connect.AgentServiceCapacityProcedure: {roleEngineer, roleOwner, roleOperator, roleAuditor, roleScheduler},
 }
@@ -309,6 +309,11 @@ func (s *server) describe(row journal.Job) *agentv1.Job {
 		j.LeaseUntilUnix = until.Unix()
 	}
 	j.Stopping = stopping
+	if row.Stage == string(bundle.StageApproval) {
+		if spec, err := jobspec.Parse(row.JobFile); err == nil {
+			j.ExpectedApprovals = spec.Approvals
+		}
+	}
 	if position, lacks := s.agent.Waits(row.ID); position > 0 {
 		j.QueuePosition, j.WaitsFor = int32(position), lacks //nolint:gosec // a small number
 	}

@@ -205,6 +205,8 @@ type Options struct {
 	Resume string
 	// ImageSignature takes the place of the signature by ImageKey: evidence speaks of it.
 	ImageSignature []byte
+	// CC is what the plan asks of confidential computing on its GPUs.
+	CC string
 	// Reseal makes it a job without a container, which seals weights anew.
 	Reseal bool
 	// RefuseAdmit ends the job before there is a holder.
@@ -301,7 +303,7 @@ func (j *Job) documents(o Options) error {
 		Checkpoints: &plan.Checkpoints{Asset: "checkpoints", Mount: "/checkpoints", Resume: o.Resume},
 		Egress:      []plan.Egress{{Host: EgressHost, Port: 443, MaxBytes: 10_000, BytesPerSecond: 1000}},
 		Output:      plan.Output{LogBytes: 1 << 20, EgressBytes: 10_000, EgressBytesPerSecond: 1000, EgressEvents: 2},
-		Resources:   plan.Resources{CPUMillis: 1000, MemoryBytes: 1 << 30, Pids: 100, GPUs: 1, MaxSeconds: 60},
+		Resources:   plan.Resources{CPUMillis: 1000, MemoryBytes: 1 << 30, Pids: 100, GPUs: 1, CC: o.CC, MaxSeconds: 60},
 		Policy:      ref, SandboxProfile: pd,
 	}
 	if j.Parts[bundle.Plan], err = j.plan.Canonical(); err != nil {

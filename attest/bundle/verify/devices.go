@@ -5,11 +5,15 @@ import (
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/plan"
 )
 
 // drivers looks at what the driver said of the job's GPUs. Only the agent's word
 // stands behind it: it can refute a record, and proves nothing.
 func (v *verification) drivers(g *check.List, d *bundle.Devices) {
+	if v.pl != nil && v.pl.Resources.CC == plan.CCRequired && (d == nil || d.Launch == nil) {
+		v.strict(g, "devices.required", false, "the driver's word that confidential computing is on, as the plan requires", "the record has none")
+	}
 	if d == nil {
 		return
 	}

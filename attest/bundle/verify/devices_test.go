@@ -1,13 +1,52 @@
 package verify_test
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/bundle/bundletest"
 	"github.com/coffer-run/coffer/attest/bundle/verify"
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/plan"
 )
+
+// A plan that requires the driver's word has it in its record, or the record is false.
+func TestDevicesRequired(t *testing.T) {
+	l := newLab(t)
+	on := &bundle.Devices{
+		Launch: &bundle.DeviceState{CCMode: "on", Ready: true, GPUs: []bundle.DeviceUsage{}}, End: &bundle.DeviceState{CCMode: "on", GPUs: []bundle.DeviceUsage{}}, Cleared: true,
+	}
+	atTheEnd := *on
+	atTheEnd.Launch = nil
+	for name, c := range map[string]struct {
+		cc      string
+		devices *bundle.Devices
+		failed  bool
+	}{
+		"required, and there":           {plan.CCRequired, on, false},
+		"required, and nothing there":   {plan.CCRequired, nil, true},
+		"required, and no launch there": {plan.CCRequired, &atTheEnd, true},
+		"on, and nothing there":         {plan.CCOn, nil, false},
+		"not asked for":                 {"", nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			j := newJob(t, l, bundletest.Options{CC: c.cc})
+			edit(bundle.AgentPart, func(a *bundle.Agent) { a.Devices = c.devices })(t, j)
+			var failed []string
+			for _, g := range verify.Verify(build(t, j), pinned(t, l)).Groups {
+				for _, k := range g.Checks {
+					if k.Outcome == check.Fail {
+						failed = append(failed, k.ID)
+					}
+				}
+			}
+			if c.failed != slices.Equal(failed, []string{"devices.required"}) || !c.failed && len(failed) > 0 {
+				t.Errorf("failed: %v", failed)
+			}
+		})
+	}
+}
 
 func TestDevices(t *testing.T) {
 	l := newLab(t)

@@ -255,8 +255,11 @@ type Job struct {
 	WaitsFor string `protobuf:"bytes,20,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
 	// Not before this time does a retry begin; 0 for all others.
 	NotBeforeUnix int64 `protobuf:"varint,21,opt,name=not_before_unix,json=notBeforeUnix,proto3" json:"not_before_unix,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Of a job that waits for approvals: the groups whose approval its submitter
+	// expects. The broker's rules alone say who must approve.
+	ExpectedApprovals []string `protobuf:"bytes,30,rep,name=expected_approvals,json=expectedApprovals,proto3" json:"expected_approvals,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Job) Reset() {
@@ -434,6 +437,13 @@ func (x *Job) GetNotBeforeUnix() int64 {
 		return x.NotBeforeUnix
 	}
 	return 0
+}
+
+func (x *Job) GetExpectedApprovals() []string {
+	if x != nil {
+		return x.ExpectedApprovals
+	}
+	return nil
 }
 
 type Check struct {
@@ -2109,7 +2119,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12'\n" +
 	"\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"8\n" +
 	"\x0eSubmitResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\xfb\x04\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\xaa\x05\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n" +
@@ -2135,7 +2145,8 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bpriority\x18\x12 \x01(\x05R\bpriority\x12%\n" +
 	"\x0equeue_position\x18\x13 \x01(\x05R\rqueuePosition\x12\x1b\n" +
 	"\twaits_for\x18\x14 \x01(\tR\bwaitsFor\x12&\n" +
-	"\x0fnot_before_unix\x18\x15 \x01(\x03R\rnotBeforeUnix\"w\n" +
+	"\x0fnot_before_unix\x18\x15 \x01(\x03R\rnotBeforeUnix\x12-\n" +
+	"\x12expected_approvals\x18\x1e \x03(\tR\x11expectedApprovals\"w\n" +
 	"\x05Check\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12\x1a\n" +

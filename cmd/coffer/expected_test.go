@@ -1,0 +1,35 @@
+package main
+
+import (
+	"context"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+
+	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+)
+
+func (b *fakeBroker) ListGrants(_ context.Context, r *connect.Request[brokerv1.ListGrantsRequest]) (*connect.Response[brokerv1.ListGrantsResponse], error) {
+	return connect.NewResponse(&brokerv1.ListGrantsResponse{Grants: []*brokerv1.Grant{{
+		Id: "g-1", State: "requested", PlanDigest: r.Msg.GetPlanDigest(), Missing: []string{"2 of security"},
+	}}}), nil
+}
+
+// What the submitter expects is shown beside what the owner's rules ask for, and takes
+// the place of none of it.
+func TestExpectedApprovals(t *testing.T) {
+	s := newFakeStack(t)
+	s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", State: "queued", Stage: "approval", ExpectedApprovals: []string{"model-owners", "legal"}}
+	s.coffer(t.Context(), "why", "job-1").want(t, exitRefused, "gate   approval", "2 of security", "its submitter expects approval by: model-owners, legal", "coffer grant approve g-1")
+	file := jobFile(t, smallJob+"approvals: [model-owners]\n")
+	s.coffer(t.Context(), "plan", file).want(t, 0, "expects  approval by model-owners")
+	s.coffer(t.Context(), "plan", file, "-o", "json").want(t, 0, `"expectedApprovals": [`)
+	s.agent.jobs["job-1"].ExpectedApprovals = nil
+	for _, r := range []result{s.coffer(t.Context(), "why", "job-1"), s.coffer(t.Context(), "plan", jobFile(t, smallJob))} {
+		if strings.Contains(r.stdout+r.stderr, "expects") {
+			t.Errorf("nobody is expected to approve:\n%s%s", r.stdout, r.stderr)
+		}
+	}
+}
