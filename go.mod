@@ -84,6 +84,7 @@ require (
 	gvisor.dev/gvisor v0.0.0-20260905035102-160fafc42237
 	k8s.io/klog/v2 v2.140.0
 	modernc.org/sqlite v1.61.1
+	zombiezen.com/go/sqlite v1.4.2
 	tags.cncf.io/container-device-interface v1.1.1
 )
 

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	_ "modernc.org/sqlite" // database/sql's driver
+
 	"github.com/coffer-run/coffer/attest/broker"
 )
 

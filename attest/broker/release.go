@@ -362,18 +362,9 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 		return verdict{}, check.Refuse(stage, l)
 	}
 
-	prior, err := r.Release(ctx, c.key())
-	switch {
-	case err == nil && prior.Request == c.digest:
-		v.prior = &prior
-		return v, nil
-	case err == nil:
-		l.Fail("release.replay", "one request for one asset under one result", "another request was answered", "attest again for another attempt")
-	case !errors.Is(err, ErrNotFound):
-		return verdict{}, err
-	}
-
-	replayed := false
+	// What is released is used in the same transaction, so that a result that nobody
+	// used has no answer.
+	replayed, known := false, false
 	for _, use := range c.uses() {
 		uses, err := r.Uses(ctx, use.Verifier, use.Nonce, use.ResultID)
 		if err != nil {
@@ -384,6 +375,19 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 		}
 		for _, u := range uses {
 			replayed = replayed || u != use
+			known = known || u.Verifier == c.verifier && u.ResultID == c.result.ID
+		}
+	}
+	if known {
+		prior, err := r.Release(ctx, c.key())
+		switch {
+		case err == nil && prior.Request == c.digest:
+			v.prior = &prior
+			return v, nil
+		case err == nil:
+			l.Fail("release.replay", "one request for one asset under one result", "another request was answered", "attest again for another attempt")
+		case !errors.Is(err, ErrNotFound):
+			return verdict{}, err
 		}
 	}
 	if replayed {
@@ -394,11 +398,15 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 		l.Fail("job.entries", fmt.Sprintf("a job with fewer than %d log entries", limit), strconv.FormatUint(v.heads.job.Size, 10), "start another job")
 	}
 
-	counted, err := r.Counted(ctx, g.ID, c.result.JobID, c.recipient)
-	if err != nil {
-		return verdict{}, err
+	// A job that the log does not know was not counted either.
+	v.newAttempt = true
+	if at.job.Size > 0 {
+		counted, err := r.Counted(ctx, g.ID, c.result.JobID, c.recipient)
+		if err != nil {
+			return verdict{}, err
+		}
+		v.newAttempt = !counted
 	}
-	v.newAttempt = !counted
 	most := g.MaxReleases
 	if p := v.asset.Policy.MaxReleases; p > 0 {
 		most = min(most, p)

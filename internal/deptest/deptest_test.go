@@ -54,6 +54,9 @@ func TestRulesCanFail(t *testing.T) {
 		"a judge opens a database": {
 			Graph{"./attest/broker": {"database/sql"}}, "./attest/broker -> database/sql",
 		},
+		"a judge opens SQLite": {
+			Graph{"./attest/broker": {"zombiezen.com/go/sqlite"}}, "./attest/broker -> zombiezen.com/go/sqlite",
+		},
 		"a judge imports a server": {
 			Graph{"./attest/bundle/verify": {"./attest/broker/serve"}}, "./attest/bundle/verify -> ./attest/broker/serve",
 		},
@@ -166,7 +169,7 @@ func TestRulesCanFail(t *testing.T) {
 
 func TestRulesAllowWhatTheyMust(t *testing.T) {
 	g := Graph{
-		"./attest/broker/serve":   {"./attest/broker", "net/http", "database/sql"},
+		"./attest/broker/serve":   {"./attest/broker", "net/http", "zombiezen.com/go/sqlite"},
 		"./attest/simulate":       {"os", "./attest/anchor"},
 		"./enclave/hold":          {"net", "os", "./attest/plan"},
 		"./runner/run":            {"./enclave/hold/holdapi", "./plugins/host", "net/http"},

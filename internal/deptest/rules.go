@@ -19,7 +19,7 @@ func Rules() []Rule {
 			About:  []string{"./attest/..."},
 			Except: []string{"./attest/*/serve/...", "./attest/simulate/...", "./attest/api/..."},
 			Direct: true,
-			Forbid: []string{"os", "os/...", "net", "net/http/...", "database/sql/...", "modernc.org/...", "syscall", "golang.org/x/sys/...", "plugin", "crypto/tls"},
+			Forbid: []string{"os", "os/...", "net", "net/http/...", "database/sql/...", "modernc.org/...", "zombiezen.com/...", "syscall", "golang.org/x/sys/...", "plugin", "crypto/tls"},
 			Why:    "a judge is pure: time, files and network are handed to it, so that the same evidence gets the same answer anywhere; only attest/*/serve opens sockets, files and databases, and attest/simulate keeps its devices in a folder",
 		},
 		{

@@ -3,23 +3,27 @@ package serve
 import (
 	"context"
 
+	"zombiezen.com/go/sqlite"
+	"zombiezen.com/go/sqlite/sqlitex"
+
 	"github.com/coffer-run/coffer/attest/broker"
 )
 
 // WriterPragma reads a setting of the connection that writes.
-func WriterPragma(ctx context.Context, s *Store, name string) (v string, err error) {
+func WriterPragma(_ context.Context, s *Store, name string) (v string, err error) {
 	w := <-s.writer.pool.free
 	defer func() { s.writer.pool.free <- w }()
-	err = w.conn.QueryRowContext(ctx, `PRAGMA `+name).Scan(&v)
-	return v, err
+	return v, sqlitex.ExecuteTransient(w.conn, `PRAGMA `+name, &sqlitex.ExecOptions{ResultFunc: func(s *sqlite.Stmt) error {
+		v = s.ColumnText(0)
+		return nil
+	}})
 }
 
 // LimitPages lets the database grow by a few pages more.
-func LimitPages(ctx context.Context, s *Store) error {
+func LimitPages(_ context.Context, s *Store) error {
 	w := <-s.writer.pool.free
 	defer func() { s.writer.pool.free <- w }()
-	_, err := w.conn.ExecContext(ctx, `PRAGMA max_page_count = 60`)
-	return err
+	return run(w.conn, `PRAGMA max_page_count = 60`)
 }
 
 // Waiting is how many updates wait for their turn.
@@ -31,9 +35,8 @@ func Waiting(s *Store) int {
 
 // EndTransaction rolls back the whole transaction that t is part of, as SQLite
 // does by itself when the disk fails.
-func EndTransaction(ctx context.Context, t broker.Tx) error {
-	_, err := t.(*tx).stmts[qRollback].ExecContext(ctx)
-	return err
+func EndTransaction(_ context.Context, t broker.Tx) error {
+	return t.(*tx).do(qRollback)
 }
 
 // HandlerWithin lets a test wait less than a caller may take.

@@ -2,19 +2,14 @@ package serve
 
 import (
 	"context"
-	"database/sql"
-	"database/sql/driver"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/url"
 	"os"
 	"path/filepath"
 	"time"
 
-	"modernc.org/sqlite"
-	sqlite3 "modernc.org/sqlite/lib"
+	"zombiezen.com/go/sqlite/sqlitex"
 
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -212,6 +207,11 @@ ALTER TABLE leases ADD COLUMN attested TEXT NOT NULL DEFAULT '{}';
 ALTER TABLE releases ADD COLUMN result_seconds INTEGER NOT NULL DEFAULT 0;
 `
 
+// writerPragmas are the settings of the connections that write.
+func writerPragmas() []string {
+	return []string{"journal_mode = WAL", "synchronous = FULL", "foreign_keys = 1", fmt.Sprintf("wal_autocheckpoint = %d", walPages)}
+}
+
 func readQueries() []string {
 	return []string{
 		qRead, qRollback,
@@ -264,61 +264,48 @@ func OpenStore(ctx context.Context, path, origin string) (*Store, error) {
 }
 
 func (s *Store) open(ctx context.Context, abs, origin string) error {
-	w, err := openPool(abs, 1, writeQueries(), "immediate", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)", fmt.Sprintf("wal_autocheckpoint(%d)", walPages))
-	if err != nil {
+	if err := migrate(ctx, abs, origin); err != nil {
 		return err
 	}
-	s.writer.pool = w
-	if err := migrate(ctx, w.db, origin); err != nil {
+	s.writer.pool = newPool(abs, 1, writeQueries(), writerPragmas())
+	if err := s.writer.pool.check(ctx, qWrite); err != nil {
 		return err
 	}
-	if err := w.check(ctx, qWrite); err != nil {
-		return err
-	}
-	if s.reader, err = openPool(abs, readers, readQueries(), "deferred", "query_only(1)"); err != nil {
-		return err
-	}
+	s.reader = newPool(abs, readers, readQueries(), []string{"query_only = 1"})
 	return s.reader.check(ctx, qRead)
 }
 
-func openPool(abs string, conns int, queries []string, lock string, pragmas ...string) (*pool, error) {
-	q := url.Values{"_txlock": {lock}, "_pragma": append([]string{fmt.Sprintf("busy_timeout(%d)", busyTimeout.Milliseconds())}, pragmas...)}
-	db, err := sql.Open("sqlite", (&url.URL{Scheme: "file", Path: abs, RawQuery: q.Encode()}).String())
-	if err != nil {
-		return nil, err
+// migrate makes the database at path one of schemaVersion that belongs to origin.
+func migrate(ctx context.Context, path, origin string) (err error) {
+	var s session
+	if err := s.open(path, writerPragmas(), nil); err != nil {
+		return err
 	}
-	db.SetMaxOpenConns(conns)
-	db.SetMaxIdleConns(conns)
-	p := &pool{db: db, queries: queries, free: make(chan *session, conns)}
-	for range conns {
-		p.free <- &session{}
-	}
-	return p, nil
-}
-
-func migrate(ctx context.Context, db *sql.DB, origin string) (err error) {
-	tx, err := db.BeginTx(ctx, nil)
+	defer s.discard()
+	end, err := sqlitex.ImmediateTransaction(s.conn)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, tx.Rollback())
+	defer end(&err)
+	read := func(q string, dest any) (err error) {
+		if s.stmts[q], err = s.conn.Prepare(q); err != nil {
+			return err
 		}
-	}()
+		return (&tx{&s}).row(ctx, q).Scan(dest)
+	}
 	var version, tables int
-	if err := tx.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&version); err != nil {
+	if err := read(`PRAGMA user_version`, &version); err != nil {
 		return err
 	}
-	if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM sqlite_schema`).Scan(&tables); err != nil {
+	if err := read(`SELECT count(*) FROM sqlite_schema`, &tables); err != nil {
 		return err
 	}
 	switch {
 	case version == 0 && tables == 0:
-		if _, err := tx.ExecContext(ctx, schema2); err != nil {
+		if err := sqlitex.ExecScript(s.conn, schema2); err != nil {
 			return fmt.Errorf("make schema: %w", err)
 		}
-		if _, err := tx.ExecContext(ctx, `INSERT INTO meta (origin) VALUES (?)`, origin); err != nil {
+		if err := sqlitex.Execute(s.conn, `INSERT INTO meta (origin) VALUES (?)`, &sqlitex.ExecOptions{Args: []any{origin}}); err != nil {
 			return err
 		}
 		version = 2
@@ -327,7 +314,7 @@ func migrate(ctx context.Context, db *sql.DB, origin string) (err error) {
 	}
 	// Whose it is comes first: nothing is changed in another broker's database.
 	var found string
-	if err := tx.QueryRowContext(ctx, `SELECT origin FROM meta`).Scan(&found); err != nil {
+	if err := read(`SELECT origin FROM meta`, &found); err != nil {
 		return err
 	}
 	if found != origin {
@@ -335,14 +322,11 @@ func migrate(ctx context.Context, db *sql.DB, origin string) (err error) {
 	}
 	for ; version < schemaVersion; version++ {
 		next := map[int]string{2: schema3, 3: schema4, 4: schema5}[version]
-		if _, err := tx.ExecContext(ctx, next); err != nil {
+		if err := sqlitex.ExecScript(s.conn, next); err != nil {
 			return fmt.Errorf("bring schema %d to %d: %w", version, version+1, err)
 		}
 	}
-	if _, err := tx.ExecContext(ctx, fmt.Sprintf(`PRAGMA user_version = %d`, schemaVersion)); err != nil {
-		return err
-	}
-	return tx.Commit()
+	return run(s.conn, fmt.Sprintf(`PRAGMA user_version = %d`, schemaVersion))
 }
 
 // Close closes the database, once nobody uses it.
@@ -366,75 +350,10 @@ func (s *Store) Update(ctx context.Context, f func(context.Context, broker.Tx) e
 	return s.writer.update(ctx, func(ctx context.Context, t *tx) error { return f(ctx, t) })
 }
 
-// tx is the statements of a session in a transaction. Each runs to its end, a
-// matter of microseconds: SQLite answers an interrupted one by undoing the whole
-// transaction (sqlite.org/c3ref/interrupt.html), which others may share. Whether
-// the caller is still there is asked between them.
-type tx struct {
-	stmts map[string]*sql.Stmt
-}
-
-func (t *tx) row(ctx context.Context, q string, args ...any) *sql.Row {
-	return t.stmts[q].QueryRowContext(context.WithoutCancel(ctx), args...)
-}
-
-func (t *tx) exec(ctx context.Context, q string, args ...any) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	res, err := t.stmts[q].ExecContext(context.WithoutCancel(ctx), args...)
-	if err != nil {
-		return mapped(err)
-	}
-	n, err := res.RowsAffected()
-	if err != nil {
-		return err
-	}
-	if n != 1 {
-		return fmt.Errorf("%w: %d rows changed", broker.ErrNotFound, n)
-	}
-	return nil
-}
-
-// mapped turns what a broker reacts to into its sentinels.
-func mapped(err error) error {
-	var e *sqlite.Error
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(err, sql.ErrNoRows):
-		return broker.ErrNotFound
-	case errors.As(err, &e) && (e.Code() == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY || e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE || e.Code() == sqlite3.SQLITE_CONSTRAINT_ROWID):
-		return broker.ErrExists
-	}
-	return err
-}
-
-type scanner interface{ Scan(dest ...any) error }
-
-func list[T any](ctx context.Context, t *tx, scan func(scanner) (T, error), q string, args ...any) (out []T, err error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	rows, err := t.stmts[q].QueryContext(context.WithoutCancel(ctx), args...)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, rows.Close()) }()
-	for rows.Next() {
-		v, err := scan(rows)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, v)
-	}
-	return out, rows.Err()
-}
-
 func scanAsset(r scanner) (a broker.Asset, err error) {
 	var created int64
 	if err := r.Scan(&a.Name, &a.Kind, &a.Digest, &a.Owner, &created, &a.Wrapped, &a.KeyStore, jsonText{&a.Labels}, jsonText{&a.Policy}, &a.Revision, &a.Statement.Document, &a.Statement.Signature); err != nil {
-		return broker.Asset{}, mapped(err)
+		return broker.Asset{}, err
 	}
 	// SQLite tells an empty blob from none, and a Statement does not.
 	if len(a.Statement.Document) == 0 {
@@ -444,64 +363,17 @@ func scanAsset(r scanner) (a broker.Asset, err error) {
 	return a, nil
 }
 
-// blob keeps nil from becoming NULL.
-func blob(b []byte) []byte { return append([]byte{}, b...) }
-
-// jsonText keeps a list or a small document in a column of its own.
-type jsonText struct{ v any }
-
-// Scan implements sql.Scanner.
-func (j jsonText) Scan(src any) error {
-	switch s := src.(type) {
-	case string:
-		return json.Unmarshal([]byte(s), j.v)
-	case []byte:
-		return json.Unmarshal(s, j.v)
-	}
-	return fmt.Errorf("column holds %T, want JSON", src)
-}
-
-// Value implements driver.Valuer.
-func (j jsonText) Value() (driver.Value, error) {
-	b, err := json.Marshal(j.v)
-	return string(b), err
-}
-
-// instant is a time in seconds since 1970, the zero time as NULL.
-type instant struct{ t *time.Time }
-
-// Scan implements sql.Scanner.
-func (i instant) Scan(src any) error {
-	switch s := src.(type) {
-	case nil:
-		*i.t = time.Time{}
-	case int64:
-		*i.t = time.Unix(s, 0).UTC()
-	default:
-		return fmt.Errorf("column holds %T, want a time", src)
-	}
-	return nil
-}
-
-// Value implements driver.Valuer.
-func (i instant) Value() (driver.Value, error) {
-	if i.t.IsZero() {
-		return nil, nil
-	}
-	return i.t.Unix(), nil
-}
-
 func scanGrant(r scanner) (g broker.Grant, err error) {
 	if err := r.Scan(&g.ID, &g.Plan, instant{&g.NotBefore}, instant{&g.NotAfter}, &g.MaxReleases, &g.Used, &g.Owner, &g.AllowSimulated, instant{&g.Revoked}, &g.Reason,
 		&g.Requester, &g.Key, instant{&g.Requested}, jsonText{&g.Principals}, &g.Purpose, &g.Consented, instant{&g.Denied}, &g.EndedBy, &g.Seq, jsonText{&g.Assets}); err != nil {
-		return broker.Grant{}, mapped(err)
+		return broker.Grant{}, err
 	}
 	return g, nil
 }
 
 func scanRelease(r scanner) (l broker.Release, err error) {
-	err = mapped(r.Scan(&l.Verifier, &l.ResultID, &l.Asset, &l.ID, &l.Grant, &l.Attempt, &l.JobID, &l.Plan, &l.AssetDigest, &l.Request,
-		&l.Enc, &l.Ciphertext, instant{&l.Time}, instant{&l.NotAfter}, &l.Simulated, &l.LeaseSeconds, &l.LeaseKey, jsonText{&l.Approvals}, &l.Policy, jsonText{&l.Held}, &l.ResultSeconds, &l.LogIndex, &l.LogHash))
+	err = r.Scan(&l.Verifier, &l.ResultID, &l.Asset, &l.ID, &l.Grant, &l.Attempt, &l.JobID, &l.Plan, &l.AssetDigest, &l.Request,
+		&l.Enc, &l.Ciphertext, instant{&l.Time}, instant{&l.NotAfter}, &l.Simulated, &l.LeaseSeconds, &l.LeaseKey, jsonText{&l.Approvals}, &l.Policy, jsonText{&l.Held}, &l.ResultSeconds, &l.LogIndex, &l.LogHash)
 	return l, err
 }
 
@@ -511,8 +383,8 @@ func scanApproval(r scanner) (a broker.StoredApproval, err error) {
 }
 
 func scanLease(r scanner) (l broker.Lease, err error) {
-	err = mapped(r.Scan(&l.JobID, &l.Agent, &l.Submitter, &l.Plan, &l.Session, &l.Seconds, &l.Grace, instant{&l.StopAt}, &l.Image, jsonText{&l.Chips},
-		jsonText{&l.Measurements}, jsonText{&l.Uses}, instant{&l.Opened}, &l.Stop, instant{&l.Told}, jsonText{&l.Attested}, instant{&l.Ended}))
+	err = r.Scan(&l.JobID, &l.Agent, &l.Submitter, &l.Plan, &l.Session, &l.Seconds, &l.Grace, instant{&l.StopAt}, &l.Image, jsonText{&l.Chips},
+		jsonText{&l.Measurements}, jsonText{&l.Uses}, instant{&l.Opened}, &l.Stop, instant{&l.Told}, jsonText{&l.Attested}, instant{&l.Ended})
 	return l, err
 }
 
@@ -522,12 +394,12 @@ func scanRevocation(r scanner) (v broker.Revocation, err error) {
 }
 
 func scanHead(r scanner) (h broker.Head, err error) {
-	err = mapped(r.Scan(&h.JobID, &h.Asset, &h.Plan, &h.Sequence, &h.Digest, &h.Record, instant{&h.Time}, &h.LogIndex, &h.LogHash))
+	err = r.Scan(&h.JobID, &h.Asset, &h.Plan, &h.Sequence, &h.Digest, &h.Record, instant{&h.Time}, &h.LogIndex, &h.LogHash)
 	return h, err
 }
 
 func scanLine(r scanner) (l broker.Line, err error) {
-	err = mapped(r.Scan(&l.Plan, &l.Asset, &l.Job, &l.From, &l.Sequence, &l.Digest, &l.Record, &l.LogIndex, &l.LogHash))
+	err = r.Scan(&l.Plan, &l.Asset, &l.Job, &l.From, &l.Sequence, &l.Digest, &l.Record, &l.LogIndex, &l.LogHash)
 	return l, err
 }
 
@@ -616,7 +488,7 @@ func (t *tx) Line(ctx context.Context, p plan.Digest, asset string) (broker.Line
 }
 
 func (t *tx) PolicySet(ctx context.Context) (p translog.Policy, err error) {
-	err = mapped(t.row(ctx, qPolicySet).Scan(&p.Serial, &p.Digest))
+	err = t.row(ctx, qPolicySet).Scan(&p.Serial, &p.Digest)
 	return p, err
 }
 
@@ -631,14 +503,14 @@ func (t *tx) Uses(ctx context.Context, verifier, nonce, resultID string) ([]brok
 func (t *tx) Counted(ctx context.Context, grant, job string, recipient plan.Digest) (bool, error) {
 	var n int
 	err := t.row(ctx, qCounted, grant, job, string(recipient)).Scan(&n)
-	return n > 0, mapped(err)
+	return n > 0, err
 }
 
 func (t *tx) Head(ctx context.Context) (translog.Head, error) {
 	var idx uint64
 	var hash []byte
 	switch err := t.row(ctx, qHead).Scan(&idx, &hash); {
-	case errors.Is(err, sql.ErrNoRows):
+	case errors.Is(err, broker.ErrNotFound):
 		return translog.Head{}, nil
 	case err != nil:
 		return translog.Head{}, err
@@ -649,7 +521,7 @@ func (t *tx) Head(ctx context.Context) (translog.Head, error) {
 func (t *tx) JobHead(ctx context.Context, job string) (translog.Head, error) {
 	var h translog.Head
 	switch err := t.row(ctx, qJobHead, job).Scan(&h.Size, &h.Hash); {
-	case errors.Is(err, sql.ErrNoRows):
+	case errors.Is(err, broker.ErrNotFound):
 		return translog.Head{}, nil
 	case err != nil:
 		return translog.Head{}, err
@@ -658,8 +530,7 @@ func (t *tx) JobHead(ctx context.Context, job string) (translog.Head, error) {
 }
 
 func (t *tx) BundleEntry(ctx context.Context, job string, bundle plan.Digest) (translog.Entry, error) {
-	e, err := scanEntry(t.row(ctx, qBundle, job, string(bundle)))
-	return e, mapped(err)
+	return scanEntry(t.row(ctx, qBundle, job, string(bundle)))
 }
 
 func (t *tx) Entries(ctx context.Context, job string, from uint64, limit int) ([]translog.Entry, error) {

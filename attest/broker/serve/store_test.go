@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	_ "modernc.org/sqlite" // database/sql's driver
+
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/attest/broker/brokertest"
 	"github.com/coffer-run/coffer/attest/broker/serve"
