@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
+
 	"github.com/coffer-run/coffer/attest/receipt"
 )
 
@@ -152,5 +154,87 @@ func TestSignatureOfSmallNumbers(t *testing.T) {
 		if err := l.keys.Open("thing", token, &read); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A Signer's header is the one that the library writes, so that its tokens are read
+// without the library.
+func TestHeaderIsTheLibrarys(t *testing.T) {
+	l := newLab(t)
+	kid, err := receipt.KeyID(&l.key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES384, Key: jose.JSONWebKey{Key: l.key, KeyID: kid}}, (&jose.SignerOptions{}).WithType("JWT"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	jws, err := s.Sign([]byte("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := jws.CompactSerialize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := l.signer.Sign("t", struct{}{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if header, _, _ := strings.Cut(token, "."); !strings.HasPrefix(want, header+".") {
+		t.Errorf("header %s, the library writes %s", header, want)
+	}
+	if own, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.ES384}); err != nil {
+		t.Error(err)
+	} else if _, err := own.Verify(&l.key.PublicKey); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestTokensHaveOneEncoding changes how a good token is written, and nothing in it.
+func TestTokensHaveOneEncoding(t *testing.T) {
+	l := newLab(t)
+	token, err := l.signer.Sign(receipt.TypeResult, l.result(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := receipt.Expect{Audience: "broker.test", AnyJob: true}
+	part := strings.Split(token, ".")
+	whole := func(header, body, signature string) string { return header + "." + body + "." + signature }
+	// The last letter of a part that does not fill its bits, with the rest of them set.
+	slack := func(part string) string {
+		const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+		at := strings.IndexByte(letters, part[len(part)-1])
+		return part[:len(part)-1] + letters[at|1:][:1]
+	}
+	body := part[1]
+	rows := map[string]string{
+		"a line break in the claims":    whole(part[0], body[:4]+"\n"+body[4:], part[2]),
+		"a return in the claims":        whole(part[0], body[:4]+"\r"+body[4:], part[2]),
+		"a line break in the signature": whole(part[0], body, part[2]+"\n"),
+		"padded claims":                 whole(part[0], body+"=", part[2]),
+		"a padded signature":            whole(part[0], body, part[2]+"="),
+		"a part more":                   token + ".",
+		"a part less":                   part[0] + "." + body,
+		"a header alone":                part[0],
+		"a header and a dot":            part[0] + ".",
+		"three parts with nothing":      part[0] + "..",
+		"a short signature":             whole(part[0], body, part[2][:124]),
+		"a signature twice":             whole(part[0], body, part[2]+part[2]),
+		"no signature":                  whole(part[0], body, base64.RawURLEncoding.EncodeToString(make([]byte, 96))),
+	}
+	if len(body)%4 != 0 && slack(body) != body {
+		rows["bits to spare in the claims"] = whole(part[0], slack(body), part[2])
+	}
+	for name, other := range rows {
+		fresh := keySet(t, issuer, l.key)
+		for range 2 {
+			if _, err := receipt.VerifyResult(fresh, other, want, l.now); err == nil {
+				t.Errorf("%s: accepted", name)
+			}
+		}
+	}
+	if _, err := receipt.VerifyResult(keySet(t, issuer, l.key), token, want, l.now); err != nil {
+		t.Error(err)
 	}
 }

@@ -34,6 +34,9 @@ type Credential struct {
 	Simulated bool `json:"coffer.simulated"`
 }
 
+// TokenIssuer is as in receipt.Decoded.
+func (c *Credential) TokenIssuer() string { return c.Issuer }
+
 // OpenCredential checks a credential's signature, issuer and times.
 func OpenCredential(keys receipt.Keys, token string, now time.Time) (Credential, error) {
 	var c Credential
