@@ -288,10 +288,11 @@ func (a *Agent) release(ctx context.Context, j *Job, box *created, v receipt.Ver
 	return out, fmt.Sprintf("%d keys, wrapped to the job", len(out)), a.Journal.Leave(ctx, j.id, string(bundle.StageRelease), j.record)
 }
 
-// opened is a sandbox whose inputs lie in memory.
+// opened is a sandbox whose inputs lie in memory, or will: who opens one waits.
 type opened struct{ box *created }
 
-// decrypt is stage 7: keys in the holder + ciphertext -> regions.
+// decrypt is stage 7: keys in the holder + ciphertext -> regions. Large inputs are
+// still on their way there when it is over.
 func (a *Agent) decrypt(ctx context.Context, j *Job, box *created, grants []receipt.Grant) (opened, string, error) {
 	if len(grants) != len(j.assets()) {
 		return opened{}, "", fmt.Errorf("decrypt: %d keys for %d assets", len(grants), len(j.assets()))
@@ -304,7 +305,12 @@ func (a *Agent) decrypt(ctx context.Context, j *Job, box *created, grants []rece
 	if err != nil {
 		return opened{}, "", fmt.Errorf("decrypt inputs: %w", err)
 	}
-	detail := fmt.Sprintf("%d files, %.1f MB at %.2f GB/s", d.Files, float64(d.Bytes)/1e6, float64(d.Bytes)/float64(max(d.Nanos, 1)))
+	detail := fmt.Sprintf("%d files, %.1f MB", d.Files, float64(d.Bytes)/1e6)
+	if d.Opening {
+		detail += ", opened while the container starts"
+	} else {
+		detail += fmt.Sprintf(" at %.2f GB/s", float64(d.Bytes)/float64(max(d.Nanos, 1)))
+	}
 	if resumed != "" {
 		detail += "; resumed " + resumed
 	}

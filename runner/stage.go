@@ -79,6 +79,7 @@ func stageEvent(name bundle.Stage, phase string, nanos int64, detail string) *ag
 var (
 	errHolderLost = errors.New("its holder process died, and with it the keys and the memory they opened")
 	errTraceLost  = errors.New("the runtime's trace went silent")
+	errInputs     = errors.New("an input could not be opened")
 	errRestarted  = errors.New("the agent was restarted while the job's keys were released, before it had started; submit it again")
 )
 
@@ -127,6 +128,8 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 		out.Reason = "exit-code"
 	case errors.Is(err, errHolderLost):
 		out.Reason = "holder-lost"
+	case errors.Is(err, errInputs):
+		out.Reason = "inputs-failed"
 	case errors.Is(err, errTraceLost):
 		out.Reason = "trace-lost"
 	case errors.Is(err, errRestarted):

@@ -85,6 +85,8 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 		}
 		if rule := j.settled(ctx); rule != nil {
 			err = rule
+		} else if cause := context.Cause(ctx); errors.Is(cause, errInputs) {
+			err = cause
 		}
 		return code, err
 	}
@@ -114,7 +116,7 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 			if errors.Is(cause, errShutdown) {
 				return 0, cause
 			}
-			if rule := (*ruleError)(nil); errors.As(cause, &rule) {
+			if rule := (*ruleError)(nil); errors.As(cause, &rule) || errors.Is(cause, errInputs) {
 				// Whatever it is up to, it gets no time for more.
 				return kill(cause)
 			}
@@ -188,6 +190,10 @@ func (a *Agent) pumpEvents(ctx context.Context, j *Job) error {
 }
 
 func (a *Agent) event(ctx context.Context, j *Job, e holdapi.Event) {
+	// Before lookAt says that the event was seen (settled).
+	if e.Kind == bundle.EventInputsFailed {
+		j.cancel(fmt.Errorf("%w: %s", errInputs, e.Detail))
+	}
 	a.sawEgress(ctx, j, e)
 	a.lookAt(ctx, j, e)
 	if c := e.Checkpoint; c != nil {

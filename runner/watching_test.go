@@ -96,6 +96,16 @@ func TestFindingsAreToldAndRecorded(t *testing.T) {
 	}
 }
 
+// A job that may have read less than it was given does not count, whatever it says.
+func TestInputsThatCouldNotBeOpenedEndTheJob(t *testing.T) {
+	a, j, ctx := watched(t)
+	a.event(t.Context(), j, holdapi.Event{Sequence: 1, Kind: bundle.EventInputsFailed, Detail: "input model: file 000001: damaged"})
+	out := a.outcome(t.Context(), j, context.Cause(ctx))
+	if out.Reason != "inputs-failed" || out.State != journal.Failed || out.Message != "an input could not be opened: input model: file 000001: damaged" {
+		t.Errorf("%+v", out)
+	}
+}
+
 // The end of the trace is found, and ends the job by a way of its own.
 func TestTraceLostIsFound(t *testing.T) {
 	a, j, ctx := watched(t)

@@ -127,6 +127,7 @@ const (
 	EventOperatorExec   = "operator-exec"
 	EventTraceLost      = "trace-lost"
 	EventInputError     = "input-error"
+	EventInputsFailed   = "inputs-failed"
 	EventCheckpoint     = "checkpoint"
 	EventResumed        = "resumed"
 	EventJobKilled      = "job-killed"

@@ -79,7 +79,7 @@ func (f *demandFile) error(err error) error {
 
 func (f *demandFile) size() int64 { return f.entry.Size }
 
-func (f *demandFile) open() (source, error) {
+func (f *demandFile) open(<-chan struct{}) (source, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.d.ending.Err() != nil {

@@ -22,10 +22,10 @@ import (
 
 type zeroContent int64
 
-func (z zeroContent) size() int64           { return int64(z) }
-func (z zeroContent) open() (source, error) { return z, nil }
-func (zeroContent) fd() int                 { return -1 }
-func (zeroContent) close()                  {}
+func (z zeroContent) size() int64                          { return int64(z) }
+func (z zeroContent) open(<-chan struct{}) (source, error) { return z, nil }
+func (zeroContent) fd() int                                { return -1 }
+func (zeroContent) close()                                 {}
 
 func (z zeroContent) read(dest []byte, off int64) (fuse.ReadResult, error) {
 	return fuse.ReadResultData(dest[:min(int64(len(dest)), int64(z)-off)]), nil

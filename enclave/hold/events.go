@@ -51,7 +51,7 @@ func (l *eventLog) add(e holdapi.Event) {
 	defer l.mu.Unlock()
 	limit := maxEvents - reservedEvents
 	switch e.Kind {
-	case "container-start", eventResumed, "operator-exec", "trace-lost", eventLeaseStop, eventLeaseOver, eventKilled, eventScrubbed:
+	case "container-start", eventResumed, eventInputsOpen, eventInputsFailed, "operator-exec", "trace-lost", eventLeaseStop, eventLeaseOver, eventKilled, eventScrubbed:
 		limit = maxEvents
 	case "checkpoint":
 		limit = maxEvents + maxCommits

@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/coffer-run/coffer/attest/plan"
-	"github.com/coffer-run/coffer/enclave/dma"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 )
 
@@ -35,10 +34,10 @@ type handout struct {
 
 	wg sync.WaitGroup
 	mu sync.Mutex
-	// regions are by path below inputs/; conns are open. over: the job is.
-	regions map[string]*dma.Region
-	conns   map[*net.UnixConn]bool
-	over    bool
+	// files are by path below inputs/; conns are open. over: the job is.
+	files map[string]*residentFile
+	conns map[*net.UnixConn]bool
+	over  bool
 }
 
 func listenHandout(path string, wait func(<-chan struct{}) error, log *slog.Logger) (*handout, error) {
@@ -51,16 +50,16 @@ func listenHandout(path string, wait func(<-chan struct{}) error, log *slog.Logg
 		_ = l.Close()
 		return nil, fmt.Errorf("hand out regions: %w", err)
 	}
-	h := &handout{l: l, log: log, wait: wait, regions: map[string]*dma.Region{}, conns: map[*net.UnixConn]bool{}}
+	h := &handout{l: l, log: log, wait: wait, files: map[string]*residentFile{}, conns: map[*net.UnixConn]bool{}}
 	h.wg.Go(h.accept)
 	return h, nil
 }
 
-// add makes a file's region known by its path below inputs/.
-func (h *handout) add(path string, r *dma.Region) {
+// add makes a file known by its path below inputs/.
+func (h *handout) add(path string, f *residentFile) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.regions[path] = r
+	h.files[path] = f
 }
 
 // close ends all connections. Descriptors that were handed out stay with whom
@@ -174,10 +173,18 @@ func (h *handout) answer(b []byte) (holdapi.RegionReply, int) {
 		return refuse("the job has not started, or is over")
 	}
 	h.mu.Lock()
-	r := h.regions[q.Open]
+	f := h.files[q.Open]
 	h.mu.Unlock()
-	if r == nil {
+	if f == nil {
 		return refuse("no file of this name lies in memory: read it by its path, if it is there")
+	}
+	r, err := f.wait(nil)
+	if err != nil {
+		return refuse("the file could not be opened")
+	}
+	// Who waited may do so no longer.
+	if err := h.wait(nil); err != nil {
+		return refuse("the job is over")
 	}
 	fd, err := r.ReadOnlyFD()
 	if err != nil {

@@ -140,6 +140,9 @@ type Holder struct {
 	lease     *lease
 	alarm     *alarm
 
+	// first is openFirst.
+	first int64
+
 	// ending is cancelled when the job is over, and with it work under way.
 	ending context.Context
 	end    context.CancelFunc
@@ -154,7 +157,8 @@ type Holder struct {
 	resume   resume
 	reseal   reseal
 	state    decryptState
-	filled   chan struct{} // closed when decrypting is over
+	begun    chan struct{} // closed when decrypt has its answer
+	filled   chan struct{} // closed when nothing more is decrypted into regions
 	result   holdapi.Decrypted
 	failure  error
 	demand   *demand // nil if inputs are resident
@@ -181,7 +185,7 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 	cfg.StartWait = cmp.Or(cfg.StartWait, DefaultStartWait)
 	cfg.TraceGrace = cmp.Or(cfg.TraceGrace, DefaultTraceGrace)
 	cfg.LogRate = cmp.Or(cfg.LogRate, plan.DefaultLogBytesPerSecond)
-	h := &Holder{cfg: cfg, log: cfg.Log, keys: map[string]heldKey{}, events: newEventLog(time.Now), budget: newBudget(cfg.LogBytes, cfg.LogRate, time.Now), filled: make(chan struct{}), pool: dma.NewPool(cfg.RegionBytes)}
+	h := &Holder{cfg: cfg, log: cfg.Log, keys: map[string]heldKey{}, events: newEventLog(time.Now), budget: newBudget(cfg.LogBytes, cfg.LogRate, time.Now), begun: make(chan struct{}), filled: make(chan struct{}), first: openFirst, pool: dma.NewPool(cfg.RegionBytes)}
 	h.pool.Near(cfg.NearNode)
 	// The job's end is said by an operation, not by the caller's context.
 	h.ending, h.end = context.WithCancel(context.WithoutCancel(ctx))
@@ -516,14 +520,15 @@ func (h *Holder) setSink(s holdapi.Sink, root *os.Root) (err error) {
 	return nil
 }
 
-// decrypt fills the regions of all inputs, once. A second call waits for the
-// first and has its answer.
+// decrypt opens all inputs, once: into regions, or so that files are decrypted when
+// they are opened or read. Inputs of more than h.first bytes go on being decrypted
+// when it has returned. A second call waits for the first and has its answer.
 func (h *Holder) decrypt(ctx context.Context) (holdapi.Decrypted, error) {
 	h.mu.Lock()
 	if h.state != notDecrypted {
-		filled := h.filled
+		begun := h.begun
 		h.mu.Unlock()
-		<-filled
+		<-begun
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		return h.result, h.failure
@@ -546,42 +551,47 @@ func (h *Holder) decrypt(ctx context.Context) (holdapi.Decrypted, error) {
 	h.mu.Unlock()
 
 	start := time.Now()
-	res, err := h.fill(ctx, inputs, work)
+	res, rest, err := h.fill(ctx, inputs, work)
 	res.Nanos = time.Since(start).Nanoseconds()
 
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.result, h.state = res, decrypted
-	if err != nil {
+	h.result = res
+	switch {
+	case err != nil:
 		h.result, h.failure, h.state = holdapi.Decrypted{}, err, decryptFailed
 		// Nothing of an input that was damaged is kept.
 		if serr := h.pool.Scrub(); serr != nil {
 			h.log.ErrorContext(ctx, "scrub after failed decryption", "error", serr)
 		}
-	} else {
+	case rest != nil:
+		h.result.Opening = true
+		go h.openRest(rest, start, h.result) //nolint:contextcheck // it ends with the job, not with the request
+	default:
+		h.state = decrypted
 		h.log.InfoContext(ctx, "inputs are open", "files", res.Files, "bytes", res.Bytes, "nanos", res.Nanos, "onDemand", h.demand != nil, "hugePages", dma.HugePages())
 	}
-	close(h.filled)
+	close(h.begun)
+	if rest == nil {
+		close(h.filled)
+	}
 	return h.result, h.failure
 }
 
-func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldInput]*keys.DataKey) (holdapi.Decrypted, error) {
-	var res holdapi.Decrypted
-	type placed struct {
-		input, name string
-		c           content
-	}
+// fill makes the inputs' files known. rest is what remains to be decrypted, nil if
+// nothing does; it is nil after an error.
+func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldInput]*keys.DataKey) (res holdapi.Decrypted, rest *opening, err error) {
 	entries := make([][]seal.Entry, len(inputs))
 	var total int64
 	chunkSize := 0
 	for i, in := range inputs {
 		in.unprepare()
 		if err := h.lease.use(); err != nil {
-			return res, err
+			return res, nil, err
 		}
 		es, err := in.folder.Entries(work[in])
 		if err != nil {
-			return res, fail(holdapi.CodeRefused, "input %s: %w", in.Name, err)
+			return res, nil, fail(holdapi.CodeRefused, "input %s: %w", in.Name, err)
 		}
 		entries[i] = es
 		for _, e := range es {
@@ -591,31 +601,52 @@ func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldIn
 	}
 	var d *demand
 	if h.cfg.RegionBytes > 0 && total > h.cfg.RegionBytes {
-		var err error
 		if d, err = h.onDemand(inputs, chunkSize); err != nil {
-			return res, fail(holdapi.CodeIO, "%w", err)
+			return res, nil, fail(holdapi.CodeIO, "%w", err)
 		}
 	}
-	var files []placed
+	o := &opening{
+		get: func(size int64) (*dma.Region, error) { return h.pool.Get(regionName, size) },
+		use: h.lease.use, passthrough: h.inputFS.passthrough, ending: h.ending,
+	}
+	files := make([][]content, len(inputs))
 	for i, in := range inputs {
 		for j, e := range entries[i] {
-			c, n, err := h.openFile(d, in, work[in], j, e)
-			if err != nil {
-				// Names of files are secret, and errors reach people's logs.
-				return res, fail(holdapi.CodeIO, "input %s: file %s: %w", in.Name, e.ID, err)
-			}
-			files = append(files, placed{in.Name, e.Name, c})
 			res.Files++
-			res.Bytes += n
+			if d == nil {
+				res.Bytes += e.Size
+				files[i] = append(files[i], o.add(in, work[in], j, e))
+				continue
+			}
+			files[i] = append(files[i], d.add(in, work[in], e))
 		}
 	}
-	for _, f := range files {
-		h.inputFS.addFile(ctx, f.input, f.name, f.c)
-		if r, ok := f.c.(resident); ok {
-			h.handout.add(f.input+"/"+f.name, r.r)
+	if d != nil || res.Bytes > h.first {
+		// What is wrong with a whole file shows before the job starts.
+		for i, in := range inputs {
+			for _, e := range entries[i] {
+				if err := h.check(in, work[in], e); err != nil {
+					// Names of files are secret, and errors reach people's logs.
+					return res, nil, fail(holdapi.CodeIO, "input %s: file %s: %w", in.Name, e.ID, err)
+				}
+			}
 		}
 	}
-	return res, nil
+	if res.Bytes > h.first {
+		rest = o
+	} else if err := o.run(); err != nil {
+		return res, nil, &apiError{holdapi.CodeIO, err}
+	}
+	for i, in := range inputs {
+		for j, c := range files[i] {
+			name := entries[i][j].Name
+			h.inputFS.addFile(ctx, in.Name, name, c)
+			if f, ok := c.(*residentFile); ok {
+				h.handout.add(in.Name+"/"+name, f)
+			}
+		}
+	}
+	return res, rest, nil
 }
 
 // onDemand makes what serves inputs that do not fit into memory together.
@@ -640,30 +671,16 @@ func (h *Holder) onDemand(inputs []*heldInput, chunkSize int) (*demand, error) {
 	return d, nil
 }
 
-// openFile decrypts the file at place j, or sees that it can be, if d does so
-// later. It returns how many bytes it decrypted.
-func (h *Holder) openFile(d *demand, in *heldInput, key *keys.DataKey, j int, e seal.Entry) (content, int64, error) {
+// check opens a file that is decrypted later, to see that it can be.
+func (h *Holder) check(in *heldInput, key *keys.DataKey, e seal.Entry) error {
 	if err := h.lease.use(); err != nil {
-		return nil, 0, err
+		return err
 	}
 	f, err := in.folder.Open(key, e)
 	if err != nil {
-		return nil, 0, err
+		return err
 	}
-	defer f.Close()
-	if d != nil {
-		return d.add(in, key, e), 0, h.ending.Err()
-	}
-	r := in.prepared[j]
-	if r == nil {
-		if r, err = h.pool.Get(regionName, f.Size()); err != nil {
-			return nil, 0, err
-		}
-	}
-	if err := fillRegion(h.ending, h.lease.use, f, r); err != nil {
-		return nil, 0, err
-	}
-	return resident{r, h.inputFS.passthrough}, e.Size, nil
+	return errors.Join(f.Close(), h.ending.Err())
 }
 
 // fillRegion bounds its workers by what their buffers take, not by cores alone.
@@ -807,11 +824,11 @@ func (h *Holder) release(ctx context.Context) error {
 			errs = append(errs, l.finish(ctx))
 		}
 	}
+	// A decryption under way ends at its next chunk, and whoever waits for it now.
+	h.end()
 	if h.handout != nil {
 		errs = append(errs, h.handout.close())
 	}
-	// A decryption under way ends at its next chunk.
-	h.end()
 	h.mu.Lock()
 	waiting := h.state == decrypting
 	over := h.reseal.over

@@ -128,8 +128,8 @@ type inputFile struct {
 // content is what an input's file holds.
 type content interface {
 	size() int64
-	// open is called once for each handle.
-	open() (source, error)
+	// open is called once for each handle. It may wait for the content, until done.
+	open(done <-chan struct{}) (source, error)
 }
 
 // source is what one handle reads. Its methods may be called at the same time,
@@ -143,16 +143,6 @@ type source interface {
 	read(dest []byte, off int64) (fuse.ReadResult, error)
 	close()
 }
-
-// resident is a file that lies in a region for as long as the job runs.
-type resident struct {
-	r           *dma.Region
-	passthrough bool
-}
-
-func (c resident) size() int64 { return c.r.Size() }
-
-func (c resident) open() (source, error) { return openRegion(c.r, c.passthrough) }
 
 type regionSource struct {
 	r    *dma.Region
@@ -330,11 +320,20 @@ func (f *inputFile) Open(ctx context.Context, flags uint32) (fs.FileHandle, uint
 	if e := f.t.openHandle(); e != 0 {
 		return nil, 0, e
 	}
-	src, err := f.c.open()
+	src, err := f.c.open(ctx.Done())
 	if err != nil {
 		f.t.closeHandle()
+		if errors.Is(err, errInterrupted) {
+			return nil, 0, syscall.EINTR
+		}
 		f.t.failed(err)
 		return nil, 0, syscall.EIO
+	}
+	// Who waited may do so no longer.
+	if e := f.t.gate(ctx); e != 0 {
+		f.t.closeHandle()
+		src.close()
+		return nil, 0, e
 	}
 	h := &inputHandle{f: f, source: src}
 	if src.fd() >= 0 {

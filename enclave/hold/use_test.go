@@ -154,7 +154,7 @@ func readSome(s source, off int64) error {
 // Every use of a key looks at the clock.
 func TestEveryUseOfAKeyAsksForTheLease(t *testing.T) {
 	read := func(f *demandFile, off int64) error {
-		s, err := f.open()
+		s, err := f.open(nil)
 		if err != nil {
 			return err
 		}
@@ -188,7 +188,7 @@ func TestEveryUseOfAKeyAsksForTheLease(t *testing.T) {
 		{"file that is decrypted when it opens", false, func(c *clocked) func() error { return func() error { return read(c.file(1<<20), 0) } }},
 		{"file that is read by chunks", false, func(c *clocked) func() error { return func() error { return read(c.file(9<<20), 0) } }},
 		{"chunk of an open file", false, func(c *clocked) func() error {
-			s, err := c.file(9 << 20).open()
+			s, err := c.file(9 << 20).open(nil)
 			ok(c.t, err)
 			c.t.Cleanup(s.close)
 			ok(c.t, readSome(s, 0))

@@ -35,6 +35,7 @@ func All() []Reason {
 		{"evidence", "the job ran, and its bundle could not be made: it counts as failed because nothing proves what it did", "who operates the node", []string{"coffer events JOB", "coffer retry JOB"}},
 		{"exit-code", "its program ended with another code than 0", "who wrote the program", []string{"coffer logs JOB", "coffer retry JOB"}},
 		{"holder-lost", "the process that held its keys died, and with it the memory that they opened; the job was stopped", "who operates the node: often too little memory", []string{"coffer events JOB", "coffer retry JOB"}},
+		{"inputs-failed", "an input was damaged or could not be read: it was found while the container started, and the job was stopped", "who operates the node: the message names the input", []string{"coffer events JOB", "coffer retry JOB"}},
 		{"internal", "something failed on the node for which there is no code of its own: the message says what", "who operates the node", []string{"coffer events JOB", "coffer retry JOB"}},
 		{"journal", "what the node kept of the job could not be read after a restart", "who operates the node", []string{"coffer retry JOB"}},
 		{"lease-lapsed", "the node heard nothing from the broker for longer than the lease, and stopped the job", "who operates the network between node and broker; the weights' owner sets how long a lease is", []string{"coffer events JOB", "coffer retry JOB"}},

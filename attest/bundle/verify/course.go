@@ -103,7 +103,7 @@ func (v *verification) trace(g *check.List) {
 		case bundle.EventOperatorExec:
 			execs++
 			operator = append(operator, e.Detail)
-		case bundle.EventInputError:
+		case bundle.EventInputError, bundle.EventInputsFailed:
 			inputs = append(inputs, e.Detail)
 		case bundle.EventTraceLost:
 			v.strict(g, "trace.lost", false, "a trace to the end", "lost while the job ran")

@@ -171,7 +171,8 @@ func (c *Client) Resume(ctx context.Context, r Resume, path string) error {
 	})
 }
 
-// Decrypt fills the regions of all inputs and returns when they are full.
+// Decrypt opens all inputs. It returns when they are in memory, or large ones on
+// their way there (Decrypted.Opening).
 func (c *Client) Decrypt(ctx context.Context) (Decrypted, error) {
 	r, err := c.do(ctx, Request{Op: OpDecrypt}, nil)
 	return part(r.Decrypt, err)

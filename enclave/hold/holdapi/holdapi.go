@@ -229,11 +229,15 @@ type Resume struct {
 	Anchor string `json:"anchor,omitempty"`
 }
 
-// Decrypted says what filling the regions took.
+// Decrypted says what opening the inputs took.
 type Decrypted struct {
-	Files int   `json:"files"`
+	Files int `json:"files"`
+	// Bytes are what lies in memory, or will.
 	Bytes int64 `json:"bytes"`
 	Nanos int64 `json:"nanos"`
+	// Opening: the files are being decrypted still, and whoever opens one waits for
+	// it. An event says when they are open, or why they are not.
+	Opening bool `json:"opening,omitempty"`
 }
 
 // Status is the holder's state.
@@ -306,7 +310,8 @@ type Event struct {
 	UnixNano int64  `json:"unixNano"`
 	// Kind is "container-start", "exec", "operator-exec", "open", "connect", "ptrace",
 	// "trace-lost", "checkpoint", "checkpoint-error", "input-error", "resumed"
-	// (the job goes on from the checkpoint in Digest), "lease-stop"
+	// (the job goes on from the checkpoint in Digest), "inputs-open" and "inputs-failed"
+	// (what became of inputs that were decrypted while the container started), "lease-stop"
 	// (the broker said that the job must stop), "lease-over" (no key is used any
 	// more), "job-killed" (the holder ended the job's processes), "scrubbed".
 	Kind       string      `json:"kind"`
