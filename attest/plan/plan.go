@@ -139,6 +139,10 @@ type Resources struct {
 	// StopSeconds is how long a job that is told to end may take for it, with its
 	// keys, for a last checkpoint; DefaultStopSeconds if absent.
 	StopSeconds int64 `json:"stopSeconds,omitempty"`
+	// ShmBytes is the size of /dev/shm; Shm says what it is if absent.
+	ShmBytes int64 `json:"shmBytes,omitempty"`
+	// IO bounds the traffic with the node's disks. Absent if nothing does.
+	IO IO `json:"io,omitzero"`
 }
 
 // Policy names an attestation policy and pins its content.

@@ -21,5 +21,5 @@ func (r Resources) validate() error {
 	if r.StopSeconds < 0 || r.StopSeconds > MaxStopSeconds {
 		return fmt.Errorf("plan stop time %d s: want 1 to %d", r.StopSeconds, MaxStopSeconds)
 	}
-	return nil
+	return r.validateLimits()
 }

@@ -59,6 +59,7 @@ func Fields() []Field {
 	exitLow, exitHigh := between(1, 255)
 	keepLow, keepHigh := between(1, maxKeep)
 	portLow, portHigh := between(1, 65535)
+	iopsLow, iopsHigh := between(1, 10_000_000)
 	eventLow, eventHigh := between(1, MaxEgressEvents)
 	nodesLow, nodesHigh := between(1, 1)
 	return []Field{
@@ -115,6 +116,12 @@ func Fields() []Field {
 			Want: "off, on or required", Default: "off", Example: "required", Planned: true, enum: []string{ccOff, plan.CCOn, plan.CCRequired}},
 		{Path: "resources.nodes", Doc: "Reserved: a job runs on one node.", Want: "1: a job of several nodes is not supported", Default: "1", Example: "1", min: nodesLow, max: nodesHigh},
 		{Path: "resources.pids", Doc: "Processes and threads at once.", Want: "1 to 32768", Default: fmt.Sprint(DefaultPids), Example: "512", Planned: true, min: pidLow, max: pidHigh},
+		{Path: "resources.shm", Doc: "The size of /dev/shm, which counts as memory.", Want: wantSize, Default: "a quarter of the memory, at most 1Gi", Example: "512Mi", Planned: true},
+		{Path: "resources.io", Doc: "How fast the job may use each of the node's disks. Its image, its sealed inputs and its sealed checkpoints are there.", Want: "bounds", Default: "nothing bounds it", Planned: true},
+		{Path: "resources.io.readBytesPerSecond", Doc: "How many bytes it may read in a second.", Want: wantSize, Default: "no bound", Example: "200Mi", Planned: true},
+		{Path: "resources.io.writeBytesPerSecond", Doc: "How many bytes it may write in a second.", Want: wantSize, Default: "no bound", Example: "100Mi", Planned: true},
+		{Path: "resources.io.readsPerSecond", Doc: "How many reads it may make in a second.", Want: "1 to 10000000", Default: "no bound", Example: "5000", Planned: true, min: iopsLow, max: iopsHigh},
+		{Path: "resources.io.writesPerSecond", Doc: "How many writes it may make in a second.", Want: "1 to 10000000", Default: "no bound", Example: "5000", Planned: true, min: iopsLow, max: iopsHigh},
 		{Path: "maxDuration", Doc: "The job is stopped when it has run so long.", Want: wantTime, Default: "24h", Example: "30m", Planned: true},
 		{Path: "budget", Doc: "What all attempts of the job may use together. An attempt uses time from when it gets room on the node. When the budget is spent the job is told to end, with stopGrace for a last checkpoint, and is not tried again.", Want: "time, gpuTime or both", Default: "maxDuration bounds each attempt", Planned: true},
 		{Path: "budget.time", Doc: "Time of all attempts together.", Want: wantTime, Example: "2h", Planned: true},

@@ -128,6 +128,9 @@ type Resources struct {
 	CC string `yaml:"cc,omitempty"`
 	// Nodes is 1: a job runs on one node.
 	Nodes int `yaml:"nodes,omitempty"`
+	// Shm is the size of /dev/shm.
+	Shm Bytes `yaml:"shm,omitempty"`
+	IO  *IO   `yaml:"io,omitempty"`
 }
 
 // Output bounds what the job may print.
@@ -244,6 +247,7 @@ func (c *checker) check(s *Spec) {
 		s.Output.LogBytes = DefaultLogBytes
 	}
 	c.require(s.Output.LogBytes <= MaxLogBytes, "output.logBytes", "want at most 256Mi")
+	c.limits(s.Resources)
 	c.output(s)
 	c.retry(s)
 	c.egress(s)
@@ -295,6 +299,7 @@ func (s Spec) Plan(r Resolved) (plan.Plan, error) {
 		Resources: plan.Resources{
 			CPUMillis: int64(s.Resources.CPU), MemoryBytes: int64(s.Resources.Memory), Pids: s.Resources.Pids, GPUs: s.Resources.GPUs,
 			MaxSeconds: int64(time.Duration(s.MaxDuration) / time.Second), StopSeconds: int64(time.Duration(s.StopGrace) / time.Second),
+			ShmBytes: int64(s.Resources.Shm), IO: s.Resources.IO.plan(),
 		},
 	}
 	for _, k := range slices.Sorted(maps.Keys(s.Env)) {

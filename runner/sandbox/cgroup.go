@@ -17,7 +17,10 @@ import (
 	"github.com/coffer-run/coffer/attest/plan"
 )
 
-const cgroupRoot = "/sys/fs/cgroup"
+const (
+	cgroupRoot = "/sys/fs/cgroup"
+	sysBlock   = "/sys/block"
+)
 
 // Cgroup is one job's control group. The runtime joins it as it stands, and so
 // does the job's holder: its regions count against the job.
@@ -29,33 +32,49 @@ type Cgroup struct {
 // cpuPeriod is the CFS period in microseconds (kernel default).
 const cpuPeriod = 100_000
 
-func limits(r plan.Resources) *specs.LinuxResources {
+func limits(r plan.Resources) (*specs.LinuxResources, error) {
+	on, err := disks(sysBlock)
+	if err != nil {
+		return nil, err
+	}
+	io, err := blockIO(r.IO, on)
+	if err != nil {
+		return nil, err
+	}
 	quota, period := r.CPUMillis*cpuPeriod/1000, uint64(cpuPeriod)
 	// Memory and swap together at most the memory: no swap. What is swapped lies
 	// on a disk that belongs to the adversary.
 	return &specs.LinuxResources{
-		CPU:    &specs.LinuxCPU{Quota: &quota, Period: &period},
-		Memory: &specs.LinuxMemory{Limit: &r.MemoryBytes, Swap: &r.MemoryBytes},
-		Pids:   &specs.LinuxPids{Limit: &r.Pids},
-	}
+		CPU:     &specs.LinuxCPU{Quota: &quota, Period: &period},
+		Memory:  &specs.LinuxMemory{Limit: &r.MemoryBytes, Swap: &r.MemoryBytes},
+		Pids:    &specs.LinuxPids{Limit: &r.Pids},
+		BlockIO: io,
+	}, nil
 }
 
 // CreateCgroup makes the group at path below the root of every hierarchy, with
 // the limits of r. The process limit is the job's threads in the sandbox; the
 // group itself is given room for the runtime's and the holder's own.
 func CreateCgroup(path string, r plan.Resources) (*Cgroup, error) {
-	res := limits(r)
+	res, err := limits(r)
+	if err != nil {
+		return nil, fmt.Errorf("create cgroup %s: %w", path, err)
+	}
 	room := r.Pids + runtimeTasks
 	res.Pids.Limit = &room
 	c := &Cgroup{path: path, unified: cgroups.Mode() == cgroups.Unified}
-	err := swapAccounted(c.unified)
-	if err != nil {
+	if err := swapAccounted(c.unified); err != nil {
 		return nil, fmt.Errorf("create cgroup %s: %w", path, err)
 	}
 	if c.unified {
 		_, err = cgroup2.NewManager(cgroupRoot, path, cgroup2.ToResources(res))
 	} else {
 		_, err = cgroup1.New(cgroup1.StaticPath(path), res)
+	}
+	if err == nil {
+		if err = ioHolds(cgroupRoot, path, c.unified, res.BlockIO); err != nil {
+			err = errors.Join(err, c.Remove())
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("create cgroup %s: %w", path, err)

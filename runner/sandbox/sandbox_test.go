@@ -240,6 +240,7 @@ print(json.dumps({
   "out": can(lambda: socket.create_connection(("192.0.2.1", 80), 1)),
   "raw": can(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)),
   "mount": can(lambda: os.mkdir("/tmp/m") or __import__("ctypes").CDLL(None).mount(b"none", b"/tmp/m", b"tmpfs", 0, None) == 0 or 1/0),
+  "shm": os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize, "over": can(lambda: open("/dev/shm/x", "wb").write(bytes(3 << 20))),
   "secret": os.environ.get("SECRET"),
   "kernel": open("/proc/version").read()[:20],
 }))
@@ -247,7 +248,9 @@ print(json.dumps({
 
 func TestJobSeesOnlyWhatItWasGiven(t *testing.T) {
 	n := startContainerd(t)
-	j := n.testJob(t, "probe", "/usr/bin/python3", "-c", probe)
+	j := n.testJobOf(t, "probe", func(r *Request) {
+		r.Plan.Resources.ShmBytes, r.Plan.Resources.IO = 2<<20, plan.IO{ReadBytesPerSecond: 1 << 30, WritesPerSecond: 1000}
+	}, "/usr/bin/python3", "-c", probe)
 	if strings.Contains(string(j.Description()), "value-of-the-variable") {
 		t.Error("the description shows the value of an environment variable")
 	}
@@ -279,7 +282,8 @@ func TestJobSeesOnlyWhatItWasGiven(t *testing.T) {
 		Caps                                 []string
 		NNP, Root, Etc, Tmp, Out, Raw, Mount string
 		Ifs                                  []string
-		Secret, Kernel                       string
+		Secret, Kernel, Over                 string
+		Shm                                  int64
 	}
 	out := <-j.stdout
 	if err := json.Unmarshal([]byte(out), &got); err != nil {
@@ -308,6 +312,9 @@ func TestJobSeesOnlyWhatItWasGiven(t *testing.T) {
 		if i != "lo" {
 			t.Errorf("network device %s", i)
 		}
+	}
+	if got.Shm != 2<<20 || got.Over == "yes" {
+		t.Errorf("/dev/shm has %d bytes, and 3 MiB into it: %s", got.Shm, got.Over)
 	}
 	if got.Secret != "value-of-the-variable" {
 		t.Errorf("the job's variable is %q", got.Secret)

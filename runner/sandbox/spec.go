@@ -13,7 +13,7 @@ import (
 
 // Rules names the version of the allow-list in this file. Whoever changes what a
 // specification may hold changes this name, and with it every plan digest.
-const Rules = "coffer.run/sandbox-rules/v3"
+const Rules = "coffer.run/sandbox-rules/v4"
 
 // RegionsMount is where a job finds the holder's socket for its inputs' memory
 // (docs/formats/regions.md).
@@ -46,6 +46,10 @@ func buildSpec(p plan.Plan, env []string, binds []Bind, network *Network, cgroup
 	if (len(p.Egress) > 0) != (network != nil) {
 		return nil, errors.New("a sandbox has a network if and only if its plan allows egress")
 	}
+	resources, err := limits(p.Resources)
+	if err != nil {
+		return nil, err
+	}
 	tmp := fmt.Sprintf("size=%d", min(p.Resources.MemoryBytes/4, 1<<30))
 	s := &specs.Spec{
 		Version: "1.1.0",
@@ -64,13 +68,13 @@ func buildSpec(p plan.Plan, env []string, binds []Bind, network *Network, cgroup
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
-			{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", tmp}},
+			{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", fmt.Sprintf("size=%d", p.Resources.Shm())}},
 			{Destination: "/tmp", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", tmp}},
 			{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
 		},
 		Linux: &specs.Linux{
 			CgroupsPath:   cgroup,
-			Resources:     limits(p.Resources),
+			Resources:     resources,
 			MaskedPaths:   maskedPaths,
 			ReadonlyPaths: readonlyPaths,
 			// A network namespace of its own with --network=none leaves loopback.
