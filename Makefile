@@ -76,9 +76,14 @@ lint: ## run go vet and golangci-lint
 check: lint ## vet, linters and unit tests, without what needs root
 	@go test -short ./...
 
-# These run programs and images, which Go's test cache knows nothing of: they always run.
+# These run programs and images, which Go's test cache knows nothing of: they always run. The first watch from outside
+# programs that are built without the race detector, which would only slow the watching.
 MODULE      := github.com/coffer-run/coffer
-INTEGRATION := $(MODULE)/(internal/e2e|internal/stack|cmd/coffer|runner/sandbox|runner/egress|enclave/hold|plugins/host)
+OUTSIDE     := $(MODULE)/(internal/e2e|internal/stack|cmd/coffer)
+INTEGRATION := $(MODULE)/(runner/sandbox|runner/egress|enclave/hold|plugins/host)
+
+# What these put together has met the race detector in its own packages.
+PROGRAMS := $(MODULE)/cmd/.*
 
 # Judging is arithmetic: nearly all of attest runs in one goroutine. What turns every bit of a report, or goes through a
 # long table of attacks one after the other, runs once without the race detector, which is ten times slower.
@@ -89,9 +94,10 @@ ONE_BY_ONE := ^Test(Mutations|Flips|EveryFlip|Tamper|LyingAgent|HonestAgent|Stop
 test: deps build image-numpy lint ## everything: vet, linters, unit tests, and integration tests on real parts (as root)
 	@go test -timeout 20m ./attest/...
 	@go test -race -short -timeout 20m -skip '$(ONE_BY_ONE)' ./attest/...
-	@go test -race -timeout 20m $$(go list ./... | grep -vxE '$(INTEGRATION)|$(JUDGES)')
-	@go test -timeout 20m -run '^TestLive' ./cmd/coffer
+	@go test -race -timeout 20m $$(go list ./... | grep -vxE '$(OUTSIDE)|$(INTEGRATION)|$(JUDGES)|$(PROGRAMS)')
+	@go test -timeout 20m $$(go list ./... | grep -xE '$(PROGRAMS)' | grep -vxE '$(OUTSIDE)')
 	@go test -race -timeout 20m -count=1 $$(go list ./... | grep -xE '$(INTEGRATION)')
+	@go test -timeout 20m -count=1 $$(go list ./... | grep -xE '$(OUTSIDE)')
 
 .PHONY: counts
 counts: ## count the real evidence that the tests verify, and the changes to evidence that they see refused

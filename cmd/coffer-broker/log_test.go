@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -191,6 +193,17 @@ func rechained(t *testing.T, id string, l []translog.Entry) []translog.Entry {
 }
 
 func TestADatabaseThatWasEdited(t *testing.T) {
+	dir, c := state(t)
+	stop, _ := started(t, dir, c)
+	for i := range 4 {
+		create(t, dir, c, fmt.Sprint("a", i))
+	}
+	if code, _ := proven(t, dir, c, 3); code != http.StatusOK {
+		t.Fatal(code)
+	}
+	check(t, stop())
+	honest := filepath.Join(t.TempDir(), "honest")
+	check(t, exec.Command("cp", "-a", dir, honest).Run())
 	for name, try := range map[string]struct {
 		change func(t *testing.T, l []translog.Entry) []translog.Entry
 		// starts is whether the chain alone shows nothing.
@@ -215,15 +228,8 @@ func TestADatabaseThatWasEdited(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			// Not in parallel: a process has one broker, and Tessera's library one logger.
-			dir, c := state(t)
-			stop, _ := started(t, dir, c)
-			for i := range 4 {
-				create(t, dir, c, fmt.Sprint("a", i))
-			}
-			if code, _ := proven(t, dir, c, 3); code != http.StatusOK {
-				t.Fatal(code)
-			}
-			check(t, stop())
+			check(t, os.RemoveAll(dir))
+			check(t, exec.Command("cp", "-a", honest, dir).Run())
 			before, err := os.ReadFile(c.Log.Dir + "/checkpoint")
 			check(t, err)
 			rewrite(t, c.DB, func(l []translog.Entry) []translog.Entry { return try.change(t, l) })

@@ -20,16 +20,18 @@ import (
 // agent is a client of the node agent, as a scheduler of the stack's engineer.
 func (n *node) agent(t *testing.T) agentv1connect.AgentServiceClient {
 	t.Helper()
-	e, err := stack.OpenEndpoint(n.dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h, err := e.HTTPClient(daemon.RoleEngineer, daemon.RoleAgent)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(h.CloseIdleConnections)
-	return agentv1connect.NewAgentServiceClient(h, e.Agent())
+	n.once.Do(func() {
+		e, err := stack.OpenEndpoint(n.dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, err := e.HTTPClient(daemon.RoleEngineer, daemon.RoleAgent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.engineer = agentv1connect.NewAgentServiceClient(h, e.Agent())
+	})
+	return n.engineer
 }
 
 // small is a job without keys: it needs no grant, no GPU and little room.

@@ -118,7 +118,7 @@ func TestCheckpointsInS3(t *testing.T) {
 
 	whole := n.submit(t, n.resumeJob(t, "bucket-never-killed", nil))
 	job := n.resumeJob(t, "bucket-killed", func(s string) string {
-		return strings.NewReplacer("file://"+n.sink+"\n", "s3://ckpt/run\n", `EVERY: "10"`, "EVERY: \"10\"\n  PAUSE: \"0.08\"").Replace(s)
+		return strings.NewReplacer("file://"+n.sink+"\n", "s3://ckpt/run\n", `EVERY: "10"`, "EVERY: \"10\"\n  PAUSE: \"0.2\"").Replace(s)
 	})
 	if s := n.wait(t, whole, "ended", ended); s.State != "succeeded" {
 		t.Fatalf("%+v\n%s", s, n.output(t, whole))

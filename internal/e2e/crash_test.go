@@ -17,48 +17,44 @@ import (
 	_ "modernc.org/sqlite" // the journal's driver
 )
 
-// TestDaemonsKilled kills each daemon with SIGKILL while a job runs. After a
-// restart the job has gone on, or says in which stage it failed.
+// TestDaemonsKilled kills each daemon with SIGKILL while one job runs, one after the
+// other: after a restart the job has gone on.
 func TestDaemonsKilled(t *testing.T) {
 	n := need(t)
-	for _, tt := range []struct{ daemon, state string }{
-		{"cofferd", "succeeded"},
-		{"coffer-verifier", "succeeded"},
-		{"coffer-broker", "succeeded"},
-	} {
-		t.Run(tt.daemon, func(t *testing.T) {
-			id := n.submit(t, n.granted(t, "killed-"+tt.daemon, 2))
-			n.wait(t, id, "running", running)
-			kill(t, n.pid(t, tt.daemon))
-			time.Sleep(300 * time.Millisecond)
-			n.must(t, "restart")
-			s := n.wait(t, id, "ended", ended)
-			if s.State != tt.state {
-				t.Errorf("%+v, want %s", s, tt.state)
-			}
-			path := filepath.Join(t.TempDir(), "bundle.json")
-			n.must(t, "evidence", "get", id, "-o", path)
-			b, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if out, err := n.verify(t, b, true); err != nil {
-				t.Errorf("the bundle does not verify: %v\n%s", err, out)
-			}
-		})
+	id := n.submit(t, n.granted(t, "daemons-killed", 4))
+	n.wait(t, id, "running", running)
+	for _, daemon := range []string{"cofferd", "coffer-verifier", "coffer-broker"} {
+		kill(t, n.pid(t, daemon))
+		time.Sleep(300 * time.Millisecond)
+		n.must(t, "restart")
+		if s := n.status(t, id); s.State != "running" {
+			t.Fatalf("%s was killed when the job no longer ran: %+v", daemon, s)
+		}
 	}
+	if s := n.wait(t, id, "ended", ended); s.State != "succeeded" {
+		t.Errorf("%+v", s)
+	}
+	n.verified(t, id)
 }
 
-// TestAgentKilledBeforeStart kills the agent as early as it can. A job to which no
-// key was released begins again; one that may have keys is reported as failed with
-// its stage. Either way it leaves nothing.
+// TestAgentKilledBeforeStart kills the agent as early as it can, again while the
+// jobs before are still at work. A job to which no key was released begins again;
+// one that may have keys is reported as failed with its stage. Either way it leaves
+// nothing.
 func TestAgentKilledBeforeStart(t *testing.T) {
 	n := need(t)
+	killed := map[time.Duration]string{}
 	for _, pause := range []time.Duration{0, 60 * time.Millisecond, 160 * time.Millisecond, 260 * time.Millisecond, 400 * time.Millisecond} {
-		id := n.submit(t, n.granted(t, "early", 1))
+		job := n.jobFile(t, "early", func(s string) string {
+			return strings.NewReplacer("gpus: 1", "gpus: 0", "cpu: 2", "cpu: 300m", "memory: 2Gi", "memory: 512Mi").Replace(s)
+		})
+		n.grant(t, n.planDigest(t, job), 1)
+		killed[pause] = n.submit(t, job)
 		time.Sleep(pause)
 		kill(t, n.pid(t, "cofferd"))
 		n.must(t, "restart")
+	}
+	for pause, id := range killed {
 		s := n.wait(t, id, "ended", ended)
 		t.Logf("killed after %s: %s at %s (%s)", pause, s.State, s.Stage, s.Reason)
 		if s.State != "succeeded" && (s.State != "failed" || s.Reason != "agent-restarted" || s.Stage == "") {

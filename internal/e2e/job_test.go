@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -170,28 +171,52 @@ func unreadable(path string, err error) error {
 	return err
 }
 
+// stride is how far apart search looks: a needle of 36 bytes or more has eight bytes
+// that begin at one of the places.
+const stride = 36 - 8 + 1
+
+// index has where in a needle each eight bytes of it are.
+type index map[uint64][]at
+
+type at struct {
+	name   string
+	needle []byte
+	offset int
+}
+
+func indexOf(needles map[string][]byte) index {
+	ix := index{}
+	for name, needle := range needles {
+		for o := range len(needle) - 7 {
+			k := binary.LittleEndian.Uint64(needle[o:])
+			ix[k] = append(ix[k], at{name: name, needle: needle, offset: o})
+		}
+	}
+	return ix
+}
+
 // search reads a file in pieces, since some are larger than memory, each with the
 // end of the one before.
-func search(path string, needles map[string][]byte) (hits []string, size int64, err error) {
+func search(path string, ix index) (hits []string, size int64, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, 0, err
 	}
 	defer f.Close()
-	const piece = 16 << 20
-	overlap := 0
-	for _, needle := range needles {
-		overlap = max(overlap, len(needle)-1)
-	}
+	// Longer than any needle, so that one which crosses the end of a piece lies whole
+	// in the next.
+	const piece, overlap = 1 << 20, 128
 	found := map[string]bool{}
 	buf := make([]byte, 0, piece+overlap)
 	for {
 		n, err := io.ReadFull(f, buf[len(buf):len(buf)+piece])
 		buf, size = buf[:len(buf)+n], size+int64(n)
-		for name, needle := range needles {
-			if !found[name] && bytes.Contains(buf, needle) {
-				found[name] = true
-				hits = append(hits, path+" ("+name+")")
+		for i := 0; i+8 <= len(buf); i += stride {
+			for _, a := range ix[binary.LittleEndian.Uint64(buf[i:])] {
+				if begin := i - a.offset; begin >= 0 && !found[a.name] && bytes.HasPrefix(buf[begin:], a.needle) {
+					found[a.name] = true
+					hits = append(hits, path+" ("+a.name+")")
+				}
 			}
 		}
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
@@ -205,7 +230,7 @@ func search(path string, needles map[string][]byte) (hits []string, size int64, 
 }
 
 // scan looks for needles in every regular file below dirs.
-func scan(t *testing.T, dirs []string, needles map[string][]byte, skip func(string) bool) []string {
+func scan(t *testing.T, dirs []string, find index, skip func(string) bool) []string {
 	t.Helper()
 	var hits []string
 	var files, size int64
@@ -223,7 +248,7 @@ func scan(t *testing.T, dirs []string, needles map[string][]byte, skip func(stri
 			if !d.Type().IsRegular() || d.Name() == "null-netns" { // a namespace, not a file
 				return nil
 			}
-			found, n, err := search(path, needles)
+			found, n, err := search(path, find)
 			if err != nil {
 				return unreadable(path, err)
 			}
@@ -243,7 +268,7 @@ func scan(t *testing.T, dirs []string, needles map[string][]byte, skip func(stri
 // for them everywhere a copy could be, while the job runs and after it.
 func TestNoPlaintextAtRest(t *testing.T) {
 	n := need(t)
-	find := needles(n.weights)
+	find := indexOf(needles(n.weights))
 	run := filepath.Dir(n.layout.Jobs())
 	dirs := []string{n.dir, run, os.TempDir(), "/var/lib", "/var/log", "/run/containerd"}
 	// The job's open inputs, and the checkpoints it is writing, are in the
