@@ -159,52 +159,30 @@ func (ak *attestationKey) readRSA() error {
 
 // verify checks a TPMT_SIGNATURE over message in the key's own scheme.
 func (ak *attestationKey) verify(message, signature []byte) error {
-	sig, err := decode[tpm2.TPMTSignature](signature, maxAttest)
+	sig, err := readSignature(signature)
 	if err != nil {
 		return fmt.Errorf("TPMT_SIGNATURE: %w", err)
 	}
-	if sig.SigAlg != ak.scheme {
-		return fmt.Errorf("signature scheme %#x is not the key's, %#x", uint16(sig.SigAlg), uint16(ak.scheme))
+	if sig.scheme != ak.scheme {
+		return fmt.Errorf("signature scheme %#x is not the key's, %#x", uint16(sig.scheme), uint16(ak.scheme))
+	}
+	if sig.hash != tpm2.TPMAlgSHA256 {
+		return errors.New("signature hash is not SHA-256")
 	}
 	sum := sha256.Sum256(message)
-	switch ak.scheme {
-	case tpm2.TPMAlgECDSA:
-		s, err := sig.Signature.ECDSA()
-		if err != nil {
-			return err
-		}
-		pub, ok := ak.key.(*ecdsa.PublicKey)
-		if !ok || s.Hash != tpm2.TPMAlgSHA256 {
-			return errors.New("signature hash is not SHA-256")
-		}
-		r, v := new(big.Int).SetBytes(s.SignatureR.Buffer), new(big.Int).SetBytes(s.SignatureS.Buffer)
-		if !ecdsa.Verify(pub, sum[:], r, v) {
-			return errors.New("signature is not by this key")
-		}
-		return nil
-	case tpm2.TPMAlgRSASSA, tpm2.TPMAlgRSAPSS:
-		read := sig.Signature.RSASSA
+	ok := false
+	switch key := ak.key.(type) {
+	case *ecdsa.PublicKey:
+		ok = ak.scheme == tpm2.TPMAlgECDSA && ecdsa.Verify(key, sum[:], sig.r, sig.s)
+	case *rsa.PublicKey:
 		if ak.scheme == tpm2.TPMAlgRSAPSS {
-			read = sig.Signature.RSAPSS
-		}
-		s, err := read()
-		if err != nil {
-			return err
-		}
-		pub, ok := ak.key.(*rsa.PublicKey)
-		if !ok || s.Hash != tpm2.TPMAlgSHA256 {
-			return errors.New("signature hash is not SHA-256")
-		}
-		if ak.scheme == tpm2.TPMAlgRSAPSS {
-			err = rsa.VerifyPSS(pub, crypto.SHA256, sum[:], s.Sig.Buffer, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthAuto})
+			ok = rsa.VerifyPSS(key, crypto.SHA256, sum[:], sig.rsa, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthAuto}) == nil
 		} else {
-			err = rsa.VerifyPKCS1v15(pub, crypto.SHA256, sum[:], s.Sig.Buffer)
+			ok = ak.scheme == tpm2.TPMAlgRSASSA && rsa.VerifyPKCS1v15(key, crypto.SHA256, sum[:], sig.rsa) == nil
 		}
-		if err != nil {
-			return errors.New("signature is not by this key")
-		}
-		return nil
-	default:
-		return errors.New("key has no signature scheme")
 	}
+	if !ok {
+		return errors.New("signature is not by this key")
+	}
+	return nil
 }
