@@ -307,7 +307,7 @@ func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
 	if spec.Resources.GPUs > len(a.uuids) {
 		return nil, fmt.Errorf("the job asks for %d GPUs and this node has %d", spec.Resources.GPUs, len(a.uuids))
 	}
-	for _, in := range spec.Inputs {
+	for _, in := range spec.Sealed() {
 		asset, err := a.Broker.Asset(ctx, in.Asset)
 		if err != nil {
 			return nil, err

@@ -125,14 +125,22 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 		return a.createReseal(ctx, j, h)
 	}
 	var binds []sandbox.Bind
+	sealed, secrets := j.spec.Sealed(), 0
 	for i, in := range j.plan.Inputs {
-		if err := a.handInput(ctx, j.id, h, j.spec.Inputs[i].URI, in); err != nil {
+		if err := a.handInput(ctx, j.id, h, sealed[i].URI, in); err != nil {
 			return nil, "", err
+		}
+		if in.Secret {
+			secrets++
+			continue
 		}
 		binds = append(binds, sandbox.Bind{Source: filepath.Join(j.runDir, holdapi.InputsName, in.Name), Target: in.Mount})
 	}
 	if len(binds) > 0 {
 		binds = append(binds, sandbox.Bind{Source: filepath.Join(j.runDir, holdapi.RegionsDir), Target: sandbox.RegionsMount})
+	}
+	if secrets > 0 {
+		binds = append(binds, sandbox.Bind{Source: filepath.Join(j.runDir, holdapi.InputsName, holdapi.SecretsName), Target: plan.SecretsMount})
 	}
 	if c := j.plan.Checkpoints; c != nil {
 		dir, err := a.createSink(ctx, j)
@@ -169,7 +177,7 @@ func (a *Agent) handInput(ctx context.Context, job string, h *holder.Holder, uri
 	if err != nil {
 		return fmt.Errorf("input %s: %w", in.Name, err)
 	}
-	if err := h.Input(ctx, holdapi.Input{Name: in.Name, Asset: in.Asset, Digest: in.Digest}, dir); err != nil {
+	if err := h.Input(ctx, holdapi.Input{Name: in.Name, Asset: in.Asset, Digest: in.Digest, Secret: in.Secret}, dir); err != nil {
 		return fmt.Errorf("hand over input %s: %w", in.Name, err)
 	}
 	return nil

@@ -66,6 +66,11 @@ func (a *Agent) beginWatching(ctx context.Context, j *Job) {
 	if j.egress != nil {
 		known.Gateway = egress.Addr()
 	}
+	for _, in := range j.plan.Inputs {
+		if in.Secret {
+			known.Granted = append(known.Granted, in.Mount)
+		}
+	}
 	w.watch = a.Rules.Watch(known)
 	w.sent = []int64{}
 	if !w.adopted {

@@ -96,6 +96,8 @@ type Input struct {
 	// Digest is that of the sealed manifest.
 	Digest Digest `json:"digest"`
 	Mount  string `json:"mount"`
+	// Secret: it is one small file, at SecretsMount under its name.
+	Secret bool `json:"secret,omitempty"`
 }
 
 // Checkpoints says under which asset's key the job's checkpoints are sealed.
@@ -213,6 +215,9 @@ func (p Plan) validate() error {
 	for _, in := range p.Inputs {
 		if in.Name == "" || in.Asset == "" || in.Mount == "" || in.Digest.Bytes() == nil {
 			return fmt.Errorf("plan input %.80q is incomplete", in.Name)
+		}
+		if err := in.validateSecret(); err != nil {
+			return err
 		}
 	}
 	for _, e := range p.Env {

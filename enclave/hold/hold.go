@@ -441,10 +441,19 @@ func (h *Holder) input(ctx context.Context, in holdapi.Input, root *os.Root) (er
 	if err != nil {
 		return &apiError{holdapi.CodeRefused, err}
 	}
+	if in.Secret {
+		if err := checkSecret(in.Name, sizes); err != nil {
+			return err
+		}
+	}
 	held := &heldInput{Input: in, root: root, folder: folder, prepared: make([]*dma.Region, len(sizes)), done: make(chan struct{})}
 	h.prepare(held, sizes) //nolint:contextcheck // it ends with the job, not with the request
 	h.inputs = append(h.inputs, held)
-	h.inputFS.addInput(ctx, in.Name)
+	if in.Secret {
+		h.inputFS.addSecret(ctx, in.Name)
+	} else {
+		h.inputFS.addInput(ctx, in.Name)
+	}
 	return nil
 }
 
@@ -640,6 +649,10 @@ func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldIn
 	for i, in := range inputs {
 		for j, c := range files[i] {
 			name := entries[i][j].Name
+			if in.Secret {
+				h.inputFS.addSecretFile(ctx, in.Name, c)
+				continue
+			}
 			h.inputFS.addFile(ctx, in.Name, name, c)
 			if f, ok := c.(*residentFile); ok {
 				h.handout.add(in.Name+"/"+name, f)

@@ -121,8 +121,9 @@ type inputDir struct {
 
 type inputFile struct {
 	fs.Inode
-	t *inputTree
-	c content
+	t    *inputTree
+	c    content
+	mode uint32
 }
 
 // content is what an input's file holds.
@@ -213,6 +214,10 @@ func (t *inputTree) addInput(ctx context.Context, name string) {
 
 // addFile puts a file under an input's folder. name was checked by seal.
 func (t *inputTree) addFile(ctx context.Context, input, name string, c content) {
+	t.put(ctx, input, name, &inputFile{t: t, c: c, mode: 0o444})
+}
+
+func (t *inputTree) put(ctx context.Context, input, name string, f *inputFile) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	d, at := t.dirs[input], input
@@ -226,7 +231,6 @@ func (t *inputTree) addFile(ctx context.Context, input, name string, c content) 
 		}
 		d = next
 	}
-	f := &inputFile{t: t, c: c}
 	d.AddChild(parts[len(parts)-1], d.NewPersistentInode(ctx, f, fs.StableAttr{Mode: syscall.S_IFREG}), false)
 }
 
@@ -294,7 +298,7 @@ func (d *inputDir) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
 	return fs.NewListDirStream(l), 0
 }
 
-func (f *inputFile) fill(a *fuse.Attr) { f.t.attr(a, syscall.S_IFREG|0o444, f.c.size()) }
+func (f *inputFile) fill(a *fuse.Attr) { f.t.attr(a, syscall.S_IFREG|f.mode, f.c.size()) }
 
 func (f *inputFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
 	f.fill(&out.Attr)

@@ -45,6 +45,7 @@ type Spec struct {
 	Command     []string     `yaml:"command,omitempty"`
 	Env         Env          `yaml:"env,omitempty"`
 	Inputs      []Input      `yaml:"inputs"`
+	Secrets     []Secret     `yaml:"secrets,omitempty"`
 	Checkpoints *Checkpoints `yaml:"checkpoints,omitempty"`
 	// Reseal stands in the place of Image, Command and all that a container sees.
 	Reseal      *Reseal   `yaml:"reseal,omitempty"`
@@ -235,6 +236,7 @@ func (c *checker) check(s *Spec) {
 		}
 		c.mount(in.Mount, at+"mount", mounts)
 	}
+	c.secrets(s.Secrets, names)
 	c.checkpoints(s.Checkpoints, mounts)
 	c.require(s.Resources.Memory >= 64<<20, "resources.memory", "want at least 64Mi")
 	if s.Resources.Pids == 0 {
@@ -263,7 +265,7 @@ func (c *checker) folder(uri, field, or string) {
 }
 
 // reserved are the container paths that belong to the sandbox.
-var reserved = []string{"/proc", "/sys", "/dev", "/tmp", "/usr", "/bin", "/lib", "/lib64", "/sbin", "/etc", "/app", "/run/coffer"}
+var reserved = []string{"/proc", "/sys", "/dev", "/tmp", "/usr", "/bin", "/lib", "/lib64", "/sbin", "/etc", "/app", "/run/coffer", plan.SecretsMount}
 
 func (c *checker) mount(m, field string, seen map[string]bool) {
 	if m == "" {
@@ -272,6 +274,7 @@ func (c *checker) mount(m, field string, seen map[string]bool) {
 	c.require(path.IsAbs(m) && path.Clean(m) == m && m != "/", field, "%.200q: want an absolute path", m)
 	for _, r := range reserved {
 		c.require(m != r && !strings.HasPrefix(m, r+"/"), field, "%q lies under %s, which belongs to the sandbox", m, r)
+		c.require(!strings.HasPrefix(r, m+"/"), field, "%q would cover %s, which belongs to the sandbox", m, r)
 	}
 	for other := range seen {
 		c.require(m != other && !strings.HasPrefix(m, other+"/") && !strings.HasPrefix(other, m+"/"), field, "%q overlaps %q", m, other)
@@ -305,12 +308,12 @@ func (s Spec) Plan(r Resolved) (plan.Plan, error) {
 	for _, k := range slices.Sorted(maps.Keys(s.Env)) {
 		p.Env = append(p.Env, plan.Env{Name: k, ValueDigest: plan.Sum([]byte(s.Env[k]))})
 	}
-	for _, in := range s.Inputs {
+	for _, in := range s.Sealed() {
 		d, ok := r.Digests[in.Asset]
 		if !ok {
 			return plan.Plan{}, fmt.Errorf("no digest is known for asset %q", in.Asset)
 		}
-		p.Inputs = append(p.Inputs, plan.Input{Name: in.Name, Asset: in.Asset, Digest: d, Mount: in.Mount})
+		p.Inputs = append(p.Inputs, plan.Input{Name: in.Name, Asset: in.Asset, Digest: d, Mount: in.Mount, Secret: in.Secret})
 	}
 	s.planEgress(&p)
 	s.planKeeping(&p)

@@ -49,7 +49,7 @@ func (c *checker) reseal(s *Spec) {
 	c.require(err == nil && !strings.HasSuffix(name, ".tmp"), "reseal.out", "%.200q: want the folder that is made, in one that is there", r.Out)
 	c.require(r.Asset != r.To, "reseal.to", "%q is the asset itself", r.To)
 	for field, there := range map[string]bool{
-		"env": len(s.Env) > 0, "inputs": len(s.Inputs) > 0, "checkpoints": s.Checkpoints != nil, "egress": len(s.Egress) > 0, "resources.gpus": s.Resources.GPUs != 0,
+		"env": len(s.Env) > 0, "inputs": len(s.Inputs) > 0, "secrets": len(s.Secrets) > 0, "checkpoints": s.Checkpoints != nil, "egress": len(s.Egress) > 0, "resources.gpus": s.Resources.GPUs != 0,
 	} {
 		c.require(!there, field, "%s", resealAlone)
 	}

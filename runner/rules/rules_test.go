@@ -27,7 +27,7 @@ func ids(findings []Finding) string {
 
 func TestShippedRules(t *testing.T) {
 	const known, unknown = "sha256:aa", "sha256:bb"
-	job := Job{InImage: func(d string) bool { return d == known }, Gateway: netip.MustParseAddr("169.254.7.1")}
+	job := Job{InImage: func(d string) bool { return d == known }, Gateway: netip.MustParseAddr("169.254.7.1"), Granted: []string{"/run/secrets/token"}}
 	at := time.Unix(1_800_000_000, 0)
 	tests := []struct {
 		name   string
@@ -50,6 +50,10 @@ func TestShippedRules(t *testing.T) {
 		{"a name that begins like it", Event{Kind: Open, Path: "/root/.sshfs"}, "", ""},
 		{"a path around it", Event{Kind: Open, Path: "/root/x/../.ssh/config"}, "key-material", Alert},
 		{"the TPM", Event{Kind: Open, Path: "/dev/tpmrm0"}, "key-material", Alert},
+		{"its own secret", Event{Kind: Open, Path: "/run/secrets/./token"}, "", ""},
+		{"a secret that it was not given", Event{Kind: Open, Path: "/run/secrets/other"}, "key-material", Alert},
+		{"a path through its secret", Event{Kind: Open, Path: "/run/secrets/token/../other"}, "key-material", Alert},
+		{"a program where its secret is", Event{Kind: Exec, Path: "/run/secrets/token", Digest: unknown}, "program-not-in-image", Alert},
 		{"its own socket", Event{Kind: Connect, Address: `unix:"/run/coffer/regions.sock"`}, "", ""},
 		{"loopback", Event{Kind: Connect, Address: "127.0.0.1:29500"}, "", ""},
 		{"loopback, IPv6", Event{Kind: Connect, Address: "[::1]:29500"}, "", ""},

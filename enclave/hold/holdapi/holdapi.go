@@ -26,6 +26,9 @@ const (
 	StderrName      = "stderr"
 )
 
+// SecretsName is the folder of all secrets under InputsName.
+const SecretsName = ".secrets"
+
 // Operations.
 const (
 	// OpHello asks who the holder is. Hello.
@@ -191,6 +194,9 @@ type Input struct {
 	Name   string      `json:"name"`
 	Asset  string      `json:"asset"`
 	Digest plan.Digest `json:"digest"`
+	// Secret: it is one file of at most plan.MaxSecretBytes, which appears in the
+	// folder SecretsName under the input's name.
+	Secret bool `json:"secret,omitempty"`
 }
 
 // Sink says under which asset's key checkpoints are sealed, and what they name.
