@@ -241,36 +241,47 @@ func (a *Agent) resume(ctx context.Context, j *Job, box *created) (string, error
 		return "", fmt.Errorf("resume: %w", err)
 	}
 	var hand holdapi.Resume
-	var dir string
-	if c.ResumesLatest() {
-		token, at, err := a.Broker.ResumePoint(ctx, j.id, j.digest, c.Asset, rule.Challenge)
+	how := ""
+	// goOn has the holder go on from a folder, if that holds.
+	goOn := func(dir string) error {
+		signed, r, err := sink.ReadRecord(dir)
+		if err != nil {
+			return err
+		}
+		j.record.Resume = &bundle.Resume{Point: hand.Point, Anchor: hand.Anchor, Record: signed.Record, Signature: signed.Signature, SessionKey: signed.SessionKey}
+		if err := box.holder.Resume(ctx, hand, dir); err != nil {
+			return err
+		}
+		how = fmt.Sprintf("from checkpoint %d of job %s", r.Sequence, r.JobID)
+		return nil
+	}
+	if !c.ResumesLatest() {
+		err = a.tryDigest(ctx, j, spec.URI, c.ResumeDigest(), func(dir string) (err error) {
+			if hand.Anchor, err = sink.ReadAnchor(dir); err != nil {
+				return err
+			}
+			return goOn(dir)
+		})
 		if err != nil {
 			return "", fmt.Errorf("resume: %w", err)
 		}
-		hand = holdapi.Resume{Point: token, Nothing: at.Nothing()}
-		j.record.Resume = &bundle.Resume{Point: token}
-		if at.Nothing() {
-			return "from the beginning", box.holder.Resume(ctx, hand, "")
-		}
-		if dir, err = a.findCheckpoint(ctx, j, spec.URI, at.From, at.Sequence, at.Digest); err != nil {
-			return "", fmt.Errorf("resume: the broker countersigned it: %w", err)
-		}
-	} else {
-		if dir, err = a.findDigest(ctx, j, spec.URI, c.ResumeDigest()); err != nil {
-			return "", fmt.Errorf("resume: %w", err)
-		}
-		if hand.Anchor, err = sink.ReadAnchor(dir); err != nil {
-			return "", fmt.Errorf("resume: %w", err)
-		}
-		j.record.Resume = &bundle.Resume{Anchor: hand.Anchor}
+		return how, nil
 	}
-	signed, r, err := sink.ReadRecord(dir)
+	token, at, err := a.Broker.ResumePoint(ctx, j.id, j.digest, c.Asset, rule.Challenge)
 	if err != nil {
 		return "", fmt.Errorf("resume: %w", err)
 	}
-	j.record.Resume.Record, j.record.Resume.Signature, j.record.Resume.SessionKey = signed.Record, signed.Signature, signed.SessionKey
-	if err := box.holder.Resume(ctx, hand, dir); err != nil {
+	hand = holdapi.Resume{Point: token, Nothing: at.Nothing()}
+	j.record.Resume = &bundle.Resume{Point: token}
+	if at.Nothing() {
+		return "from the beginning", box.holder.Resume(ctx, hand, "")
+	}
+	dir, err := a.findCheckpoint(ctx, j, spec.URI, at.From, at.Sequence, at.Digest)
+	if err != nil {
+		return "", fmt.Errorf("resume: the broker countersigned it: %w", err)
+	}
+	if err := goOn(dir); err != nil {
 		return "", fmt.Errorf("resume: %w", err)
 	}
-	return fmt.Sprintf("from checkpoint %d of job %s", r.Sequence, r.JobID), nil
+	return how, nil
 }

@@ -120,16 +120,17 @@ func (a *Agent) findCheckpoint(ctx context.Context, j *Job, uri, from string, se
 	return sink.Find(uri, from, sequence)
 }
 
-// findDigest is the folder, for the holder, of the checkpoint with a digest.
-func (a *Agent) findDigest(ctx context.Context, j *Job, uri string, digest plan.Digest) (string, error) {
+// tryDigest calls try with each folder that says that it is the checkpoint with a
+// digest, until try takes one.
+func (a *Agent) tryDigest(ctx context.Context, j *Job, uri string, digest plan.Digest, try func(dir string) error) error {
 	b, err := a.bucket(uri)
 	if err != nil {
-		return "", err
+		return err
 	}
 	if b != nil {
-		return b.ResumeDigest(ctx, uri, j.id, digest)
+		return b.TryDigest(ctx, uri, j.id, digest, try)
 	}
-	return sink.FindDigest(uri, digest)
+	return sink.TryDigest(uri, digest, try)
 }
 
 // sendTime is how long a job's end waits for what is not in its bucket.

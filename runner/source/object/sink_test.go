@@ -200,10 +200,22 @@ func TestSinkInS3(t *testing.T) {
 	if token, err := sink.ReadAnchor(from); err != nil || token != "token-"+two {
 		t.Errorf("countersignature %q, %v", token, err)
 	}
-	if from, err = s.ResumeDigest(t.Context(), sinkURI, "job-b", first); err != nil {
-		t.Fatal(err)
+	// Another one says that it is the first, and has nothing of it.
+	record, err := os.ReadFile(filepath.Join(dir, one, "record.json"))
+	must(t, err)
+	for _, decoy := range []string{"job-0", "job-z"} {
+		_, err := w.backend.PutObject("ckpt", "team/run/"+decoy+"/000001-step/record.json", nil, bytes.NewReader(record), int64(len(record)), nil)
+		must(t, err)
 	}
-	w.whole(from, first)
+	tried := 0
+	must(t, s.TryDigest(t.Context(), sinkURI, "job-b", first, func(dir string) error {
+		tried++
+		w.whole(dir, first)
+		return nil
+	}))
+	if tried != 1 {
+		t.Errorf("%d folders were tried", tried)
+	}
 
 	must(t, s.Trim(t.Context(), "job-a", one))
 	if got := w.names("job-a", one); !slices.Equal(got, []string{"anchor.jwt", "record.json"}) {
@@ -227,7 +239,7 @@ func TestSinkInS3(t *testing.T) {
 			t.Errorf("%s: %s, %v", name, dir, err)
 		}
 	}
-	if _, err := s.ResumeDigest(t.Context(), sinkURI, "job-b", plan.Sum([]byte("x"))); !errors.Is(err, sink.ErrNotFound) {
+	if err := s.TryDigest(t.Context(), sinkURI, "job-b", plan.Sum([]byte("x")), func(string) error { return nil }); !errors.Is(err, sink.ErrNotFound) {
 		t.Errorf("a digest that nobody made: %v", err)
 	}
 	if _, err := s.Create(t.Context(), sinkURI, "job-a"); err == nil {

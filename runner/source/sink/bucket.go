@@ -2,6 +2,7 @@ package sink
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -395,23 +396,25 @@ func (b *Buckets) Resume(ctx context.Context, uri, job, from string, sequence ui
 	return "", fmt.Errorf("checkpoint %d of job %s in %s: %w", sequence, from, uri, ErrNotFound)
 }
 
-// ResumeDigest is Resume for the checkpoint with a digest, whichever job made it.
-func (b *Buckets) ResumeDigest(ctx context.Context, uri, job string, digest plan.Digest) (string, error) {
+// TryDigest is TryDigest of a folder for a bucket: each folder is fetched for job,
+// and held against the digest, before try is called.
+func (b *Buckets) TryDigest(ctx context.Context, uri, job string, digest plan.Digest, try func(dir string) error) error {
 	at, err := source.ParseSink(uri)
 	if err != nil {
-		return "", err
+		return err
 	}
 	jobs, err := b.list(ctx, at)
 	if err != nil {
-		return "", err
+		return err
 	}
+	var refused error
 	for from := range jobs {
 		if !isPlain(from) {
 			continue
 		}
 		folders, err := b.list(ctx, below(at, from))
 		if err != nil {
-			return "", err
+			return err
 		}
 		for name := range folders {
 			if _, ok := Sequence(name); !ok {
@@ -419,15 +422,24 @@ func (b *Buckets) ResumeDigest(ctx context.Context, uri, job string, digest plan
 			}
 			raw, err := b.object(ctx, below(at, from, name), recordName)
 			if err != nil && !errors.Is(err, cache.ErrPermanent) {
-				return "", err
+				return err
 			}
 			// One that lacks its record, or whose record was changed, is not the one that is looked for.
-			if _, r, perr := receipt.ParseSignedCheckpoint(raw); err == nil && perr == nil && r.Digest == digest {
-				return b.fetch(ctx, job, below(at, from, name), digest)
+			if _, r, perr := receipt.ParseSignedCheckpoint(raw); err != nil || perr != nil || r.Digest != digest {
+				continue
 			}
+			dir, err := b.fetch(ctx, job, below(at, from, name), digest)
+			if err == nil {
+				if err = try(dir); err == nil {
+					return nil
+				}
+			} else if !errors.Is(err, cache.ErrPermanent) {
+				return err
+			}
+			refused = errors.Join(refused, fmt.Errorf("%s of job %s: %w", name, from, err))
 		}
 	}
-	return "", fmt.Errorf("checkpoint %s in %s: %w", digest, uri, ErrNotFound)
+	return cmp.Or(refused, fmt.Errorf("checkpoint %s in %s: %w", digest, uri, ErrNotFound))
 }
 
 // object reads a small object.

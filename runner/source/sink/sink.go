@@ -7,6 +7,7 @@
 package sink
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -93,17 +94,19 @@ func Find(uri, job string, sequence uint64) (string, error) {
 	return "", fmt.Errorf("checkpoint %d of job %s in %s: %w", sequence, job, uri, ErrNotFound)
 }
 
-// FindDigest returns the folder of the checkpoint with the given digest, whichever
-// job made it.
-func FindDigest(uri string, digest plan.Digest) (string, error) {
+// TryDigest calls try with each folder that says that it is the checkpoint with the
+// given digest, whichever job made it, until try takes one. Whoever can write to the
+// place can put folders there that say so, and try MUST look at all of one.
+func TryDigest(uri string, digest plan.Digest, try func(dir string) error) error {
 	parent, err := source.Folder(uri)
 	if err != nil {
-		return "", err
+		return err
 	}
 	jobs, err := list(parent)
 	if err != nil {
-		return "", err
+		return err
 	}
+	var refused error
 	for _, job := range jobs {
 		l, err := list(filepath.Join(parent, job))
 		if err != nil {
@@ -111,12 +114,17 @@ func FindDigest(uri string, digest plan.Digest) (string, error) {
 		}
 		for _, name := range l {
 			dir := filepath.Join(parent, job, name)
-			if _, ok := Sequence(name); ok && isDigest(dir, digest) {
-				return dir, nil
+			if _, ok := Sequence(name); !ok || !isDigest(dir, digest) {
+				continue
 			}
+			if err := try(dir); err != nil {
+				refused = errors.Join(refused, fmt.Errorf("%s of job %s: %w", name, job, err))
+				continue
+			}
+			return nil
 		}
 	}
-	return "", fmt.Errorf("checkpoint %s in %s: %w", digest, uri, ErrNotFound)
+	return cmp.Or(refused, fmt.Errorf("checkpoint %s in %s: %w", digest, uri, ErrNotFound))
 }
 
 func isDigest(dir string, digest plan.Digest) bool {

@@ -54,10 +54,29 @@ func TestFind(t *testing.T) {
 	if dir, err := Find(uri, "job-b", 12); err != nil || filepath.Base(dir) != "000012-y" {
 		t.Errorf("%s, %v", dir, err)
 	}
-	if dir, err := FindDigest(uri, one); err != nil || dir != filepath.Join(base, "job-a", "000001-x") {
-		t.Errorf("%s, %v", dir, err)
+	// Others say that they are it, in folders before and after it.
+	mine := filepath.Join(base, "job-a", "000001-x")
+	checkpoint(t, filepath.Join(base, "a-decoy", "000001-x"), one)
+	checkpoint(t, filepath.Join(base, "z-decoy", "000001-x"), one)
+	var tried []string
+	errDecoy := errors.New("a decoy")
+	takes := func(want string) func(string) error {
+		tried = nil
+		return func(dir string) error {
+			tried = append(tried, dir)
+			if dir != want {
+				return errDecoy
+			}
+			return nil
+		}
 	}
-	for _, err := range []error{second(Find(uri, "job-b", 1)), second(FindDigest(uri, plan.Sum([]byte("9"))))} {
+	if err := TryDigest(uri, one, takes(mine)); err != nil || tried[len(tried)-1] != mine {
+		t.Errorf("%q, %v", tried, err)
+	}
+	if err := TryDigest(uri, one, takes("")); !errors.Is(err, errDecoy) || errors.Is(err, ErrNotFound) || len(tried) != 3 {
+		t.Errorf("%q, %v", tried, err)
+	}
+	for _, err := range []error{second(Find(uri, "job-b", 1)), TryDigest(uri, plan.Sum([]byte("9")), takes(""))} {
 		if !errors.Is(err, ErrNotFound) {
 			t.Errorf("what is not there: %v", err)
 		}
@@ -71,8 +90,8 @@ func TestFind(t *testing.T) {
 	b, err := os.ReadFile(filepath.Join(base, "job-a", "000001-x", recordName))
 	must(t, err)
 	must(t, os.WriteFile(filepath.Join(base, "job-a", "000001-x", recordName), []byte(strings.Replace(string(b), `"signature":"M`, `"signature":"N`, 1)), 0o600))
-	if _, err := FindDigest(uri, one); !errors.Is(err, ErrNotFound) {
-		t.Errorf("a changed record: %v", err)
+	if err := TryDigest(uri, one, takes(mine)); !errors.Is(err, errDecoy) || len(tried) != 2 {
+		t.Errorf("a changed record: %q, %v", tried, err)
 	}
 }
 
