@@ -6,7 +6,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -231,9 +230,7 @@ func TestOperatorExecIsSeen(t *testing.T) {
 	n := need(t)
 	id := n.submit(t, n.granted(t, "exec", 2))
 	n.wait(t, id, "running", running)
-	ctr := exec.Command(filepath.Join(os.Getenv("COFFER_TOOLS"), "ctr"), "--address", filepath.Join(filepath.Dir(n.layout.Jobs()), "containerd.sock"),
-		"--namespace", "coffer", "tasks", "exec", "--exec-id", "x", "job-"+strings.ToLower(id), "/usr/bin/python3", "-c", "print(1)")
-	if out, err := ctr.CombinedOutput(); err != nil {
+	if out, err := ctr(n, "tasks", "exec", "--exec-id", "x", n.container(t, id), "/usr/bin/python3", "-c", "print(1)"); err != nil {
 		t.Fatalf("exec: %v %s", err, out)
 	}
 	n.wait(t, id, "ended", ended)

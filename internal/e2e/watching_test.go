@@ -75,6 +75,16 @@ func ctr(n *node, args ...string) (string, error) {
 	return string(out), err
 }
 
+// container names the container of a running job.
+func (n *node) container(t *testing.T, job string) string {
+	t.Helper()
+	out, err := ctr(n, "containers", "ls", "-q", "id~=^job-"+strings.ToLower(job)+"-")
+	if err != nil || len(strings.Fields(out)) != 1 {
+		t.Fatalf("containers of job %s: %v %q, want one", job, err, out)
+	}
+	return strings.TrimSpace(out)
+}
+
 // naughty provokes every shipped rule that a job can provoke without a network.
 const naughty = `
 import ctypes, os, socket, sys
@@ -175,7 +185,7 @@ func TestRuleStopsAnOperatorsProgram(t *testing.T) {
 	n := need(t)
 	id := n.submit(t, scriptJob(t, "waiting", "import time; time.sleep(60)"))
 	n.wait(t, id, "running", running)
-	if out, err := ctr(n, "tasks", "exec", "--exec-id", "x", "job-"+strings.ToLower(id), "/usr/bin/python3", "-c", "print(1)"); err != nil {
+	if out, err := ctr(n, "tasks", "exec", "--exec-id", "x", n.container(t, id), "/usr/bin/python3", "-c", "print(1)"); err != nil {
 		t.Fatalf("exec: %v %s", err, out)
 	}
 	if s := n.wait(t, id, "ended", ended); s.Reason != "rule-operator-exec" {

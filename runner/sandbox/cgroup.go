@@ -91,7 +91,7 @@ func swapAccounted(unified bool) error {
 	if _, err := os.Stat(cgroupRoot + "/memory/memory.memsw.limit_in_bytes"); err == nil {
 		return nil
 	}
-	on, err := swapOn()
+	on, err := SwapOn()
 	if err != nil {
 		return err
 	}

@@ -86,7 +86,7 @@ print(s.recv(100).decode())
 	}
 	select {
 	case groups := <-came:
-		want := JobCgroup("/coffer-test", "test-regions")
+		want := JobCgroup(testCgroup, "test-regions")
 		found := false
 		for line := range strings.Lines(groups) {
 			hierarchy, group, _ := strings.Cut(strings.TrimSpace(line), ":")

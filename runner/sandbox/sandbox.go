@@ -25,10 +25,8 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -93,6 +91,9 @@ type Node struct {
 	profile plan.Profile
 	version string
 
+	// runsc and shim as the profile has them.
+	runsc, shim binary
+
 	programs programs
 	content  contents
 	drivers  []string // of GPUs, that the runtime knows
@@ -117,12 +118,13 @@ func Open(ctx context.Context, cfg Config) (*Node, error) {
 	if err := n.openGPUs(ctx); err != nil {
 		return nil, err
 	}
-	if n.profile.RuntimeDigest, err = FileDigest(cfg.Runsc); err != nil {
+	if n.runsc, err = readBinary(cfg.Runsc); err != nil {
 		return nil, err
 	}
-	if n.profile.ShimDigest, err = FileDigest(cfg.ShimPath); err != nil {
+	if n.shim, err = readBinary(cfg.ShimPath); err != nil {
 		return nil, err
 	}
+	n.profile.RuntimeDigest, n.profile.ShimDigest = n.runsc.digest, n.shim.digest
 	n.client, err = containerd.New(cfg.Containerd, containerd.WithDefaultNamespace(Namespace), containerd.WithTimeout(redialEvery))
 	if err != nil {
 		return nil, fmt.Errorf("connect to containerd at %s: %w", cfg.Containerd, err)
@@ -197,6 +199,7 @@ type Request struct {
 type Sandbox struct {
 	node        *Node
 	job         string
+	id          string // the container's
 	runDir      string
 	description []byte
 	container   containerd.Container
@@ -268,17 +271,17 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Sandbox{node: n, job: r.JobID, runDir: r.RunDir, description: description}
+	s := &Sandbox{node: n, job: r.JobID, id: newContainerID(r.JobID), runDir: r.RunDir, description: description}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Remove(context.WithoutCancel(ctx)))
 		}
 	}()
-	s.container, err = n.client.NewContainer(ctx, containerID(r.JobID),
+	s.container, err = n.client.NewContainer(ctx, s.id,
 		containerd.WithImage(image), containerd.WithSnapshotter(snapshotter),
 		// A writable layer, because the runtime makes the mount points in it
 		// before the root becomes read-only to the job.
-		containerd.WithNewSnapshot(containerID(r.JobID), image),
+		containerd.WithNewSnapshot(s.id, image),
 		containerd.WithRuntime(Shim, &options.Options{BinaryName: wrapper, Root: filepath.Join(r.RunDir, runscRoot)}),
 		containerd.WithSpec(spec))
 	if err != nil {
@@ -300,15 +303,19 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 // Adopt finds the sandbox of a job that an earlier agent created. description
 // is the journal's; Recheck says whether it still holds.
 func (n *Node) Adopt(ctx context.Context, jobID, runDir string, description []byte) (*Sandbox, error) {
-	c, err := n.client.LoadContainer(ctx, containerID(jobID))
+	all, err := n.containersOf(ctx, jobID)
 	if err != nil {
 		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
 	}
+	if len(all) != 1 {
+		return nil, fmt.Errorf("adopt sandbox of job %s: containerd has %d containers of it, want 1", jobID, len(all))
+	}
+	c := all[0]
 	t, err := c.Task(ctx, nil)
 	if err != nil {
 		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
 	}
-	s := &Sandbox{node: n, job: jobID, runDir: runDir, description: description, container: c, task: t}
+	s := &Sandbox{node: n, job: jobID, id: c.ID(), runDir: runDir, description: description, container: c, task: t}
 	if err := s.watch(ctx); err != nil {
 		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
 	}
@@ -323,35 +330,9 @@ func (s *Sandbox) watch(ctx context.Context) error {
 		s.unwatch()
 		return fmt.Errorf("watch sandbox process: %w", err)
 	}
-	s.exit = s.node.ended(ctx, containerID(s.job), first)
+	s.exit = s.node.ended(ctx, s.id, first)
 	return nil
 }
-
-// Forget removes what is left of a job's container when nobody holds its Sandbox.
-func (n *Node) Forget(ctx context.Context, jobID, runDir string) error {
-	s := &Sandbox{node: n, job: jobID, runDir: runDir}
-	var c containerd.Container
-	err := patient(ctx, awayFor, func() (err error) {
-		c, err = n.client.LoadContainer(ctx, containerID(jobID))
-		return err
-	})
-	switch {
-	case errdefs.IsNotFound(err):
-	case err != nil:
-		return fmt.Errorf("forget job %s: %w", jobID, err)
-	default:
-		s.container = c
-		if t, err := c.Task(ctx, nil); err == nil {
-			s.task = t
-		} else if !errdefs.IsNotFound(err) {
-			return fmt.Errorf("forget job %s: %w", jobID, err)
-		}
-	}
-	return s.Remove(ctx)
-}
-
-// containerID is lower case, as containerd's identifiers are.
-func containerID(jobID string) string { return "job-" + strings.ToLower(jobID) }
 
 // wrapperScript runs the runtime with the job's flags: containerd's runc shim
 // knows a binary's name, not its flags, and the runtime must not take flags from
@@ -419,12 +400,12 @@ func (s *Sandbox) Recheck(ctx context.Context, p plan.Plan) error {
 		return err
 	}
 	equal("sandbox.trace", plan.Sum(want), plan.Sum(canonical))
-	runsc, err := FileDigest(s.node.cfg.Runsc)
+	runsc, err := s.node.runsc.digestNow(s.node.cfg.Runsc)
 	if err != nil {
 		return err
 	}
 	equal("sandbox.runtime", d.Profile.RuntimeDigest, runsc)
-	shim, err := FileDigest(s.node.cfg.ShimPath)
+	shim, err := s.node.shim.digestNow(s.node.cfg.ShimPath)
 	if err != nil {
 		return err
 	}
@@ -503,7 +484,7 @@ func (s *Sandbox) bundleSpec() (*specs.Spec, error) {
 // names the folder that it was created from.
 func (s *Sandbox) bundleDir() (string, error) {
 	root := filepath.Join(s.runDir, runscRoot, Namespace)
-	matches, err := filepath.Glob(filepath.Join(root, containerID(s.job)+"*.state"))
+	matches, err := filepath.Glob(filepath.Join(root, s.id+"*.state"))
 	if err != nil || len(matches) != 1 {
 		return "", fmt.Errorf("recheck sandbox: %d state files of the runtime in %s, want 1", len(matches), root)
 	}
@@ -552,61 +533,6 @@ func (s *Sandbox) Stop(ctx context.Context, grace time.Duration) error {
 	ctx = context.WithoutCancel(ctx)
 	if err := patient(ctx, awayFor, func() error { return s.task.Kill(ctx, syscall.SIGKILL, containerd.WithKillAll) }); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("kill container: %w", err)
-	}
-	return nil
-}
-
-// Remove kills and deletes everything of the sandbox; what is gone already is
-// no error.
-func (s *Sandbox) Remove(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 30*time.Second)
-	defer cancel()
-	var errs []error
-	if s.unwatch != nil {
-		defer s.unwatch()
-	}
-	if s.task != nil {
-		errs = append(errs, patient(ctx, awayFor, func() error { return s.end(ctx) }))
-	}
-	if s.container != nil {
-		if err := patient(ctx, awayFor, func() error { return s.container.Delete(ctx, containerd.WithSnapshotCleanup) }); err != nil && !errdefs.IsNotFound(err) {
-			errs = append(errs, fmt.Errorf("delete container: %w", err))
-		}
-	}
-	// An agent that was killed between the two leaves a snapshot without a container.
-	if err := patient(ctx, awayFor, func() error {
-		return s.node.client.SnapshotService(snapshotter).Remove(ctx, containerID(s.job))
-	}); err != nil && !errdefs.IsNotFound(err) {
-		errs = append(errs, fmt.Errorf("remove snapshot: %w", err))
-	}
-	// With --network=none runsc keeps a network namespace mounted in its root.
-	ns := filepath.Join(s.runDir, runscRoot, Namespace, "null-netns")
-	if err := unix.Unmount(ns, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-		errs = append(errs, fmt.Errorf("unmount %s: %w", ns, err))
-	}
-	return errors.Join(errs...)
-}
-
-// end kills the sandbox if it still runs and deletes its process. runsc reports
-// a kill that comes too late as an error of its own, so only the end counts.
-func (s *Sandbox) end(ctx context.Context) error {
-	st, err := s.task.Status(ctx)
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	if err == nil && st.Status != containerd.Stopped {
-		exit, werr := s.task.Wait(ctx)
-		kerr := s.task.Kill(ctx, syscall.SIGKILL, containerd.WithKillAll)
-		if werr == nil {
-			select {
-			case <-exit:
-			case <-time.After(killTimeout):
-				return fmt.Errorf("kill sandbox process: it is still there after %s: %w", killTimeout, kerr)
-			}
-		}
-	}
-	if _, err := s.task.Delete(ctx); err != nil && !errdefs.IsNotFound(err) {
-		return fmt.Errorf("delete sandbox process: %w", err)
 	}
 	return nil
 }

@@ -22,6 +22,9 @@ import (
 	"github.com/coffer-run/coffer/attest/plan"
 )
 
+// testCgroup is of this process alone, so that tests of two clones do not end each other's.
+var testCgroup = fmt.Sprintf("/coffer-test-%d", os.Getpid())
+
 // need skips a test where the real parts are missing; for root in CI that is a
 // failure.
 func need(t *testing.T) (tools, images string) {
@@ -82,7 +85,7 @@ func startContainerdIn(t *testing.T, base, store string) *Node {
 		}
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		_ = cmd.Wait()
-		if err := errors.Join(OpenCgroup("/coffer-test").Remove(), os.RemoveAll(dir)); err != nil {
+		if err := errors.Join(OpenCgroup(testCgroup).Remove(), os.RemoveAll(dir)); err != nil {
 			t.Error(err)
 		}
 	})
@@ -90,7 +93,7 @@ func startContainerdIn(t *testing.T, base, store string) *Node {
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		if _, err := os.Stat(sock); err == nil {
 			node, err = Open(t.Context(), Config{
-				Containerd: sock, Runsc: filepath.Join(tools, "runsc"), ShimPath: filepath.Join(tools, "containerd-shim-runc-v2"), Cgroup: "/coffer-test", ImageStore: store,
+				Containerd: sock, Runsc: filepath.Join(tools, "runsc"), ShimPath: filepath.Join(tools, "containerd-shim-runc-v2"), Cgroup: testCgroup, ImageStore: store,
 			})
 			if err == nil {
 				break
@@ -199,7 +202,7 @@ func (n *Node) tryJob(t *testing.T, id string, change func(*Request), command ..
 	errs := make(chan string, 1)
 	go read("out", j.stdout)
 	go read("err", errs)
-	cg, err := CreateCgroup(JobCgroup("/coffer-test", id), p.Resources)
+	cg, err := CreateCgroup(JobCgroup(testCgroup, id), p.Resources)
 	if err != nil {
 		t.Fatal(err)
 	}

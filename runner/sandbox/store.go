@@ -91,7 +91,7 @@ func (s *Sandbox) checkStore(ctx context.Context) error {
 	for _, dir := range folders {
 		inMemory(&l, dir)
 	}
-	on, err := swapOn()
+	on, err := SwapOn()
 	if err != nil {
 		return err
 	}
@@ -117,7 +117,8 @@ func inMemory(l *check.List, dir string) {
 	}
 }
 
-func swapOn() (bool, error) {
+// SwapOn says whether memory of this machine may be written to a disk.
+func SwapOn() (bool, error) {
 	b, err := os.ReadFile("/proc/swaps")
 	if err != nil {
 		return false, fmt.Errorf("look for swap: %w", err)
