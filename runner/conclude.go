@@ -65,6 +65,7 @@ func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 	if row, err := a.Journal.Job(ctx, j.id); err == nil {
 		a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Job{Job: Describe(row)}})
 	}
+	a.settleEvents(ctx, j)
 	if l, _ := j.feed.kept(); l != nil {
 		if err := l.Close(); err != nil {
 			a.log.WarnContext(ctx, "close a log", slog.String("job", j.id), slog.Any("error", err))

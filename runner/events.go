@@ -31,6 +31,9 @@ type feed struct {
 	cut    int64               // of the log, as watchers know
 	closed bool
 	more   chan struct{} // closed and replaced when something was added
+
+	write sync.Mutex      // one writes at a time, in order; taken before mu
+	owed  []journal.Event // what the journal could not be given yet, the oldest first
 }
 
 func newFeed(job string, j *journal.Journal) *feed {
@@ -110,7 +113,8 @@ func (f *feed) put(e *agentv1.WatchResponse, now time.Time) {
 	f.more = make(chan struct{})
 }
 
-// add numbers an event, tells the watchers and writes it down.
+// add numbers an event, tells the watchers and writes it down. What cannot be written is
+// owed to the journal, and is written before the next event.
 func (f *feed) add(ctx context.Context, e *agentv1.WatchResponse) error {
 	now := time.Now()
 	f.mu.Lock()
@@ -124,8 +128,34 @@ func (f *feed) add(ctx context.Context, e *agentv1.WatchResponse) error {
 	if err != nil {
 		return fmt.Errorf("encode event: %w", err)
 	}
-	return f.journal.AddEvent(ctx, f.job, journal.Event{Sequence: e.GetSequence(), At: now, Body: b})
+	f.write.Lock()
+	defer f.write.Unlock()
+	f.owed = append(f.owed, journal.Event{Sequence: e.GetSequence(), At: now, Body: b})
+	return f.pay(ctx)
 }
+
+// settle writes what is owed to the journal.
+func (f *feed) settle(ctx context.Context) error {
+	f.write.Lock()
+	defer f.write.Unlock()
+	return f.pay(ctx)
+}
+
+// pay writes what is owed, until the first that cannot be written. f.write is held.
+func (f *feed) pay(ctx context.Context) error {
+	for len(f.owed) > 0 {
+		if err := f.journal.AddEvent(ctx, f.job, f.owed[0]); err != nil {
+			f.owed = f.owed[max(0, len(f.owed)-maxOwed):]
+			return err
+		}
+		f.owed = f.owed[1:]
+	}
+	return nil
+}
+
+// maxOwed bounds the events of a job that wait for the journal; beyond it the oldest are
+// dropped.
+const maxOwed = 4096
 
 // maxFeed and maxFeedBytes bound the events and log bytes of a job that are kept
 // in memory.

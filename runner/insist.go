@@ -29,3 +29,27 @@ func (a *Agent) insist(ctx context.Context, j *Job, write func() error) error {
 		}
 	}
 }
+
+// settleFor bounds how long a job that has ended waits for its last events to be written.
+const settleFor = time.Minute
+
+// settleEvents writes what a full disk kept out of the journal. How the job ended is in
+// there; this is how it came to that.
+func (a *Agent) settleEvents(ctx context.Context, j *Job) {
+	began := time.Now()
+	for pause := firstInsist; ; pause = min(2*pause, lastInsist) {
+		err := j.feed.settle(ctx)
+		if err == nil {
+			return
+		}
+		if time.Since(began) > settleFor {
+			a.log.ErrorContext(ctx, "the journal lacks events", slog.String("job", j.id), slog.Any("error", err))
+			return
+		}
+		select {
+		case <-a.ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+	}
+}
