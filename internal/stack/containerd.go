@@ -24,7 +24,11 @@ func (l Layout) containerdSocket() string { return l.run("containerd.sock") }
 
 // containerdConfig keeps containerd to the stack's two folders, and leaves out
 // what would serve others: CRI, NRI, /opt and image verifiers.
-func (l Layout) containerdConfig() string {
+func (l Layout) containerdConfig() (string, error) {
+	root, err := l.containerdRoot()
+	if err != nil {
+		return "", err
+	}
 	return fmt.Sprintf(`version = 3
 root = %q
 state = %q
@@ -49,7 +53,7 @@ gid = 0
 
 [ttrpc]
 address = %q
-`, l.path("containerd", "root"), l.run("containerd"), l.path("containerd", "tmp"), l.containerdSocket(), l.containerdSocket()+".ttrpc")
+`, root, l.run("containerd"), l.path("containerd", "tmp"), l.containerdSocket(), l.containerdSocket()+".ttrpc"), nil
 }
 
 func (l Layout) openContainerd() (*containerd.Client, error) {
@@ -68,51 +72,6 @@ func (l Layout) containerdAnswers(ctx context.Context) error {
 	defer func() { _ = c.Close() }()
 	_, err = c.Version(ctx)
 	return err
-}
-
-// importImages brings OCI archives into the stack's namespace and unpacks them.
-func (s *starter) importImages(ctx context.Context) (string, error) {
-	c, err := s.openContainerd()
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = c.Close() }()
-	ctx = namespaces.WithNamespace(ctx, Namespace)
-	var names []string
-	for _, archive := range s.o.Images {
-		n, err := s.importArchive(ctx, c, archive)
-		if err != nil {
-			return "", fmt.Errorf("import %s: %w", archive, err)
-		}
-		names = append(names, n...)
-	}
-	return strings.Join(names, ", "), nil
-}
-
-func (l Layout) importArchive(ctx context.Context, c *containerd.Client, archive string) ([]string, error) {
-	f, err := os.Open(archive)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	images, err := c.Import(ctx, f)
-	if err != nil {
-		return nil, err
-	}
-	if len(images) == 0 {
-		return nil, errors.New("the archive names no image (annotation org.opencontainers.image.ref.name)")
-	}
-	names := make([]string, 0, len(images))
-	for _, i := range images {
-		if err := containerd.NewImage(c, i).Unpack(ctx, snapshotter); err != nil {
-			return nil, fmt.Errorf("unpack %s: %w", i.Name, err)
-		}
-		if err := l.signImage(i.Target.Digest.String()); err != nil {
-			return nil, fmt.Errorf("sign %s: %w", i.Name, err)
-		}
-		names = append(names, i.Name)
-	}
-	return names, nil
 }
 
 // removeTasks kills every task in the stack's namespace and removes its

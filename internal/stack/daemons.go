@@ -339,6 +339,10 @@ func (s *starter) configure(context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	store, err := imageStore()
+	if err != nil {
+		return "", err
+	}
 	p := s.o.Ports
 	broker := brokerConfig{
 		Listen: listen(p.Broker), TLS: ids[daemon.RoleBroker], ID: BrokerID,
@@ -381,7 +385,7 @@ func (s *starter) configure(context.Context) (string, error) {
 			TPM:       s.tpmSocket(), FirmwareLog: s.firmwareLog(),
 			Verifier:   agentPeer{URL: baseURL(p.Verifier), ID: VerifierID, KeysFile: s.path("verifier", "jwks.json")},
 			Broker:     agentPeer{URL: baseURL(p.Broker), ID: BrokerID, KeysFile: s.path("broker", "jwks.json")},
-			ImageStore: "disk",
+			ImageStore: store,
 			Images:     s.agentImages(),
 			Access:     s.agentAccess(),
 			Egress:     agentEgress{Gateway: s.tools.our("coffer-gateway")},
@@ -393,7 +397,11 @@ func (s *starter) configure(context.Context) (string, error) {
 			return "", err
 		}
 	}
-	if err := keyfile.Write(s.path("config", "containerd.toml"), []byte(s.containerdConfig())); err != nil {
+	toml, err := s.containerdConfig()
+	if err != nil {
+		return "", err
+	}
+	if err := keyfile.Write(s.path("config", "containerd.toml"), []byte(toml)); err != nil {
 		return "", err
 	}
 	return s.path("config"), nil

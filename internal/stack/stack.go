@@ -139,14 +139,19 @@ func (s *starter) start(ctx context.Context) error {
 		{"key store", s.ownStore},
 		{"people", s.people},
 		{"configuration", s.configure},
+		{"image store", s.mountImages},
 	}
 	services, err := s.services(s.tools, s.o.Ports)
 	if err != nil {
 		return err
 	}
+	kept, err := s.keptArchives()
+	if err != nil {
+		return err
+	}
 	for _, v := range services {
 		// The agent starts last: it reads what the others have.
-		if v.name == agentName && len(s.o.Images) > 0 {
+		if v.name == agentName && len(s.o.Images)+len(kept) > 0 {
 			steps = append(steps, step{"images", s.importImages})
 		}
 		steps = append(steps, step{v.name, func(ctx context.Context) (string, error) { return s.launch(ctx, v) }})

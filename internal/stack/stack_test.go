@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -169,8 +170,13 @@ func TestUpAndDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx := t.Context()
+	o.Images = []string{tinyArchive(t, "coffer.local/tiny:latest", "coffer.local/tiny:other"), tinyArchive(t, "coffer.local/tiny:other")}
 	if _, err := Up(ctx, o); err != nil {
 		t.Fatalf("up: %v", err)
+	}
+	had := storedImages(t, l)
+	if len(had) != 2 {
+		t.Errorf("images %v, want two", had)
 	}
 	rec, err := l.readRecord()
 	if err != nil {
@@ -229,8 +235,12 @@ func TestUpAndDown(t *testing.T) {
 		t.Fatalf("down removed state: %v", err)
 	}
 
+	o.Images = nil
 	if _, err := Up(ctx, o); err != nil {
 		t.Fatalf("up again: %v", err)
+	}
+	if has := storedImages(t, l); !maps.Equal(has, had) {
+		t.Errorf("images %v, before it went down %v", has, had)
 	}
 	if again, err := os.ReadFile(l.keyStore("keys.json")); err != nil || !slices.Equal(key, again) {
 		t.Errorf("the second up has other keys: %v", err)
