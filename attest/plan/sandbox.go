@@ -83,7 +83,7 @@ func (s Sandbox) Canonical() ([]byte, error) {
 // ParseSandbox reads a sandbox description.
 func ParseSandbox(b []byte) (Sandbox, error) {
 	var s Sandbox
-	if err := Decode(b, MaxSandbox, &s); err != nil {
+	if err := decodeOwn(b, MaxSandbox, &s); err != nil {
 		return Sandbox{}, fmt.Errorf("parse sandbox: %w", err)
 	}
 	if s.Version != SandboxVersion {
