@@ -103,6 +103,13 @@ test: deps build image-numpy lint ## everything: vet, linters, unit tests, and i
 counts: ## count the real evidence that the tests verify, and the changes to evidence that they see refused
 	@go test -count=1 -timeout 20m -v ./attest/... | sed -nE 's/^ +[a-z_]+\.go:[0-9]+: ((vectors|mutations) of )/\1/p'
 
+.PHONY: fuzz
+fuzz: ## run every fuzz target for TIME (125s each, one after the other)
+	@{ grep -roHE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' attest enclave internal plugins runner || true; } | sort | while IFS=: read -r file target; do \
+	  echo "$$(dirname "$$file") $${target#func }"; \
+	  go test -run '^$$' -fuzz "^$${target#func }\$$" -fuzztime '$(or $(TIME),125s)' -fuzzminimizetime 10x "./$$(dirname "$$file")" | sed -uE '/^fuzz: elapsed/d'; \
+	done
+
 .PHONY: tamper
 tamper: ## edit each field of a record, see which edits are found, and write the tables in docs/tamper.md (some minutes)
 	@go test -count=1 -timeout 20m -run '^TestTamperCorpus$$' ./attest/bundle/verify -update
