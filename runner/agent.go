@@ -114,6 +114,8 @@ type Agent struct {
 	queue   *queue
 
 	machine *device.Machine
+	// predicting has a value while a prediction is made.
+	predicting chan struct{}
 
 	mu    sync.Mutex // guards what follows
 	live  map[string]*Job
@@ -149,7 +151,7 @@ func Open(ctx context.Context, d Deps) (*Agent, error) {
 		return nil, fmt.Errorf("open agent: %w", err)
 	}
 	a := &Agent{
-		Deps: d, log: d.Log, profile: profile, uuids: uuids, queue: newQueue(room, uuids), machine: device.New(d.GPUs, uuids, device.Defaults), live: map[string]*Job{}, ended: map[string]*feed{},
+		Deps: d, log: d.Log, profile: profile, uuids: uuids, queue: newQueue(room, uuids), machine: device.New(d.GPUs, uuids, device.Defaults), live: map[string]*Job{}, ended: map[string]*feed{}, predicting: make(chan struct{}, 1),
 	}
 	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
 	if err := a.takeUp(ctx); err != nil {
@@ -271,15 +273,20 @@ func (j *Job) assetDigest(asset string) plan.Digest {
 
 // Plan resolves a job file without taking the job.
 func (a *Agent) Plan(ctx context.Context, file []byte) (plan.Digest, []byte, error) {
-	spec, err := jobspec.Parse(file)
-	if err != nil {
-		return "", nil, err
-	}
-	j, err := a.admit(ctx, spec)
+	j, err := a.resolve(ctx, file)
 	if err != nil {
 		return "", nil, err
 	}
 	return j.digest, j.canonical, nil
+}
+
+// resolve is stages 1 and 2 of a job that is not taken.
+func (a *Agent) resolve(ctx context.Context, file []byte) (*Job, error) {
+	spec, err := jobspec.Parse(file)
+	if err != nil {
+		return nil, err
+	}
+	return a.admit(ctx, spec)
 }
 
 // admit is stage 2: every name becomes a digest.

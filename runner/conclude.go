@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
@@ -118,8 +119,15 @@ func Describe(row journal.Job) *agentv1.Job {
 	if !row.Ended.IsZero() {
 		out.EndedUnix = row.Ended.Unix()
 	}
-	for _, c := range row.Checks {
-		out.Checks = append(out.Checks, &agentv1.Check{Id: c.ID, Outcome: string(c.Outcome), Expected: c.Expected, Found: c.Found, Hint: c.Hint})
+	out.Checks = Checks(row.Checks)
+	return out
+}
+
+// Checks is a list of checks as the API shows it.
+func Checks(l check.List) []*agentv1.Check {
+	var out []*agentv1.Check
+	for _, c := range l {
+		out = append(out, &agentv1.Check{Id: c.ID, Outcome: string(c.Outcome), Expected: c.Expected, Found: c.Found, Hint: c.Hint})
 	}
 	return out
 }

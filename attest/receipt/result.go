@@ -449,6 +449,10 @@ func signed(pub *ecdsa.PublicKey, both, body, signature string) ([]byte, error) 
 // TypeResult is the token type of attestation results.
 const TypeResult = "attestation-result"
 
+// TypeCheck is the token type of what a verifier says of evidence to somebody who
+// releases no key on it. Brokers, and bundles, take TypeResult alone.
+const TypeCheck = "evidence-check"
+
 // Expect is what a relying party requires of a result. Empty fields are errors,
 // except JobID and PlanDigest together, which a relying party that learns them
 // from the result leaves empty by using AnyJob.

@@ -53,9 +53,8 @@ func parse(b []byte) (*statement, error) {
 	return s, nil
 }
 
-// TypeCheck is the token type of what Check returns. Brokers, and bundles, take
-// receipt.TypeResult alone.
-const TypeCheck = "evidence-check"
+// TypeCheck is the token type of what Check returns.
+const TypeCheck = receipt.TypeCheck
 
 // Bounds on a relying party's own nonce, in characters: at least what binding asks
 // for, and at most what EAT allows where it is text (RFC 9711, section 4.1: 88).

@@ -95,11 +95,15 @@ func viewJob(j *agentv1.Job) jobView {
 }
 
 func failedChecks(j *agentv1.Job) check.List {
+	return checksOf(j.GetChecks()).Failed()
+}
+
+func checksOf(all []*agentv1.Check) check.List {
 	var l check.List
-	for _, k := range j.GetChecks() {
+	for _, k := range all {
 		l = append(l, check.Check{ID: k.GetId(), Outcome: check.Outcome(k.GetOutcome()), Expected: k.GetExpected(), Found: k.GetFound(), Hint: k.GetHint()})
 	}
-	return l.Failed()
+	return l
 }
 
 // States of a job.

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/internal/daemon"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
@@ -28,6 +29,9 @@ type preview struct {
 	Plan   json.RawMessage `json:"plan"`
 	// Keys says for each asset what stands between the plan and its key.
 	Keys []string `json:"preview"`
+	// Verdict is what the verifier says of the machine as it is: accepted, refused or
+	// unknown. A job is attested anew.
+	Verdict *verdict `json:"predictedVerdict,omitempty"`
 	// Approvals are the groups whose approval the job file expects. The owners' rules
 	// say who must approve.
 	Approvals []string `json:"expectedApprovals,omitempty"`
@@ -39,6 +43,27 @@ type preview struct {
 	Changes      []change `json:"changes,omitempty"`
 	// NotCompared is why there is no comparison although there may be such a job.
 	NotCompared string `json:"notCompared,omitempty"`
+}
+
+// verdict is a prediction.
+type verdict struct {
+	Verdict   string     `json:"verdict"`
+	Simulated bool       `json:"simulated"`
+	Failed    check.List `json:"failedChecks,omitempty"`
+	// Unknown is why nobody could tell.
+	Unknown string `json:"unknown,omitempty"`
+}
+
+func (v *verdict) lines() []string {
+	word := v.Verdict
+	if v.Simulated {
+		word += ", simulated"
+	}
+	out := []string{"verdict  predicted: " + strings.TrimSuffix(word+": "+v.Unknown, ": ") + " (the machine as it is; a job is attested anew)"}
+	for _, k := range v.Failed {
+		out = append(out, fmt.Sprintf("  %s: expected %s, found %s", k.ID, orDash(k.Expected), orDash(k.Found)))
+	}
+	return out
 }
 
 // change is a value of a plan that is not what it was. Was is empty for one that is
@@ -60,7 +85,7 @@ func (g change) String() string {
 }
 
 func (c *cli) previewPlan(ctx context.Context, a agentv1connect.AgentServiceClient, name string, file []byte) (preview, error) {
-	res, err := call(ctx, c, "plan "+name, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file})
+	res, err := call(ctx, c, "plan "+name, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file, Predict: true})
 	if err != nil {
 		return preview{}, err
 	}
@@ -70,6 +95,9 @@ func (c *cli) previewPlan(ctx context.Context, a agentv1connect.AgentServiceClie
 	}
 	if p.Keys, err = c.previewGrants(ctx, p.Digest, p.Plan); err != nil {
 		return preview{}, err
+	}
+	if v := res.GetPrediction(); v != nil {
+		p.Verdict = &verdict{v.GetVerdict(), v.GetSimulated(), checksOf(v.GetFailed()), v.GetUnknown()}
 	}
 	if spec, err := jobspec.Parse(file); err == nil {
 		p.Approvals = spec.Approvals
@@ -172,6 +200,9 @@ func (c *cli) sayPreview(p preview) error {
 	for _, k := range p.Keys {
 		say = append(say, "key      "+k)
 	}
+	if p.Verdict != nil {
+		say = append(say, p.Verdict.lines()...)
+	}
 	if len(p.Approvals) > 0 {
 		say = append(say, "expects  approval by "+strings.Join(p.Approvals, ", ")+", as the job file says; the owners' rules decide")
 	}
@@ -214,8 +245,9 @@ func (c *cli) planCmd() *cobra.Command {
 		Use:   "plan JOB.yaml",
 		Short: "Resolve a job file to its plan digest, which grants name, without running it",
 		Long: `plan prints the plan digest and the plan: what people approve and what the machine
-attests. Beside it, it says how the keys stand, what the node has, and what has
-changed since the last job of that name that ended well.`,
+attests. Beside it, it says how the keys stand, what the verifier says of the
+machine as it is, what the node has, and what has changed since the last job of
+that name that ended well.`,
 		Example: "  coffer plan examples/fashion-mnist/job.yaml\n  coffer plan - < job.yaml\n  coffer plan job.yaml --set env.EPOCHS=3",
 		Args:    exactly("a job file"),
 	}

@@ -164,11 +164,28 @@ type server struct {
 }
 
 func (s *server) Plan(ctx context.Context, r *connect.Request[agentv1.PlanRequest]) (*connect.Response[agentv1.PlanResponse], error) {
-	d, p, err := s.agent.Plan(ctx, r.Msg.GetJobFile())
+	if !r.Msg.GetPredict() {
+		d, p, err := s.agent.Plan(ctx, r.Msg.GetJobFile())
+		if err != nil {
+			return nil, err
+		}
+		return connect.NewResponse(&agentv1.PlanResponse{PlanDigest: string(d), Plan: p}), nil
+	}
+	d, p, said, err := s.agent.Predict(ctx, r.Msg.GetJobFile())
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&agentv1.PlanResponse{PlanDigest: string(d), Plan: p}), nil
+	return connect.NewResponse(&agentv1.PlanResponse{PlanDigest: string(d), Plan: p, Prediction: prediction(said)}), nil
+}
+
+func prediction(p runner.Prediction) *agentv1.Prediction {
+	switch {
+	case p.Unknown != "":
+		return &agentv1.Prediction{Verdict: "unknown", Unknown: p.Unknown}
+	case p.Accepted:
+		return &agentv1.Prediction{Verdict: "accepted", Simulated: p.Simulated}
+	}
+	return &agentv1.Prediction{Verdict: "refused", Simulated: p.Simulated, Failed: runner.Checks(p.Failed)}
 }
 
 var keyForm = regexp.MustCompile(`^[!-~]{0,128}$`)

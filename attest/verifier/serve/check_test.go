@@ -92,6 +92,14 @@ func TestForeignResultsAreUnusable(t *testing.T) {
 	if err := relyOn(f.keys(t), r.Msg.GetResult()); err == nil || !strings.Contains(err.Error(), verifier.TypeCheck) {
 		t.Errorf("a broker is told %v", err)
 	}
+	// Nor is what it signs for an agent, which asks before there is a job.
+	p, err := f.as("agent").Check(t.Context(), connect.NewRequest(&verifierv1.CheckRequest{Evidence: f.attest(t, challenge(t, f.as("agent"))), Audience: "broker"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := relyOn(f.keys(t), p.Msg.GetResult()); err == nil || !strings.Contains(err.Error(), verifier.TypeCheck) {
+		t.Errorf("a broker is told %v", err)
+	}
 	// Nor has a relying party a way to the broker's kind of result.
 	if _, err := f.as("relying-party").Appraise(t.Context(), connect.NewRequest(&verifierv1.AppraiseRequest{Evidence: e, Audience: "broker"})); connect.CodeOf(err) != connect.CodePermissionDenied {
 		t.Errorf("a relying party asks for a broker's result: %v", err)

@@ -78,7 +78,9 @@ func allowed(procedure string) []string {
 		return []string{roleAgent, roleRelyingParty}
 	case verifierv1connect.VerifierServiceAppraiseProcedure:
 		return []string{roleAgent}
-	case verifierv1connect.VerifierServiceCheckProcedure, verifierv1connect.VerifierServiceCheckDevicesProcedure:
+	case verifierv1connect.VerifierServiceCheckProcedure:
+		return []string{roleAgent, roleRelyingParty}
+	case verifierv1connect.VerifierServiceCheckDevicesProcedure:
 		return []string{roleRelyingParty}
 	case verifierv1connect.VerifierServiceKeysProcedure:
 		return []string{anyone}

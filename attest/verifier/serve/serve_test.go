@@ -289,7 +289,7 @@ func TestRoles(t *testing.T) {
 		"check": {func(c verifierv1connect.VerifierServiceClient) error {
 			_, err := c.Check(t.Context(), connect.NewRequest(&verifierv1.CheckRequest{}))
 			return err
-		}, []string{relyingParty}},
+		}, []string{agent, relyingParty}},
 	} {
 		for _, role := range []string{agent, relyingParty, "owner", "engineer", "operator", "auditor", "broker", "verifier", "root"} {
 			r, ok := refusal.Decode(row.call(f.as(role)))

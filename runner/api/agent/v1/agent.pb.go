@@ -24,8 +24,10 @@ const (
 )
 
 type PlanRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	JobFile       []byte                 `protobuf:"bytes,1,opt,name=job_file,json=jobFile,proto3" json:"job_file,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	JobFile []byte                 `protobuf:"bytes,1,opt,name=job_file,json=jobFile,proto3" json:"job_file,omitempty"`
+	// Have the verifier judge the machine as it is, under the plan's policy.
+	Predict       bool `protobuf:"varint,2,opt,name=predict,proto3" json:"predict,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -67,11 +69,20 @@ func (x *PlanRequest) GetJobFile() []byte {
 	return nil
 }
 
+func (x *PlanRequest) GetPredict() bool {
+	if x != nil {
+		return x.Predict
+	}
+	return false
+}
+
 type PlanResponse struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	PlanDigest string                 `protobuf:"bytes,1,opt,name=plan_digest,json=planDigest,proto3" json:"plan_digest,omitempty"`
 	// Canonical JSON of the plan.
-	Plan          []byte `protobuf:"bytes,2,opt,name=plan,proto3" json:"plan,omitempty"`
+	Plan []byte `protobuf:"bytes,2,opt,name=plan,proto3" json:"plan,omitempty"`
+	// If it was asked for. No part of the plan, and true for this moment at best.
+	Prediction    *Prediction `protobuf:"bytes,3,opt,name=prediction,proto3" json:"prediction,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -120,6 +131,87 @@ func (x *PlanResponse) GetPlan() []byte {
 	return nil
 }
 
+func (x *PlanResponse) GetPrediction() *Prediction {
+	if x != nil {
+		return x.Prediction
+	}
+	return nil
+}
+
+// Prediction is what the verifier says of the node's evidence as it is. A job is
+// attested anew.
+type Prediction struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// accepted, refused or unknown.
+	Verdict string `protobuf:"bytes,1,opt,name=verdict,proto3" json:"verdict,omitempty"`
+	// The evidence comes from emulated devices.
+	Simulated bool `protobuf:"varint,2,opt,name=simulated,proto3" json:"simulated,omitempty"`
+	// Of a refusal.
+	Failed []*Check `protobuf:"bytes,3,rep,name=failed,proto3" json:"failed,omitempty"`
+	// Why nobody could tell.
+	Unknown       string `protobuf:"bytes,4,opt,name=unknown,proto3" json:"unknown,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Prediction) Reset() {
+	*x = Prediction{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Prediction) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Prediction) ProtoMessage() {}
+
+func (x *Prediction) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Prediction.ProtoReflect.Descriptor instead.
+func (*Prediction) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Prediction) GetVerdict() string {
+	if x != nil {
+		return x.Verdict
+	}
+	return ""
+}
+
+func (x *Prediction) GetSimulated() bool {
+	if x != nil {
+		return x.Simulated
+	}
+	return false
+}
+
+func (x *Prediction) GetFailed() []*Check {
+	if x != nil {
+		return x.Failed
+	}
+	return nil
+}
+
+func (x *Prediction) GetUnknown() string {
+	if x != nil {
+		return x.Unknown
+	}
+	return ""
+}
+
 type SubmitRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	JobFile        []byte                 `protobuf:"bytes,1,opt,name=job_file,json=jobFile,proto3" json:"job_file,omitempty"`
@@ -130,7 +222,7 @@ type SubmitRequest struct {
 
 func (x *SubmitRequest) Reset() {
 	*x = SubmitRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -142,7 +234,7 @@ func (x *SubmitRequest) String() string {
 func (*SubmitRequest) ProtoMessage() {}
 
 func (x *SubmitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[2]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -155,7 +247,7 @@ func (x *SubmitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubmitRequest.ProtoReflect.Descriptor instead.
 func (*SubmitRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{2}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *SubmitRequest) GetJobFile() []byte {
@@ -181,7 +273,7 @@ type SubmitResponse struct {
 
 func (x *SubmitResponse) Reset() {
 	*x = SubmitResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -193,7 +285,7 @@ func (x *SubmitResponse) String() string {
 func (*SubmitResponse) ProtoMessage() {}
 
 func (x *SubmitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[3]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -206,7 +298,7 @@ func (x *SubmitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubmitResponse.ProtoReflect.Descriptor instead.
 func (*SubmitResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *SubmitResponse) GetJob() *Job {
@@ -264,7 +356,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -276,7 +368,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[4]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -289,7 +381,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Job) GetId() string {
@@ -459,7 +551,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -471,7 +563,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[5]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -484,7 +576,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Check) GetId() string {
@@ -531,7 +623,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -543,7 +635,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -556,7 +648,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetRequest) GetId() string {
@@ -575,7 +667,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -587,7 +679,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -600,7 +692,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *GetResponse) GetJob() *Job {
@@ -623,7 +715,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -635,7 +727,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -648,7 +740,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListRequest) GetPageSize() int32 {
@@ -682,7 +774,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -694,7 +786,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -707,7 +799,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListResponse) GetJobs() []*Job {
@@ -734,7 +826,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -746,7 +838,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -759,7 +851,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchRequest) GetId() string {
@@ -798,7 +890,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -810,7 +902,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -823,7 +915,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WatchResponse) GetSequence() uint64 {
@@ -999,7 +1091,7 @@ type StageEvent struct {
 
 func (x *StageEvent) Reset() {
 	*x = StageEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1011,7 +1103,7 @@ func (x *StageEvent) String() string {
 func (*StageEvent) ProtoMessage() {}
 
 func (x *StageEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1024,7 +1116,7 @@ func (x *StageEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageEvent.ProtoReflect.Descriptor instead.
 func (*StageEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StageEvent) GetStage() string {
@@ -1069,7 +1161,7 @@ type LogEvent struct {
 
 func (x *LogEvent) Reset() {
 	*x = LogEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1173,7 @@ func (x *LogEvent) String() string {
 func (*LogEvent) ProtoMessage() {}
 
 func (x *LogEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1186,7 @@ func (x *LogEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEvent.ProtoReflect.Descriptor instead.
 func (*LogEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LogEvent) GetStream() string {
@@ -1133,7 +1225,7 @@ type CheckpointEvent struct {
 
 func (x *CheckpointEvent) Reset() {
 	*x = CheckpointEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1145,7 +1237,7 @@ func (x *CheckpointEvent) String() string {
 func (*CheckpointEvent) ProtoMessage() {}
 
 func (x *CheckpointEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1158,7 +1250,7 @@ func (x *CheckpointEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointEvent.ProtoReflect.Descriptor instead.
 func (*CheckpointEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CheckpointEvent) GetSequence() uint64 {
@@ -1211,7 +1303,7 @@ type LeaseEvent struct {
 
 func (x *LeaseEvent) Reset() {
 	*x = LeaseEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1223,7 +1315,7 @@ func (x *LeaseEvent) String() string {
 func (*LeaseEvent) ProtoMessage() {}
 
 func (x *LeaseEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1236,7 +1328,7 @@ func (x *LeaseEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseEvent.ProtoReflect.Descriptor instead.
 func (*LeaseEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *LeaseEvent) GetCode() string {
@@ -1272,7 +1364,7 @@ type QueueEvent struct {
 
 func (x *QueueEvent) Reset() {
 	*x = QueueEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1284,7 +1376,7 @@ func (x *QueueEvent) String() string {
 func (*QueueEvent) ProtoMessage() {}
 
 func (x *QueueEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1297,7 +1389,7 @@ func (x *QueueEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueEvent.ProtoReflect.Descriptor instead.
 func (*QueueEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *QueueEvent) GetPosition() int32 {
@@ -1325,7 +1417,7 @@ type LogCutEvent struct {
 
 func (x *LogCutEvent) Reset() {
 	*x = LogCutEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1337,7 +1429,7 @@ func (x *LogCutEvent) String() string {
 func (*LogCutEvent) ProtoMessage() {}
 
 func (x *LogCutEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1350,7 +1442,7 @@ func (x *LogCutEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogCutEvent.ProtoReflect.Descriptor instead.
 func (*LogCutEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *LogCutEvent) GetBytes() int64 {
@@ -1373,7 +1465,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1385,7 +1477,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1398,7 +1490,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LogsRequest) GetId() string {
@@ -1446,7 +1538,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +1550,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,7 +1563,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LogsResponse) GetLog() *LogEvent {
@@ -1525,7 +1617,7 @@ type EgressEvent struct {
 
 func (x *EgressEvent) Reset() {
 	*x = EgressEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1537,7 +1629,7 @@ func (x *EgressEvent) String() string {
 func (*EgressEvent) ProtoMessage() {}
 
 func (x *EgressEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1550,7 +1642,7 @@ func (x *EgressEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EgressEvent.ProtoReflect.Descriptor instead.
 func (*EgressEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *EgressEvent) GetHost() string {
@@ -1645,7 +1737,7 @@ type AlertEvent struct {
 
 func (x *AlertEvent) Reset() {
 	*x = AlertEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1657,7 +1749,7 @@ func (x *AlertEvent) String() string {
 func (*AlertEvent) ProtoMessage() {}
 
 func (x *AlertEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1670,7 +1762,7 @@ func (x *AlertEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlertEvent.ProtoReflect.Descriptor instead.
 func (*AlertEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AlertEvent) GetSequence() uint64 {
@@ -1773,7 +1865,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1785,7 +1877,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1798,7 +1890,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -1817,7 +1909,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1829,7 +1921,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1842,7 +1934,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CancelResponse) GetJob() *Job {
@@ -1861,7 +1953,7 @@ type BundleRequest struct {
 
 func (x *BundleRequest) Reset() {
 	*x = BundleRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +1965,7 @@ func (x *BundleRequest) String() string {
 func (*BundleRequest) ProtoMessage() {}
 
 func (x *BundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +1978,7 @@ func (x *BundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleRequest.ProtoReflect.Descriptor instead.
 func (*BundleRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *BundleRequest) GetId() string {
@@ -1905,7 +1997,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1917,7 +2009,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1930,7 +2022,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *BundleResponse) GetBundle() []byte {
@@ -1948,7 +2040,7 @@ type CapacityRequest struct {
 
 func (x *CapacityRequest) Reset() {
 	*x = CapacityRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1960,7 +2052,7 @@ func (x *CapacityRequest) String() string {
 func (*CapacityRequest) ProtoMessage() {}
 
 func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1973,7 +2065,7 @@ func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityRequest.ProtoReflect.Descriptor instead.
 func (*CapacityRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type CapacityResponse struct {
@@ -1999,7 +2091,7 @@ type CapacityResponse struct {
 
 func (x *CapacityResponse) Reset() {
 	*x = CapacityResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2011,7 +2103,7 @@ func (x *CapacityResponse) String() string {
 func (*CapacityResponse) ProtoMessage() {}
 
 func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2024,7 +2116,7 @@ func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityResponse.ProtoReflect.Descriptor instead.
 func (*CapacityResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CapacityResponse) GetCpuMillis() int32 {
@@ -2108,13 +2200,23 @@ var File_runner_api_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x1frunner/api/agent/v1/agent.proto\x12\x0fcoffer.agent.v1\"(\n" +
+	"\x1frunner/api/agent/v1/agent.proto\x12\x0fcoffer.agent.v1\"B\n" +
 	"\vPlanRequest\x12\x19\n" +
-	"\bjob_file\x18\x01 \x01(\fR\ajobFile\"C\n" +
+	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12\x18\n" +
+	"\apredict\x18\x02 \x01(\bR\apredict\"\x80\x01\n" +
 	"\fPlanResponse\x12\x1f\n" +
 	"\vplan_digest\x18\x01 \x01(\tR\n" +
 	"planDigest\x12\x12\n" +
-	"\x04plan\x18\x02 \x01(\fR\x04plan\"S\n" +
+	"\x04plan\x18\x02 \x01(\fR\x04plan\x12;\n" +
+	"\n" +
+	"prediction\x18\x03 \x01(\v2\x1b.coffer.agent.v1.PredictionR\n" +
+	"prediction\"\x8e\x01\n" +
+	"\n" +
+	"Prediction\x12\x18\n" +
+	"\averdict\x18\x01 \x01(\tR\averdict\x12\x1c\n" +
+	"\tsimulated\x18\x02 \x01(\bR\tsimulated\x12.\n" +
+	"\x06failed\x18\x03 \x03(\v2\x16.coffer.agent.v1.CheckR\x06failed\x12\x18\n" +
+	"\aunknown\x18\x04 \x01(\tR\aunknown\"S\n" +
 	"\rSubmitRequest\x12\x19\n" +
 	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12'\n" +
 	"\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"8\n" +
@@ -2296,76 +2398,79 @@ func file_runner_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_runner_api_agent_v1_agent_proto_rawDescData
 }
 
-var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*PlanRequest)(nil),      // 0: coffer.agent.v1.PlanRequest
 	(*PlanResponse)(nil),     // 1: coffer.agent.v1.PlanResponse
-	(*SubmitRequest)(nil),    // 2: coffer.agent.v1.SubmitRequest
-	(*SubmitResponse)(nil),   // 3: coffer.agent.v1.SubmitResponse
-	(*Job)(nil),              // 4: coffer.agent.v1.Job
-	(*Check)(nil),            // 5: coffer.agent.v1.Check
-	(*GetRequest)(nil),       // 6: coffer.agent.v1.GetRequest
-	(*GetResponse)(nil),      // 7: coffer.agent.v1.GetResponse
-	(*ListRequest)(nil),      // 8: coffer.agent.v1.ListRequest
-	(*ListResponse)(nil),     // 9: coffer.agent.v1.ListResponse
-	(*WatchRequest)(nil),     // 10: coffer.agent.v1.WatchRequest
-	(*WatchResponse)(nil),    // 11: coffer.agent.v1.WatchResponse
-	(*StageEvent)(nil),       // 12: coffer.agent.v1.StageEvent
-	(*LogEvent)(nil),         // 13: coffer.agent.v1.LogEvent
-	(*CheckpointEvent)(nil),  // 14: coffer.agent.v1.CheckpointEvent
-	(*LeaseEvent)(nil),       // 15: coffer.agent.v1.LeaseEvent
-	(*QueueEvent)(nil),       // 16: coffer.agent.v1.QueueEvent
-	(*LogCutEvent)(nil),      // 17: coffer.agent.v1.LogCutEvent
-	(*LogsRequest)(nil),      // 18: coffer.agent.v1.LogsRequest
-	(*LogsResponse)(nil),     // 19: coffer.agent.v1.LogsResponse
-	(*EgressEvent)(nil),      // 20: coffer.agent.v1.EgressEvent
-	(*AlertEvent)(nil),       // 21: coffer.agent.v1.AlertEvent
-	(*CancelRequest)(nil),    // 22: coffer.agent.v1.CancelRequest
-	(*CancelResponse)(nil),   // 23: coffer.agent.v1.CancelResponse
-	(*BundleRequest)(nil),    // 24: coffer.agent.v1.BundleRequest
-	(*BundleResponse)(nil),   // 25: coffer.agent.v1.BundleResponse
-	(*CapacityRequest)(nil),  // 26: coffer.agent.v1.CapacityRequest
-	(*CapacityResponse)(nil), // 27: coffer.agent.v1.CapacityResponse
+	(*Prediction)(nil),       // 2: coffer.agent.v1.Prediction
+	(*SubmitRequest)(nil),    // 3: coffer.agent.v1.SubmitRequest
+	(*SubmitResponse)(nil),   // 4: coffer.agent.v1.SubmitResponse
+	(*Job)(nil),              // 5: coffer.agent.v1.Job
+	(*Check)(nil),            // 6: coffer.agent.v1.Check
+	(*GetRequest)(nil),       // 7: coffer.agent.v1.GetRequest
+	(*GetResponse)(nil),      // 8: coffer.agent.v1.GetResponse
+	(*ListRequest)(nil),      // 9: coffer.agent.v1.ListRequest
+	(*ListResponse)(nil),     // 10: coffer.agent.v1.ListResponse
+	(*WatchRequest)(nil),     // 11: coffer.agent.v1.WatchRequest
+	(*WatchResponse)(nil),    // 12: coffer.agent.v1.WatchResponse
+	(*StageEvent)(nil),       // 13: coffer.agent.v1.StageEvent
+	(*LogEvent)(nil),         // 14: coffer.agent.v1.LogEvent
+	(*CheckpointEvent)(nil),  // 15: coffer.agent.v1.CheckpointEvent
+	(*LeaseEvent)(nil),       // 16: coffer.agent.v1.LeaseEvent
+	(*QueueEvent)(nil),       // 17: coffer.agent.v1.QueueEvent
+	(*LogCutEvent)(nil),      // 18: coffer.agent.v1.LogCutEvent
+	(*LogsRequest)(nil),      // 19: coffer.agent.v1.LogsRequest
+	(*LogsResponse)(nil),     // 20: coffer.agent.v1.LogsResponse
+	(*EgressEvent)(nil),      // 21: coffer.agent.v1.EgressEvent
+	(*AlertEvent)(nil),       // 22: coffer.agent.v1.AlertEvent
+	(*CancelRequest)(nil),    // 23: coffer.agent.v1.CancelRequest
+	(*CancelResponse)(nil),   // 24: coffer.agent.v1.CancelResponse
+	(*BundleRequest)(nil),    // 25: coffer.agent.v1.BundleRequest
+	(*BundleResponse)(nil),   // 26: coffer.agent.v1.BundleResponse
+	(*CapacityRequest)(nil),  // 27: coffer.agent.v1.CapacityRequest
+	(*CapacityResponse)(nil), // 28: coffer.agent.v1.CapacityResponse
 }
 var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
-	4,  // 0: coffer.agent.v1.SubmitResponse.job:type_name -> coffer.agent.v1.Job
-	5,  // 1: coffer.agent.v1.Job.checks:type_name -> coffer.agent.v1.Check
-	4,  // 2: coffer.agent.v1.GetResponse.job:type_name -> coffer.agent.v1.Job
-	4,  // 3: coffer.agent.v1.ListResponse.jobs:type_name -> coffer.agent.v1.Job
-	12, // 4: coffer.agent.v1.WatchResponse.stage:type_name -> coffer.agent.v1.StageEvent
-	13, // 5: coffer.agent.v1.WatchResponse.log:type_name -> coffer.agent.v1.LogEvent
-	4,  // 6: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
-	14, // 7: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
-	15, // 8: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
-	16, // 9: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
-	17, // 10: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
-	20, // 11: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
-	21, // 12: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
-	13, // 13: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
-	4,  // 14: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
-	0,  // 15: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
-	2,  // 16: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
-	6,  // 17: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
-	8,  // 18: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
-	10, // 19: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
-	22, // 20: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
-	18, // 21: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
-	24, // 22: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
-	26, // 23: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
-	1,  // 24: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
-	3,  // 25: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
-	7,  // 26: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
-	9,  // 27: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
-	11, // 28: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
-	23, // 29: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
-	19, // 30: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
-	25, // 31: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
-	27, // 32: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
-	24, // [24:33] is the sub-list for method output_type
-	15, // [15:24] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	2,  // 0: coffer.agent.v1.PlanResponse.prediction:type_name -> coffer.agent.v1.Prediction
+	6,  // 1: coffer.agent.v1.Prediction.failed:type_name -> coffer.agent.v1.Check
+	5,  // 2: coffer.agent.v1.SubmitResponse.job:type_name -> coffer.agent.v1.Job
+	6,  // 3: coffer.agent.v1.Job.checks:type_name -> coffer.agent.v1.Check
+	5,  // 4: coffer.agent.v1.GetResponse.job:type_name -> coffer.agent.v1.Job
+	5,  // 5: coffer.agent.v1.ListResponse.jobs:type_name -> coffer.agent.v1.Job
+	13, // 6: coffer.agent.v1.WatchResponse.stage:type_name -> coffer.agent.v1.StageEvent
+	14, // 7: coffer.agent.v1.WatchResponse.log:type_name -> coffer.agent.v1.LogEvent
+	5,  // 8: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
+	15, // 9: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
+	16, // 10: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
+	17, // 11: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
+	18, // 12: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
+	21, // 13: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
+	22, // 14: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
+	14, // 15: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
+	5,  // 16: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
+	0,  // 17: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
+	3,  // 18: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
+	7,  // 19: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
+	9,  // 20: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
+	11, // 21: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
+	23, // 22: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
+	19, // 23: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
+	25, // 24: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
+	27, // 25: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
+	1,  // 26: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
+	4,  // 27: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
+	8,  // 28: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
+	10, // 29: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
+	12, // 30: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
+	24, // 31: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
+	20, // 32: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
+	26, // 33: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
+	28, // 34: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
+	26, // [26:35] is the sub-list for method output_type
+	17, // [17:26] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_runner_api_agent_v1_agent_proto_init() }
@@ -2373,7 +2478,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 	if File_runner_api_agent_v1_agent_proto != nil {
 		return
 	}
-	file_runner_api_agent_v1_agent_proto_msgTypes[11].OneofWrappers = []any{
+	file_runner_api_agent_v1_agent_proto_msgTypes[12].OneofWrappers = []any{
 		(*WatchResponse_Stage)(nil),
 		(*WatchResponse_Log)(nil),
 		(*WatchResponse_Job)(nil),
@@ -2390,7 +2495,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_runner_api_agent_v1_agent_proto_rawDesc), len(file_runner_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
