@@ -517,6 +517,14 @@ func (b *Broker) view(ctx context.Context, f func(context.Context, Reader) error
 	return settle(b.store.View(ctx, f))
 }
 
+// peek is view for an f of microseconds.
+func (b *Broker) peek(ctx context.Context, f func(context.Context, Reader) error) error {
+	if p, ok := b.store.(Peeker); ok {
+		return settle(p.Peek(ctx, f))
+	}
+	return b.view(ctx, f)
+}
+
 // settle takes every error that is not an answer for a store that did not do
 // its part: full, closed, slow, or cancelled half-way.
 func settle(err error) error {

@@ -110,7 +110,7 @@ func (b *Broker) Release(ctx context.Context, agent Actor, ask Ask) (Answer, err
 	}
 
 	var v verdict
-	err = b.view(ctx, func(ctx context.Context, r Reader) (err error) {
+	err = b.peek(ctx, func(ctx context.Context, r Reader) (err error) {
 		v, err = b.decide(ctx, r, c)
 		return err
 	})

@@ -374,3 +374,9 @@ type Store interface {
 	View(ctx context.Context, f func(context.Context, Reader) error) error
 	Update(ctx context.Context, f func(context.Context, Tx) error) error
 }
+
+// Peeker is what a Store may be besides. Peek is View for an f of microseconds: it
+// MAY keep an Update waiting until f returns.
+type Peeker interface {
+	Peek(ctx context.Context, f func(context.Context, Reader) error) error
+}

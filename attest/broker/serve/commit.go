@@ -112,6 +112,21 @@ func (w *writer) waited() bool {
 	return len(w.queue) > 0
 }
 
+// peek runs f on the connection that writes, if nobody has the turn, and reports
+// whether it did. What that connection has cached is up to date, where one that reads
+// fetches anew every page that changed.
+func (w *writer) peek(ctx context.Context, f func(context.Context, *tx) error) (bool, error) {
+	w.mu.Lock()
+	busy := w.busy
+	w.busy = true
+	w.mu.Unlock()
+	if busy {
+		return false, nil
+	}
+	defer w.pass(nil)
+	return true, w.pool.view(ctx, f)
+}
+
 // update implements Store.Update.
 func (w *writer) update(ctx context.Context, f func(context.Context, *tx) error) (err error) {
 	if err := w.turn(ctx); err != nil {

@@ -216,3 +216,55 @@ func TestWaitingUpdateIsCancelled(t *testing.T) {
 		t.Errorf("stored: %v", got)
 	}
 }
+
+// TestPeek: what is committed is seen whether somebody updates meanwhile or not, and
+// whatever the one who looks does, others can update after it.
+func TestPeek(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "broker.db"))
+	sees := func(name string) bool {
+		var err error
+		if peeked := s.Peek(t.Context(), func(ctx context.Context, r broker.Reader) error {
+			_, err = r.Asset(ctx, name)
+			return nil
+		}); peeked != nil || err != nil && !errors.Is(err, broker.ErrNotFound) {
+			t.Errorf("%s: %v, %v", name, peeked, err)
+		}
+		return err == nil
+	}
+	if err := s.Update(t.Context(), insert("a", 1)); err != nil {
+		t.Fatal(err)
+	}
+	if !sees("a") || sees("b") {
+		t.Error("does not see what is committed")
+	}
+	if err := s.Update(t.Context(), func(ctx context.Context, tx broker.Tx) error {
+		if err := insert("b", 1)(ctx, tx); err != nil {
+			return err
+		}
+		if !sees("a") || sees("b") {
+			t.Error("an update is seen before its commit")
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if !sees("b") {
+		t.Error("an update is not seen after its commit")
+	}
+	refused := errors.New("refused")
+	if err := s.Peek(t.Context(), func(context.Context, broker.Reader) error { return refused }); !errors.Is(err, refused) {
+		t.Errorf("refused: %v", err)
+	}
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Peek(cancelled, func(context.Context, broker.Reader) error { return nil }); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	func() {
+		defer func() { _ = recover() }()
+		_ = s.Peek(t.Context(), func(context.Context, broker.Reader) error { panic("no") })
+	}()
+	if err := s.Update(t.Context(), insert("c", 1)); err != nil || !sees("c") {
+		t.Errorf("after what fails: %v", err)
+	}
+}

@@ -232,7 +232,10 @@ type Store struct {
 	reader *pool
 }
 
-var _ broker.Store = (*Store)(nil)
+var (
+	_ broker.Store  = (*Store)(nil)
+	_ broker.Peeker = (*Store)(nil)
+)
 
 // OpenStore opens the database of the broker named origin, and makes it if the
 // file does not exist. A database of another broker or another schema version is
@@ -343,6 +346,14 @@ func (s *Store) Close() error {
 // View implements broker.Store.
 func (s *Store) View(ctx context.Context, f func(context.Context, broker.Reader) error) error {
 	return s.reader.view(ctx, func(ctx context.Context, t *tx) error { return f(ctx, t) })
+}
+
+// Peek implements broker.Peeker.
+func (s *Store) Peek(ctx context.Context, f func(context.Context, broker.Reader) error) error {
+	if done, err := s.writer.peek(ctx, func(ctx context.Context, t *tx) error { return f(ctx, t) }); done {
+		return err
+	}
+	return s.View(ctx, f)
 }
 
 // Update implements broker.Store.
