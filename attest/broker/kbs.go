@@ -234,6 +234,7 @@ func (b *Broker) weighKBS(ctx context.Context, r Reader, c claim, a Asset, again
 		return verdict{}, err
 	}
 	a.Policy.checkResults(&l, c)
+	c.checkOpen(&l, a)
 	v := verdict{grant: g, asset: a, approvals: s.counted}
 	if !again {
 		if err := b.countKBS(ctx, r, &l, c, &v); err != nil {

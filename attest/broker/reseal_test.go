@@ -45,8 +45,16 @@ func (w *world) openAsset(t testing.TB, owner broker.Actor, name string, kind br
 
 func (w *world) resealJob(t testing.TB, name, source, to string) resealJob {
 	t.Helper()
-	doc := resealPlan(t, source, to)
-	g := w.grant(t, func(n *broker.NewGrant) { n.Assets, n.Plan, n.MaxReleases = []string{source, to}, plan.Sum(doc), 9 })
+	return w.resealJobOf(t, name, resealPlan(t, source, to))
+}
+
+// resealJobOf is a job of the plan that doc is.
+func (w *world) resealJobOf(t testing.TB, name string, doc []byte) resealJob {
+	t.Helper()
+	p := must[plan.Plan](t)(plan.Parse(doc))
+	g := w.grant(t, func(n *broker.NewGrant) {
+		n.Assets, n.Plan, n.MaxReleases = []string{p.Reseal.Asset, p.Reseal.To}, plan.Sum(doc), 9
+	})
 	return resealJob{newJob(t, w, func(r *receipt.Result) { r.JobID, r.PlanDigest = name, plan.Sum(doc) }), doc, g}
 }
 
@@ -183,6 +191,11 @@ func TestCommitResealRefuses(t *testing.T) {
 	must[broker.Answer](t)(half.ask(t, w.Broker, "weights-3", half.plan))
 	told := w.resealJob(t, "job-told", "weights", "told")
 	told.keys(t, w, "weights", "told")
+	// People approved a plan that names other bytes under the source's name.
+	bytesOf := must[plan.Plan](t)(plan.Parse(resealPlan(t, "weights", "weights-3")))
+	bytesOf.Reseal.Digest = plan.Sum([]byte("other bytes"))
+	source := w.resealJobOf(t, "job-source", must[[]byte](t)(bytesOf.Canonical()))
+	source.keys(t, w, "weights", "weights-3")
 	ended := w.resealJob(t, "job-ended", "weights", "weights-3")
 	ended.keys(t, w, "weights", "weights-3")
 	if err := w.ReportStopped(t.Context(), node, "job-ended", broker.Stopped{Gone: w.clock()}); err != nil {
@@ -219,6 +232,7 @@ func TestCommitResealRefuses(t *testing.T) {
 		"record of another digest": {j: j, change: func(r *receipt.ResealRecord) { r.FromDigest = plan.Sum(nil) }, want: []string{"reseal.from-digest"}},
 		"record of another target": {j: j, change: func(r *receipt.ResealRecord) { r.To = "weights-3" }, want: []string{"reseal.to"}},
 		"without the source's key": {j: half, want: []string{"reseal.asset"}},
+		"source of other bytes":    {j: source, want: []string{"reseal.source"}},
 		"assets of two owners":     {j: owners, want: []string{"reseal.owner"}},
 		"assets of two kinds":      {j: kind, want: []string{"reseal.kind"}},
 	} {

@@ -355,6 +355,27 @@ func TestKBSServesOnlyWhatNamesIt(t *testing.T) {
 	}
 }
 
+// TestKBSOpenAsset: the key of an asset that waits for a job to seal it is for that
+// job, and a guest shows no plan.
+func TestKBSOpenAsset(t *testing.T) {
+	w := newKBS(t)
+	p := broker.DefaultPolicy()
+	p.Protocols = []string{broker.ProtocolKBS, broker.ProtocolCoffer}
+	if _, err := w.options.Broker.CreateAsset(t.Context(), alice, broker.NewAsset{Name: "open", Kind: broker.KindWeights, Policy: &p}); err != nil {
+		t.Fatal(err)
+	}
+	w.grant(t, 1, "served", "open")
+	c := newGuest(t, w, ecKey(t))
+	c.auth()
+	c.attest()
+	if code, m := c.get("open"); code != http.StatusForbidden || m["detail"] != "refused: asset.open" {
+		t.Errorf("an asset without a digest: %d %v", code, m)
+	}
+	if code, m := c.get("served"); code != http.StatusOK {
+		t.Errorf("the other asset of the grant: %d %v", code, m)
+	}
+}
+
 // TestKBSRacing has two sessions take the one release that a grant has left.
 func TestKBSRacing(t *testing.T) {
 	w := newKBS(t)
