@@ -24,14 +24,27 @@ import (
 )
 
 const (
-	// soakAtOnce is how many jobs run together.
-	soakAtOnce = 8
-	// soakDisk is the size of the agent's disk, and soakFull how long it is full.
-	soakDisk, soakFull = 64 << 20, 2 * time.Second
-	// soakPause is the least time between two faults, and up to as much is added.
-	soakPause = time.Second
+	// soakDisk is the room on the agent's disk, in bytes.
+	soakDisk = 64 << 20
 	// soakMemory is by how much the agent's memory may grow, in bytes.
 	soakMemory = 64 << 20
+)
+
+// soakPlan is how large a soak is.
+type soakPlan struct {
+	// jobs are run, and as many more as it takes until each fault has happened.
+	jobs, atOnce int
+	// pause is the least time between two faults, and up to as much is added.
+	pause time.Duration
+	// full is how long the disk is full.
+	full time.Duration
+	// onlyOnce has each fault happen once, and none after that.
+	onlyOnce bool
+}
+
+var (
+	shortSoak = soakPlan{jobs: 16, atOnce: 4, pause: 300 * time.Millisecond, full: time.Second, onlyOnce: true}
+	wholeSoak = soakPlan{atOnce: 8, pause: time.Second, full: 2 * time.Second}
 )
 
 // soakKind is one sort of job: what it does, and how it ends where nothing fails.
@@ -69,32 +82,33 @@ var (
 // soak is one run.
 type soak struct {
 	*node
+	soakPlan
 	t      *testing.T
 	agent  agentv1connect.AgentServiceClient
-	jobs   int
-	faults sync.Mutex // held while a process is down
+	faults sync.Mutex    // held while a process is down
+	broken chan struct{} // closed when each fault has happened
 
 	mu     sync.Mutex // guards what follows
 	counts map[string]int
 	memory []uint64
-	full   bool
+	filled bool
 }
 
-// TestSoak runs many jobs through one agent while the processes around them are
-// killed and the agent's disk fills once, and looks for anything that is untrue,
-// missing, doubled or left over.
+// TestSoak runs jobs through one agent while the processes around them are killed and
+// the agent's disk fills once, and looks for anything that is untrue, missing, doubled or
+// left over. COFFER_SOAK is the number of jobs of the whole one, which takes minutes.
 func TestSoak(t *testing.T) {
-	v := os.Getenv("COFFER_SOAK")
-	if v == "" {
-		t.Skip("make soak runs it: it takes minutes")
+	n, size := need(t), shortSoak
+	if v := os.Getenv("COFFER_SOAK"); v != "" {
+		size = wholeSoak
+		var err error
+		if size.jobs, err = strconv.Atoi(v); err != nil || size.jobs < 1 {
+			t.Fatalf("COFFER_SOAK: %q is no number of jobs", v)
+		}
 	}
-	jobs, err := strconv.Atoi(v)
-	if err != nil || jobs < 1 {
-		t.Fatalf("COFFER_SOAK: %q is no number of jobs", v)
-	}
-	n := need(t)
-	s := &soak{node: n, t: t, agent: n.agent(t), jobs: jobs, counts: map[string]int{}}
+	s := &soak{node: n, soakPlan: size, t: t, agent: n.agent(t), broken: make(chan struct{}), counts: map[string]int{}}
 	s.smallDisk()
+	before := s.onMachine()
 	began := time.Now()
 	ctx, done := context.WithCancel(t.Context())
 	var around sync.WaitGroup
@@ -102,23 +116,34 @@ func TestSoak(t *testing.T) {
 	around.Go(func() { s.sample(ctx) })
 	var work sync.WaitGroup
 	next := make(chan int)
-	for range soakAtOnce {
+	for range s.atOnce {
 		work.Go(func() {
 			for i := range next {
 				s.job(i)
 			}
 		})
 	}
-	for i := range s.jobs {
-		next <- i
+	ran := 0
+	for ; ran < s.jobs || !s.allBroken(); ran++ {
+		next <- ran
 	}
+	s.jobs = ran
 	close(next)
 	work.Wait()
 	done()
 	around.Wait()
 	s.must(t, "restart")
-	s.leftOver()
+	s.leftOver(before)
 	s.table(time.Since(began))
+}
+
+func (s *soak) allBroken() bool {
+	select {
+	case <-s.broken:
+		return true
+	default:
+		return false
+	}
 }
 
 func (s *soak) count(what string) {
@@ -131,13 +156,17 @@ func (s *soak) count(what string) {
 func (s *soak) smallDisk() {
 	t, dir := s.t, filepath.Join(s.dir, "agent")
 	kill(t, s.pid(t, "cofferd"))
+	size, err := folderSize(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
 	swap := func(mount bool) error {
 		kept := t.TempDir()
 		if err := os.CopyFS(filepath.Join(kept, "agent"), os.DirFS(dir)); err != nil {
 			return err
 		}
 		if mount {
-			if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("mode=700,size=%d", soakDisk)); err != nil {
+			if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("mode=700,size=%d", size+soakDisk)); err != nil {
 				return err
 			}
 		} else {
@@ -163,6 +192,21 @@ func (s *soak) smallDisk() {
 	s.must(t, "restart")
 }
 
+// folderSize is what the files of a folder have, in bytes.
+func folderSize(dir string) (size int64, err error) {
+	err = filepath.WalkDir(dir, func(_ string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		fi, err := d.Info()
+		if err == nil {
+			size += fi.Size()
+		}
+		return err
+	})
+	return size, err
+}
+
 // copyOver copies the files of a folder with their modes.
 func copyOver(from, to string) error {
 	return filepath.WalkDir(from, func(p string, d os.DirEntry, err error) error {
@@ -185,20 +229,26 @@ func copyOver(from, to string) error {
 }
 
 // breakThings kills one process after another, in an order of chance, and fills the
-// disk once.
+// disk once, until the jobs are done or, in a short soak, each fault has happened.
 func (s *soak) breakThings(ctx context.Context) {
 	order := append(rand.Perm(len(soakFaults)), -1)
 	for i := 0; ; i++ {
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(soakPause + rand.N(soakPause)): //nolint:gosec // chance, no secret
+		case <-time.After(s.pause + rand.N(s.pause)): //nolint:gosec // chance, no secret
 		}
 		which := rand.IntN(len(soakFaults)) //nolint:gosec // chance, no secret
 		if i < len(order) {
 			which = order[i]
 		}
 		s.breakOne(which)
+		if i == len(order)-1 {
+			close(s.broken)
+			if s.onlyOnce {
+				return
+			}
+		}
 	}
 }
 
@@ -232,13 +282,13 @@ func (s *soak) fillDisk() {
 	if !errors.Is(err, unix.ENOSPC) {
 		s.t.Error(err)
 	}
-	time.Sleep(soakFull)
+	time.Sleep(s.full)
 	if err := errors.Join(f.Close(), os.Remove(path)); err != nil {
 		s.t.Error(err)
 	}
 	s.count("disk full")
 	s.mu.Lock()
-	s.full = true
+	s.filled = true
 	s.mu.Unlock()
 }
 
@@ -314,7 +364,7 @@ func (s *soak) job(i int) {
 	s.count("ended " + strings.TrimSpace(j.GetState()+" "+j.GetReason()))
 	asMeant := j.GetState() == kind.state && j.GetReason() == kind.reason
 	s.mu.Lock()
-	full := s.full
+	full := s.filled
 	s.mu.Unlock()
 	if !asMeant && (j.GetState() != "failed" || !slices.Contains(soakReasons, j.GetReason()) && !(full && strings.Contains(j.GetMessage(), "full"))) {
 		t.Errorf("job %s (%s) ended %s, %s: %s", id, kind.name, j.GetState(), j.GetReason(), j.GetMessage())
@@ -444,23 +494,31 @@ func (s *soak) record(id string, kind soakKind, j *agentv1.Job, asMeant bool) {
 	}
 }
 
-// leftOver looks for what jobs that have ended still have on the machine.
-func (s *soak) leftOver() {
-	for name, found := range map[string][]string{
-		"run folders":    names(s.layout.Jobs()),
-		"control groups": s.groups(),
-		"mounts":         s.mounts(),
-		"containers":     s.containers("containers", "ls", "-q"),
-		"snapshots":      s.containers("snapshots", "--snapshotter", "overlayfs", "ls"),
-		"holders":        s.holders(),
-		"values":         names(filepath.Join(s.dir, "agent", "values")),
-	} {
+// leftOver looks for what jobs that have ended still have on the machine, besides what
+// was there before.
+func (s *soak) leftOver(before map[string][]string) {
+	for name, found := range s.onMachine() {
+		found = slices.DeleteFunc(found, func(f string) bool { return slices.Contains(before[name], f) })
 		s.mu.Lock()
 		s.counts["left over: "+name] = len(found)
 		s.mu.Unlock()
 		if len(found) > 0 {
 			s.t.Errorf("left over: %s: %v", name, found)
 		}
+	}
+}
+
+// onMachine lists what jobs have on the machine.
+func (s *soak) onMachine() map[string][]string {
+	return map[string][]string{
+		"run folders":    names(s.layout.Jobs()),
+		"control groups": s.groups(),
+		"mounts":         s.mounts(),
+		"containers":     s.containers("containers", "ls", "-q"),
+		"snapshots":      s.containers("snapshots", "--snapshotter", "overlayfs", "ls"),
+		"holders":        s.holders(),
+		"processes":      s.processes(),
+		"values":         names(filepath.Join(s.dir, "agent", "values")),
 	}
 }
 
@@ -529,6 +587,24 @@ func (s *soak) holders() []string {
 		exe, err := os.Readlink(filepath.Join("/proc", pid, "exe"))
 		if err == nil && exe == filepath.Join(s.bin, "coffer-holder") {
 			out = append(out, pid)
+		}
+	}
+	return out
+}
+
+// processes are shims of the stack's containerd, and whatever was started with a folder
+// of a job: runtimes, gateways.
+func (s *soak) processes() []string {
+	var out []string
+	for _, pid := range names("/proc") {
+		b, err := os.ReadFile(filepath.Join("/proc", pid, "cmdline"))
+		if err != nil {
+			continue
+		}
+		args := strings.Split(string(b), "\x00")
+		shim := strings.HasPrefix(filepath.Base(args[0]), "containerd-shim") && slices.Contains(args, filepath.Join(filepath.Dir(s.layout.Jobs()), "containerd.sock"))
+		if shim || strings.Contains(string(b), s.layout.Jobs()) {
+			out = append(out, pid+" "+strings.Join(args, " "))
 		}
 	}
 	return out
