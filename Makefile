@@ -132,14 +132,19 @@ soak: deps build image-numpy ## run 200 jobs while their surroundings are killed
 	@COFFER_SOAK=$(or $(JOBS),200) go test -count=1 -timeout 15m -v -run '^TestSoak$$' ./internal/e2e
 
 .PHONY: generate
-generate: ## regenerate the code of the .proto files (it is committed)
+generate: ## regenerate the code and the OpenAPI documents of the .proto files (they are committed)
 	@mkdir -p $(HOST)
 	@go -C tools/generate build -trimpath -ldflags='-s -w' -o ../../$(HOST)/ tool
 	@export PATH="$$PWD/$(HOST):$$PATH"; \
 	for dir in attest/api runner/api; do \
 	  buf generate --config tools/generate/buf.yaml --template tools/generate/buf.gen.connect.yaml --path $$dir .; \
 	done; \
-	buf generate --config tools/generate/buf.yaml --template tools/generate/buf.gen.grpc.yaml --path plugins/contract .
+	buf generate --config tools/generate/buf.yaml --template tools/generate/buf.gen.grpc.yaml --path plugins/contract .; \
+	buf generate --config tools/generate/buf.yaml --template tools/generate/buf.gen.openapi.yaml --path attest/api --path runner/api .; \
+	for api in agent broker verifier; do \
+	  jq --from-file tools/generate/openapi/closed.jq docs/formats/$$api-openapi.json > $(HOST)/openapi.json; \
+	  mv $(HOST)/openapi.json docs/formats/$$api-openapi.json; \
+	done
 
 .PHONY: clean
 clean: ## remove build/; the cache stays

@@ -117,9 +117,11 @@ type Agent struct {
 	// predicting has a value while a prediction is made.
 	predicting chan struct{}
 
-	mu    sync.Mutex // guards what follows
-	live  map[string]*Job
-	ended map[string]*feed
+	mu      sync.Mutex // guards what follows
+	live    map[string]*Job
+	ended   map[string]*feed
+	endings map[Ending]uint64
+	newest  Attested
 }
 
 var (
@@ -556,6 +558,7 @@ type Load struct {
 	GPUs, FreeGPUs int
 	// Waiting jobs wait for approvals, for a retry's time or for room.
 	Running, Waiting int
+	Attested         Attested
 }
 
 // Load says how many jobs run and wait, and what is free.
@@ -565,7 +568,7 @@ func (a *Agent) Load() Load {
 	l.Running = l.Total.Jobs - l.Free.Jobs
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	l.Waiting = max(0, len(a.live)-l.Running)
+	l.Waiting, l.Attested = max(0, len(a.live)-l.Running), a.newest
 	return l
 }
 

@@ -100,6 +100,7 @@ func (a *Agent) end(ctx context.Context, j *Job, end journal.Job, body []byte) *
 		// What is kept of the job is for the next agent.
 		return nil
 	}
+	a.countEnd(end)
 	if err := a.Values.drop(j.id); err != nil {
 		a.log.WarnContext(ctx, "end job", slog.String("job", j.id), slog.Any("error", err))
 	}

@@ -238,6 +238,7 @@ func (a *Agent) verify(ctx context.Context, j *Job, env []byte) (receipt.Verifie
 	if err != nil {
 		return receipt.Verified{}, "", err
 	}
+	a.attestedBy(v)
 	if err := a.readyGPUs(ctx, j, v); err != nil {
 		return receipt.Verified{}, "", err
 	}

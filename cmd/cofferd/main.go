@@ -157,7 +157,7 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	if err != nil {
 		return err
 	}
-	handler, err := server.New(agent, server.GPUInfo{Driver: inventory.DriverVersion, CCMode: string(inventory.CCMode)}, who.identify, log)
+	handler, err := server.New(agent, server.GPUInfo{Driver: inventory.DriverVersion, CCMode: string(inventory.CCMode)}, who.identify, server.DefaultLimits(), log)
 	if err != nil {
 		return err
 	}

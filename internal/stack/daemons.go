@@ -52,6 +52,7 @@ func identities() []identity {
 		{daemon.RoleEngineer, "engineer"},
 		{daemon.RoleAuditor, "auditor"},
 		{daemon.RoleOperator, "operator"},
+		{daemon.RoleScheduler, "scheduler"},
 	}
 }
 

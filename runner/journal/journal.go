@@ -39,6 +39,9 @@ func (s State) Final() bool {
 	return s == Succeeded || s == Failed || s == Refused || s == Cancelled
 }
 
+// Known reports whether s is one of the states.
+func (s State) Known() bool { return s == Queued || s == Running || s.Final() }
+
 // Job is one row.
 type Job struct {
 	ID             string

@@ -2,7 +2,8 @@
 //
 // Trusted: the identity that Identify reads from a verified client certificate or token.
 // Checked: the role for each call, that an engineer's or scheduler's job is its own
-// where its end is concerned, that a log is for who reads it, and sizes. Not trusted: job files.
+// where its end is concerned, that a log is for who reads it, sizes, and how much one caller
+// asks for. Not trusted: job files.
 package server
 
 import (
@@ -12,9 +13,11 @@ import (
 	"log/slog"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 
 	"connectrpc.com/connect"
+	"github.com/oklog/ulid/v2"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coffer-run/coffer/attest/api/refusal"
@@ -33,6 +36,11 @@ const (
 	defaultPage = 50
 	maxPage     = 500
 	eventPage   = 1000
+
+	// What the header Retry-After says, in seconds: for a caller that asks for too much, and where too
+	// many jobs wait.
+	retrySoon = "1"
+	retryFull = "30"
 )
 
 // Identify says who sent a request. A *check.Refusal is answered with its checks.
@@ -47,30 +55,45 @@ type GPUInfo struct {
 	CCMode string
 }
 
-// New returns the API's handler.
-func New(agent *runner.Agent, gpu GPUInfo, identify Identify, log *slog.Logger) (http.Handler, error) {
+// New returns the API's handler. Nobody may call where limits are zero.
+func New(agent *runner.Agent, gpu GPUInfo, identify Identify, limits Limits, log *slog.Logger) (http.Handler, error) {
 	if agent == nil || identify == nil || log == nil {
 		return nil, errors.New("agent server: a part is missing")
 	}
-	s := &server{agent: agent, gpu: gpu}
-	path, h := agentv1connect.NewAgentServiceHandler(s, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(&guard{log}))
+	s, m, q := &server{agent: agent, gpu: gpu}, newMetrics(agent), newQuota(limits)
+	path, h := agentv1connect.NewAgentServiceHandler(s, connect.WithReadMaxBytes(maxRequest), connect.WithInterceptors(&guard{log, m}))
 	mux := http.NewServeMux()
 	answer := connect.NewErrorWriter()
-	mux.Handle(path, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, err := identify(r)
-		var refused *check.Refusal
-		switch {
-		case errors.As(err, &refused):
-			log.WarnContext(r.Context(), "not answered", slog.String("call", r.URL.Path), slog.Any("error", err))
-			_ = answer.Write(w, r, refusal.Encode(refused))
-		case errors.Is(err, ErrUnavailable):
-			_ = answer.Write(w, r, connect.NewError(connect.CodeUnavailable, err))
-		case err != nil || c.Principal == "":
-			http.Error(w, "who you are could not be established", http.StatusUnauthorized)
-		default:
-			h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, c)))
-		}
-	}))
+	// known finds out who calls, and answers those who may not or who ask for too much.
+	known := func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			c, err := identify(r)
+			var refused *check.Refusal
+			switch {
+			case errors.As(err, &refused):
+				log.WarnContext(r.Context(), "not answered", slog.String("call", r.URL.Path), slog.Any("error", err))
+				_ = answer.Write(w, r, refusal.Encode(refused))
+				return
+			case errors.Is(err, ErrUnavailable):
+				_ = answer.Write(w, r, connect.NewError(connect.CodeUnavailable, err))
+				return
+			case err != nil || c.Principal == "":
+				http.Error(w, "who you are could not be established", http.StatusUnauthorized)
+				return
+			}
+			done, over := q.take(c.Principal, streams(r.URL.Path))
+			if over != "" {
+				err := later(fmt.Errorf("%s of %s: come back later", over, c.Principal), retrySoon)
+				m.call(r.URL.Path, err, 0)
+				_ = answer.Write(w, r, err)
+				return
+			}
+			defer done()
+			next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, c)))
+		})
+	}
+	mux.Handle(path, known(h))
+	mux.Handle("GET "+metricsPath, known(operators(m.handler())))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) })
 	return mux, nil
 }
@@ -85,12 +108,33 @@ var allowed = map[string][]string{
 	agentv1connect.AgentServiceWatchProcedure:    {roleEngineer, roleScheduler},
 	agentv1connect.AgentServiceCancelProcedure:   {roleEngineer, roleOperator, roleScheduler},
 	agentv1connect.AgentServiceLogsProcedure:     {roleEngineer, roleScheduler, roleOwner},
-	agentv1connect.AgentServiceBundleProcedure:   {roleEngineer, roleOwner, roleAuditor},
+	agentv1connect.AgentServiceBundleProcedure:   {roleEngineer, roleOwner, roleAuditor, roleScheduler},
 	agentv1connect.AgentServiceCapacityProcedure: {roleEngineer, roleOwner, roleOperator, roleAuditor, roleScheduler},
 }
 
-// guard refuses calls by role and turns errors into codes.
-type guard struct{ log *slog.Logger }
+// operators lets operators alone through.
+func operators(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if c := callerOf(r.Context()); c.Principal == "" || !slices.Contains(c.Roles, roleOperator) {
+			http.Error(w, "this is for operators", http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// later is the answer to who may ask again after some seconds.
+func later(err error, seconds string) *connect.Error {
+	out := connect.NewError(connect.CodeResourceExhausted, err)
+	out.Meta().Set("Retry-After", seconds)
+	return out
+}
+
+// guard refuses calls by role, counts them, and turns errors into codes.
+type guard struct {
+	log     *slog.Logger
+	metrics *metrics
+}
 
 func (g *guard) check(ctx context.Context, procedure string) error {
 	c := callerOf(ctx)
@@ -104,14 +148,19 @@ func (g *guard) check(ctx context.Context, procedure string) error {
 }
 
 func (g *guard) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
-	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		if err := g.check(ctx, req.Spec().Procedure); err != nil {
-			return nil, err
-		}
-		res, err := next(ctx, req)
+	return func(ctx context.Context, req connect.AnyRequest) (res connect.AnyResponse, err error) {
+		err = g.counted(ctx, req.Spec().Procedure, func(ctx context.Context) error {
+			if err := g.check(ctx, req.Spec().Procedure); err != nil {
+				return err
+			}
+			if res, err = next(ctx, req); err != nil {
+				g.log.WarnContext(ctx, "call failed", slog.String("call", req.Spec().Procedure), slog.Any("error", err))
+				return coded(err)
+			}
+			return nil
+		})
 		if err != nil {
-			g.log.WarnContext(ctx, "call failed", slog.String("call", req.Spec().Procedure), slog.Any("error", err))
-			return nil, coded(err)
+			return nil, err
 		}
 		return res, nil
 	}
@@ -123,13 +172,15 @@ func (g *guard) WrapStreamingClient(next connect.StreamingClientFunc) connect.St
 
 func (g *guard) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		if err := g.check(ctx, conn.Spec().Procedure); err != nil {
-			return err
-		}
-		if err := next(ctx, conn); err != nil {
-			return coded(err)
-		}
-		return nil
+		return g.counted(ctx, conn.Spec().Procedure, func(ctx context.Context) error {
+			if err := g.check(ctx, conn.Spec().Procedure); err != nil {
+				return err
+			}
+			if err := next(ctx, conn); err != nil {
+				return coded(err)
+			}
+			return nil
+		})
 	}
 }
 
@@ -148,9 +199,13 @@ func coded(err error) error {
 	case errors.Is(err, journal.ErrConflict):
 		return connect.NewError(connect.CodeAlreadyExists, err)
 	case errors.Is(err, runner.ErrFull):
-		return connect.NewError(connect.CodeResourceExhausted, err)
-	case errors.As(err, &away):
+		return later(err, retryFull)
+	case errors.As(err, &away), errors.Is(err, context.Canceled):
+		// A stream is cancelled where its caller has gone, and where the agent ends: who
+		// watches then asks the next agent.
 		return connect.NewError(connect.CodeUnavailable, err)
+	case errors.Is(err, context.DeadlineExceeded):
+		return connect.NewError(connect.CodeDeadlineExceeded, err)
 	case errors.As(err, &already) && already.Code() != connect.CodeUnknown:
 		return connect.NewError(already.Code(), err)
 	default:
@@ -218,9 +273,18 @@ func (s *server) List(ctx context.Context, r *connect.Request[agentv1.ListReques
 		n = defaultPage
 	}
 	n = min(n, maxPage)
+	if token := r.Msg.GetPageToken(); token != "" {
+		if _, err := ulid.ParseStrict(token); err != nil {
+			return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("page token: want the one that came with the page before"))
+		}
+	}
 	var rows []journal.Job
 	var err error
-	if state := journal.State(r.Msg.GetState()); state == "" {
+	state := journal.State(r.Msg.GetState())
+	if state != "" && !state.Known() {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("state %.20q: there is no such state", state))
+	}
+	if state == "" {
 		rows, err = s.agent.Journal.Jobs(ctx, r.Msg.GetPageToken(), n+1)
 	} else {
 		rows, err = s.agent.Journal.JobsIn(ctx, state, r.Msg.GetPageToken(), n+1)
@@ -357,9 +421,14 @@ func (s *server) Bundle(ctx context.Context, r *connect.Request[agentv1.BundleRe
 
 func (s *server) Capacity(_ context.Context, _ *connect.Request[agentv1.CapacityRequest]) (*connect.Response[agentv1.CapacityResponse], error) {
 	l := s.agent.Load()
-	return connect.NewResponse(&agentv1.CapacityResponse{
+	out := &agentv1.CapacityResponse{
+		Node: s.agent.Name, Version: s.agent.Version,
 		CpuMillis: int32(l.Total.CPUMillis), MemoryBytes: l.Total.MemoryBytes, Gpus: int32(l.GPUs), GpuDriver: s.gpu.Driver, GpuCcMode: s.gpu.CCMode, //nolint:gosec // small counts
 		Running: int32(l.Running), Queued: int32(l.Waiting), MaxRunning: int32(l.Total.Jobs), //nolint:gosec // small counts
 		FreeCpuMillis: int32(l.Free.CPUMillis), FreeMemoryBytes: l.Free.MemoryBytes, FreeGpus: int32(l.FreeGPUs), //nolint:gosec // small counts
-	}), nil
+	}
+	if at := l.Attested; !at.Until.IsZero() {
+		out.Attested = &agentv1.Attested{AtUnix: at.At.Unix(), UntilUnix: at.Until.Unix(), Policy: at.Policy.Name, PolicyDigest: string(at.Policy.Digest), Simulated: at.Simulated}
+	}
+	return connect.NewResponse(out), nil
 }

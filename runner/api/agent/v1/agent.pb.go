@@ -4,7 +4,7 @@
 // 	protoc        (unknown)
 // source: runner/api/agent/v1/agent.proto
 
-// The node agent takes jobs and reports on them.
+// The node agent takes jobs and reports on them (docs/scheduler.md).
 
 package agentv1
 
@@ -24,8 +24,9 @@ const (
 )
 
 type PlanRequest struct {
-	state   protoimpl.MessageState `protogen:"open.v1"`
-	JobFile []byte                 `protobuf:"bytes,1,opt,name=job_file,json=jobFile,proto3" json:"job_file,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// YAML (docs/job-file.md), at most 64 KiB.
+	JobFile []byte `protobuf:"bytes,1,opt,name=job_file,json=jobFile,proto3" json:"job_file,omitempty"`
 	// Have the verifier judge the machine as it is, under the plan's policy.
 	Predict       bool `protobuf:"varint,2,opt,name=predict,proto3" json:"predict,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -77,8 +78,9 @@ func (x *PlanRequest) GetPredict() bool {
 }
 
 type PlanResponse struct {
-	state      protoimpl.MessageState `protogen:"open.v1"`
-	PlanDigest string                 `protobuf:"bytes,1,opt,name=plan_digest,json=planDigest,proto3" json:"plan_digest,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SHA-384 of the plan: "sha384:" and 96 hexadecimal digits.
+	PlanDigest string `protobuf:"bytes,1,opt,name=plan_digest,json=planDigest,proto3" json:"plan_digest,omitempty"`
 	// Canonical JSON of the plan.
 	Plan []byte `protobuf:"bytes,2,opt,name=plan,proto3" json:"plan,omitempty"`
 	// If it was asked for. No part of the plan, and true for this moment at best.
@@ -213,9 +215,12 @@ func (x *Prediction) GetUnknown() string {
 }
 
 type SubmitRequest struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	JobFile        []byte                 `protobuf:"bytes,1,opt,name=job_file,json=jobFile,proto3" json:"job_file,omitempty"`
-	IdempotencyKey string                 `protobuf:"bytes,2,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// YAML (docs/job-file.md), at most 64 KiB.
+	JobFile []byte `protobuf:"bytes,1,opt,name=job_file,json=jobFile,proto3" json:"job_file,omitempty"`
+	// At most 128 printable ASCII characters without spaces. It is the submitter's: two
+	// submitters may use the same one. Empty: every call is another job.
+	IdempotencyKey string `protobuf:"bytes,2,opt,name=idempotency_key,json=idempotencyKey,proto3" json:"idempotency_key,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -310,22 +315,27 @@ func (x *SubmitResponse) GetJob() *Job {
 
 // Job is what the agent says of one job.
 type Job struct {
-	state      protoimpl.MessageState `protogen:"open.v1"`
-	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Name       string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	PlanDigest string                 `protobuf:"bytes,3,opt,name=plan_digest,json=planDigest,proto3" json:"plan_digest,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A ULID: ids sort by the time of submission.
+	Id         string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name       string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	PlanDigest string `protobuf:"bytes,3,opt,name=plan_digest,json=planDigest,proto3" json:"plan_digest,omitempty"`
 	// queued, running, succeeded, failed, refused, cancelled.
 	State string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
 	// Stage that runs, or in which the job ended.
 	Stage string `protobuf:"bytes,5,opt,name=stage,proto3" json:"stage,omitempty"`
-	// Stable reason code, empty unless the job ended otherwise than succeeded.
+	// Stable reason code, empty unless the job ended otherwise than succeeded
+	// (docs/refusals.md).
 	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	// One sentence for people.
 	Message       string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
 	SubmittedUnix int64  `protobuf:"varint,8,opt,name=submitted_unix,json=submittedUnix,proto3" json:"submitted_unix,omitempty"`
-	EndedUnix     int64  `protobuf:"varint,9,opt,name=ended_unix,json=endedUnix,proto3" json:"ended_unix,omitempty"`
-	ExitCode      int32  `protobuf:"varint,10,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
-	Submitter     string `protobuf:"bytes,11,opt,name=submitter,proto3" json:"submitter,omitempty"`
+	// 0 while it has not ended.
+	EndedUnix int64 `protobuf:"varint,9,opt,name=ended_unix,json=endedUnix,proto3" json:"ended_unix,omitempty"`
+	// What the job's program ended with; it means nothing unless it ended by itself.
+	ExitCode int32 `protobuf:"varint,10,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
+	// Whose the job is, as grants name people: "scheduler/cluster-1", "user/ada".
+	Submitter string `protobuf:"bytes,11,opt,name=submitter,proto3" json:"submitter,omitempty"`
 	// Failed checks of a refusal.
 	Checks []*Check `protobuf:"bytes,12,rep,name=checks,proto3" json:"checks,omitempty"`
 	// When the broker's lease of a running job ends unless it is renewed, by the
@@ -538,13 +548,17 @@ func (x *Job) GetExpectedApprovals() []string {
 	return nil
 }
 
+// Check is something that was looked at and did not hold.
 type Check struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Outcome       string                 `protobuf:"bytes,2,opt,name=outcome,proto3" json:"outcome,omitempty"`
-	Expected      string                 `protobuf:"bytes,3,opt,name=expected,proto3" json:"expected,omitempty"`
-	Found         string                 `protobuf:"bytes,4,opt,name=found,proto3" json:"found,omitempty"`
-	Hint          string                 `protobuf:"bytes,5,opt,name=hint,proto3" json:"hint,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Stable, such as grant.missing.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// failed.
+	Outcome  string `protobuf:"bytes,2,opt,name=outcome,proto3" json:"outcome,omitempty"`
+	Expected string `protobuf:"bytes,3,opt,name=expected,proto3" json:"expected,omitempty"`
+	Found    string `protobuf:"bytes,4,opt,name=found,proto3" json:"found,omitempty"`
+	// What can be done about it.
+	Hint          string `protobuf:"bytes,5,opt,name=hint,proto3" json:"hint,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -704,8 +718,10 @@ func (x *GetResponse) GetJob() *Job {
 
 type ListRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// 1 to 500; 0 is 50.
-	PageSize  int32  `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// 1 to 500; 0 is 50, and more is 500.
+	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// next_page_token of the page before; empty for the first. Jobs that are submitted
+	// meanwhile are on no later page, and none comes twice.
 	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	// Only jobs in this state; all if empty.
 	State         string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
@@ -765,9 +781,10 @@ func (x *ListRequest) GetState() string {
 }
 
 type ListResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Jobs          []*Job                 `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
-	NextPageToken string                 `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Jobs  []*Job                 `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	// Empty on the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -817,9 +834,10 @@ func (x *ListResponse) GetNextPageToken() string {
 }
 
 type WatchRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	AfterSequence uint64                 `protobuf:"varint,2,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The sequence of the last event that came; 0 for all.
+	AfterSequence uint64 `protobuf:"varint,2,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -868,10 +886,12 @@ func (x *WatchRequest) GetAfterSequence() uint64 {
 	return 0
 }
 
+// WatchResponse is one event of a job.
 type WatchResponse struct {
-	state        protoimpl.MessageState `protogen:"open.v1"`
-	Sequence     uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	TimeUnixNano int64                  `protobuf:"varint,2,opt,name=time_unix_nano,json=timeUnixNano,proto3" json:"time_unix_nano,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Rises with every event, not by one, and across restarts of the agent.
+	Sequence     uint64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	TimeUnixNano int64  `protobuf:"varint,2,opt,name=time_unix_nano,json=timeUnixNano,proto3" json:"time_unix_nano,omitempty"`
 	// Types that are valid to be assigned to Event:
 	//
 	//	*WatchResponse_Stage
@@ -1078,6 +1098,7 @@ func (*WatchResponse_Egress) isWatchResponse_Event() {}
 
 func (*WatchResponse_Alert) isWatchResponse_Event() {}
 
+// StageEvent says that a stage of a job's way began or ended (docs/ARCHITECTURE.md).
 type StageEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Stage string                 `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
@@ -1147,6 +1168,7 @@ func (x *StageEvent) GetDetail() string {
 	return ""
 }
 
+// LogEvent is what a job printed.
 type LogEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// stdout or stderr.
@@ -1210,6 +1232,7 @@ func (x *LogEvent) GetOffset() int64 {
 	return 0
 }
 
+// CheckpointEvent says that a checkpoint was sealed.
 type CheckpointEvent struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Sequence uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
@@ -1989,8 +2012,9 @@ func (x *BundleRequest) GetId() string {
 }
 
 type BundleResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Bundle        []byte                 `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// JSON (docs/formats/bundle.md), at most 64 MiB.
+	Bundle        []byte `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2069,13 +2093,17 @@ func (*CapacityRequest) Descriptor() ([]byte, []int) {
 }
 
 type CapacityResponse struct {
-	state       protoimpl.MessageState `protogen:"open.v1"`
-	CpuMillis   int32                  `protobuf:"varint,1,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
-	MemoryBytes int64                  `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
-	Gpus        int32                  `protobuf:"varint,3,opt,name=gpus,proto3" json:"gpus,omitempty"`
-	GpuDriver   string                 `protobuf:"bytes,4,opt,name=gpu_driver,json=gpuDriver,proto3" json:"gpu_driver,omitempty"`
-	GpuCcMode   string                 `protobuf:"bytes,5,opt,name=gpu_cc_mode,json=gpuCcMode,proto3" json:"gpu_cc_mode,omitempty"`
-	Running     int32                  `protobuf:"varint,6,opt,name=running,proto3" json:"running,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What jobs may have together, in thousandths of a core.
+	CpuMillis   int32 `protobuf:"varint,1,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
+	MemoryBytes int64 `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	Gpus        int32 `protobuf:"varint,3,opt,name=gpus,proto3" json:"gpus,omitempty"`
+	// Version of the GPUs' driver, and their confidential-computing mode, which is on where
+	// there are any; empty without GPUs. Both are as the agent found them at its start; a
+	// GPU that is out of the mode later is in no job's evidence.
+	GpuDriver string `protobuf:"bytes,4,opt,name=gpu_driver,json=gpuDriver,proto3" json:"gpu_driver,omitempty"`
+	GpuCcMode string `protobuf:"bytes,5,opt,name=gpu_cc_mode,json=gpuCcMode,proto3" json:"gpu_cc_mode,omitempty"`
+	Running   int32  `protobuf:"varint,6,opt,name=running,proto3" json:"running,omitempty"`
 	// Jobs that wait, for approvals, for a retry's time or for room.
 	Queued int32 `protobuf:"varint,7,opt,name=queued,proto3" json:"queued,omitempty"`
 	// What no running job has.
@@ -2084,7 +2112,13 @@ type CapacityResponse struct {
 	FreeMemoryBytes int64 `protobuf:"varint,9,opt,name=free_memory_bytes,json=freeMemoryBytes,proto3" json:"free_memory_bytes,omitempty"`
 	FreeGpus        int32 `protobuf:"varint,10,opt,name=free_gpus,json=freeGpus,proto3" json:"free_gpus,omitempty"`
 	// How many jobs may run at once.
-	MaxRunning    int32 `protobuf:"varint,11,opt,name=max_running,json=maxRunning,proto3" json:"max_running,omitempty"`
+	MaxRunning int32 `protobuf:"varint,11,opt,name=max_running,json=maxRunning,proto3" json:"max_running,omitempty"`
+	// The node's name, and the agent's version.
+	Node    string `protobuf:"bytes,12,opt,name=node,proto3" json:"node,omitempty"`
+	Version string `protobuf:"bytes,13,opt,name=version,proto3" json:"version,omitempty"`
+	// The newest result that a verifier signed for a job of this node, as this agent has it; absent
+	// before the first. Every job is attested anew, whatever stands here.
+	Attested      *Attested `protobuf:"bytes,14,opt,name=attested,proto3" json:"attested,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2194,6 +2228,108 @@ func (x *CapacityResponse) GetMaxRunning() int32 {
 		return x.MaxRunning
 	}
 	return 0
+}
+
+func (x *CapacityResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *CapacityResponse) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *CapacityResponse) GetAttested() *Attested {
+	if x != nil {
+		return x.Attested
+	}
+	return nil
+}
+
+// Attested is a result that a verifier signed.
+type Attested struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By the verifier's clock.
+	AtUnix int64 `protobuf:"varint,1,opt,name=at_unix,json=atUnix,proto3" json:"at_unix,omitempty"`
+	// Until when the result may be used to ask for keys.
+	UntilUnix int64 `protobuf:"varint,2,opt,name=until_unix,json=untilUnix,proto3" json:"until_unix,omitempty"`
+	// Name of the attestation policy, and the digest of its document.
+	Policy       string `protobuf:"bytes,3,opt,name=policy,proto3" json:"policy,omitempty"`
+	PolicyDigest string `protobuf:"bytes,4,opt,name=policy_digest,json=policyDigest,proto3" json:"policy_digest,omitempty"`
+	// The evidence came from simulated devices.
+	Simulated     bool `protobuf:"varint,5,opt,name=simulated,proto3" json:"simulated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Attested) Reset() {
+	*x = Attested{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Attested) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Attested) ProtoMessage() {}
+
+func (x *Attested) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Attested.ProtoReflect.Descriptor instead.
+func (*Attested) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *Attested) GetAtUnix() int64 {
+	if x != nil {
+		return x.AtUnix
+	}
+	return 0
+}
+
+func (x *Attested) GetUntilUnix() int64 {
+	if x != nil {
+		return x.UntilUnix
+	}
+	return 0
+}
+
+func (x *Attested) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+func (x *Attested) GetPolicyDigest() string {
+	if x != nil {
+		return x.PolicyDigest
+	}
+	return ""
+}
+
+func (x *Attested) GetSimulated() bool {
+	if x != nil {
+		return x.Simulated
+	}
+	return false
 }
 
 var File_runner_api_agent_v1_agent_proto protoreflect.FileDescriptor
@@ -2358,7 +2494,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"(\n" +
 	"\x0eBundleResponse\x12\x16\n" +
 	"\x06bundle\x18\x01 \x01(\fR\x06bundle\"\x11\n" +
-	"\x0fCapacityRequest\"\xeb\x02\n" +
+	"\x0fCapacityRequest\"\xd0\x03\n" +
 	"\x10CapacityResponse\x12\x1d\n" +
 	"\n" +
 	"cpu_millis\x18\x01 \x01(\x05R\tcpuMillis\x12!\n" +
@@ -2374,7 +2510,17 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\tfree_gpus\x18\n" +
 	" \x01(\x05R\bfreeGpus\x12\x1f\n" +
 	"\vmax_running\x18\v \x01(\x05R\n" +
-	"maxRunning2\x9d\x05\n" +
+	"maxRunning\x12\x12\n" +
+	"\x04node\x18\f \x01(\tR\x04node\x12\x18\n" +
+	"\aversion\x18\r \x01(\tR\aversion\x125\n" +
+	"\battested\x18\x0e \x01(\v2\x19.coffer.agent.v1.AttestedR\battested\"\x9d\x01\n" +
+	"\bAttested\x12\x17\n" +
+	"\aat_unix\x18\x01 \x01(\x03R\x06atUnix\x12\x1d\n" +
+	"\n" +
+	"until_unix\x18\x02 \x01(\x03R\tuntilUnix\x12\x16\n" +
+	"\x06policy\x18\x03 \x01(\tR\x06policy\x12#\n" +
+	"\rpolicy_digest\x18\x04 \x01(\tR\fpolicyDigest\x12\x1c\n" +
+	"\tsimulated\x18\x05 \x01(\bR\tsimulated2\x9d\x05\n" +
 	"\fAgentService\x12C\n" +
 	"\x04Plan\x12\x1c.coffer.agent.v1.PlanRequest\x1a\x1d.coffer.agent.v1.PlanResponse\x12I\n" +
 	"\x06Submit\x12\x1e.coffer.agent.v1.SubmitRequest\x1a\x1f.coffer.agent.v1.SubmitResponse\x12@\n" +
@@ -2398,7 +2544,7 @@ func file_runner_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_runner_api_agent_v1_agent_proto_rawDescData
 }
 
-var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*PlanRequest)(nil),      // 0: coffer.agent.v1.PlanRequest
 	(*PlanResponse)(nil),     // 1: coffer.agent.v1.PlanResponse
@@ -2429,6 +2575,7 @@ var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*BundleResponse)(nil),   // 26: coffer.agent.v1.BundleResponse
 	(*CapacityRequest)(nil),  // 27: coffer.agent.v1.CapacityRequest
 	(*CapacityResponse)(nil), // 28: coffer.agent.v1.CapacityResponse
+	(*Attested)(nil),         // 29: coffer.agent.v1.Attested
 }
 var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: coffer.agent.v1.PlanResponse.prediction:type_name -> coffer.agent.v1.Prediction
@@ -2448,29 +2595,30 @@ var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	22, // 14: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
 	14, // 15: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
 	5,  // 16: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
-	0,  // 17: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
-	3,  // 18: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
-	7,  // 19: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
-	9,  // 20: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
-	11, // 21: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
-	23, // 22: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
-	19, // 23: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
-	25, // 24: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
-	27, // 25: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
-	1,  // 26: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
-	4,  // 27: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
-	8,  // 28: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
-	10, // 29: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
-	12, // 30: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
-	24, // 31: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
-	20, // 32: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
-	26, // 33: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
-	28, // 34: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
-	26, // [26:35] is the sub-list for method output_type
-	17, // [17:26] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	29, // 17: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
+	0,  // 18: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
+	3,  // 19: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
+	7,  // 20: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
+	9,  // 21: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
+	11, // 22: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
+	23, // 23: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
+	19, // 24: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
+	25, // 25: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
+	27, // 26: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
+	1,  // 27: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
+	4,  // 28: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
+	8,  // 29: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
+	10, // 30: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
+	12, // 31: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
+	24, // 32: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
+	20, // 33: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
+	26, // 34: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
+	28, // 35: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
+	27, // [27:36] is the sub-list for method output_type
+	18, // [18:27] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_runner_api_agent_v1_agent_proto_init() }
@@ -2495,7 +2643,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_runner_api_agent_v1_agent_proto_rawDesc), len(file_runner_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

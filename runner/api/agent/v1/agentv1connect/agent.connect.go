@@ -2,7 +2,7 @@
 //
 // Source: runner/api/agent/v1/agent.proto
 
-// The node agent takes jobs and reports on them.
+// The node agent takes jobs and reports on them (docs/scheduler.md).
 package agentv1connect
 
 import (
@@ -57,21 +57,35 @@ const (
 // AgentServiceClient is a client for the coffer.agent.v1.AgentService service.
 type AgentServiceClient interface {
 	// Plan resolves a job file to its plan digest without queuing it.
+	// For engineer, owner, auditor, scheduler.
 	Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error)
 	// Submit queues a job. The same idempotency key with the same job file
 	// answers with the same job; with another file it is AlreadyExists.
+	// For engineer, scheduler.
 	Submit(context.Context, *connect.Request[v1.SubmitRequest]) (*connect.Response[v1.SubmitResponse], error)
+	// Get returns one job. For engineer, owner, operator, auditor, scheduler.
 	Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.GetResponse], error)
+	// List returns jobs, the newest first, in pages.
+	// For engineer, owner, operator, auditor, scheduler.
 	List(context.Context, *connect.Request[v1.ListRequest]) (*connect.Response[v1.ListResponse], error)
-	// Watch streams events from the given sequence number on and ends when the
-	// job has ended and every event was sent.
+	// Watch streams the events after the given sequence number and ends when the
+	// job has ended and every event was sent. A stream that breaks goes on where it
+	// was: with the sequence of the last event that came.
+	// For engineer and scheduler, of their own jobs.
 	Watch(context.Context, *connect.Request[v1.WatchRequest]) (*connect.ServerStreamForClient[v1.WatchResponse], error)
+	// Cancel tells a job to end. It answers at once with the job as it is then; a job that has ended
+	// stays as it is. For engineer and scheduler, of their own jobs, and for operator.
 	Cancel(context.Context, *connect.Request[v1.CancelRequest]) (*connect.Response[v1.CancelResponse], error)
 	// Logs streams what a job printed, from the given offsets on, and ends where the
 	// log ends; with follow it waits for more until the job has ended.
+	// For engineer, scheduler and owner: for whom submitted the job, and for the readers of
+	// its log.
 	Logs(context.Context, *connect.Request[v1.LogsRequest]) (*connect.ServerStreamForClient[v1.LogsResponse], error)
 	// Bundle returns the evidence bundle of a job that has ended.
+	// For engineer and scheduler, of their own jobs, and for owner and auditor.
 	Bundle(context.Context, *connect.Request[v1.BundleRequest]) (*connect.Response[v1.BundleResponse], error)
+	// Capacity says what the node has, what is left of it, and until when it is attested.
+	// For engineer, owner, operator, auditor, scheduler.
 	Capacity(context.Context, *connect.Request[v1.CapacityRequest]) (*connect.Response[v1.CapacityResponse], error)
 }
 
@@ -204,21 +218,35 @@ func (c *agentServiceClient) Capacity(ctx context.Context, req *connect.Request[
 // AgentServiceHandler is an implementation of the coffer.agent.v1.AgentService service.
 type AgentServiceHandler interface {
 	// Plan resolves a job file to its plan digest without queuing it.
+	// For engineer, owner, auditor, scheduler.
 	Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error)
 	// Submit queues a job. The same idempotency key with the same job file
 	// answers with the same job; with another file it is AlreadyExists.
+	// For engineer, scheduler.
 	Submit(context.Context, *connect.Request[v1.SubmitRequest]) (*connect.Response[v1.SubmitResponse], error)
+	// Get returns one job. For engineer, owner, operator, auditor, scheduler.
 	Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.GetResponse], error)
+	// List returns jobs, the newest first, in pages.
+	// For engineer, owner, operator, auditor, scheduler.
 	List(context.Context, *connect.Request[v1.ListRequest]) (*connect.Response[v1.ListResponse], error)
-	// Watch streams events from the given sequence number on and ends when the
-	// job has ended and every event was sent.
+	// Watch streams the events after the given sequence number and ends when the
+	// job has ended and every event was sent. A stream that breaks goes on where it
+	// was: with the sequence of the last event that came.
+	// For engineer and scheduler, of their own jobs.
 	Watch(context.Context, *connect.Request[v1.WatchRequest], *connect.ServerStream[v1.WatchResponse]) error
+	// Cancel tells a job to end. It answers at once with the job as it is then; a job that has ended
+	// stays as it is. For engineer and scheduler, of their own jobs, and for operator.
 	Cancel(context.Context, *connect.Request[v1.CancelRequest]) (*connect.Response[v1.CancelResponse], error)
 	// Logs streams what a job printed, from the given offsets on, and ends where the
 	// log ends; with follow it waits for more until the job has ended.
+	// For engineer, scheduler and owner: for whom submitted the job, and for the readers of
+	// its log.
 	Logs(context.Context, *connect.Request[v1.LogsRequest], *connect.ServerStream[v1.LogsResponse]) error
 	// Bundle returns the evidence bundle of a job that has ended.
+	// For engineer and scheduler, of their own jobs, and for owner and auditor.
 	Bundle(context.Context, *connect.Request[v1.BundleRequest]) (*connect.Response[v1.BundleResponse], error)
+	// Capacity says what the node has, what is left of it, and until when it is attested.
+	// For engineer, owner, operator, auditor, scheduler.
 	Capacity(context.Context, *connect.Request[v1.CapacityRequest]) (*connect.Response[v1.CapacityResponse], error)
 }
 
