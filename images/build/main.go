@@ -21,8 +21,9 @@ const usage = `usage: build [-cache DIR] [-out DIR] [-add SOURCE:TARGET]... IMAG
 
 Images: %s.
 The system layer is kept in the cache folder; files named with -add become a second layer. An image is written to
-OUT/IMAGE.tar (an OCI archive, imported as coffer.local/IMAGE:latest), OUT/IMAGE (an OCI layout), OUT/IMAGE.digest
-and OUT/IMAGE.packages (the Debian packages that it is made from).
+OUT/IMAGE.tar (an OCI archive, imported as coffer.local/IMAGE:latest), OUT/IMAGE (an OCI layout), OUT/IMAGE.digest,
+OUT/IMAGE.packages (the Debian packages that it is made from) and OUT/IMAGE.cdx.json
+(the same as CycloneDX, which names the image by its digest).
 `
 
 func main() {
@@ -96,6 +97,13 @@ func build(ctx context.Context, p *step.Progress, name string, r recipe, cache, 
 		return "", err
 	}
 	if err := writeFile(filepath.Join(out, name+".packages"), system.packages); err != nil {
+		return "", err
+	}
+	materials, err := bom(name, digest, system.packages)
+	if err != nil {
+		return "", err
+	}
+	if err := writeFile(filepath.Join(out, name+".cdx.json"), materials); err != nil {
 		return "", err
 	}
 	var size int64
