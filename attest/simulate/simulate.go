@@ -15,6 +15,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"fmt"
 	"math/big"
 	"sync"
@@ -141,11 +142,14 @@ func (v *Vendor) nvidiaName(cn string) pkix.Name {
 }
 
 func (v *Vendor) mintAMD() error {
-	var err error
-	if v.arkKey, err = rsa.GenerateKey(rand.Reader, v.bits); err != nil {
-		return err
-	}
-	if v.askKey, err = rsa.GenerateKey(rand.Reader, v.bits); err != nil {
+	// Keys of 4096 bits take seconds: both at a time.
+	var arkErr, askErr error
+	var keys sync.WaitGroup
+	keys.Go(func() { v.arkKey, arkErr = rsa.GenerateKey(rand.Reader, v.bits) })
+	keys.Go(func() { v.askKey, askErr = rsa.GenerateKey(rand.Reader, v.bits) })
+	keys.Wait()
+	err := errors.Join(arkErr, askErr)
+	if err != nil {
 		return err
 	}
 	ark := &x509.Certificate{

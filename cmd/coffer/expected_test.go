@@ -12,6 +12,9 @@ import (
 )
 
 func (b *fakeBroker) ListGrants(_ context.Context, r *connect.Request[brokerv1.ListGrantsRequest]) (*connect.Response[brokerv1.ListGrantsResponse], error) {
+	if r.Msg.GetPlanDigest() == "sha384:granted" {
+		return connect.NewResponse(&brokerv1.ListGrantsResponse{}), nil
+	}
 	return connect.NewResponse(&brokerv1.ListGrantsResponse{Grants: []*brokerv1.Grant{{
 		Id: "g-1", State: "requested", PlanDigest: r.Msg.GetPlanDigest(), Missing: []string{"2 of security"},
 	}}}), nil
@@ -32,4 +35,18 @@ func TestExpectedApprovals(t *testing.T) {
 			t.Errorf("nobody is expected to approve:\n%s%s", r.stdout, r.stderr)
 		}
 	}
+}
+
+// A job that was taken a moment ago waits for people if a grant of its plan does, and
+// not for room.
+func TestWhyOfAJobJustTaken(t *testing.T) {
+	s := newFakeStack(t)
+	s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", State: "queued", Stage: "admit"}
+	s.coffer(t.Context(), "why", "job-1").want(t, exitRefused, "gate   approval", "2 of security")
+	s.agent.jobs["job-1"].PlanDigest = "sha384:granted"
+	if r := s.coffer(t.Context(), "why", "job-1"); r.code != 0 || strings.Contains(r.stdout, "gate") || !strings.Contains(r.stdout, "it was taken a moment ago") {
+		t.Errorf("%d: %s", r.code, r.stdout)
+	}
+	s.agent.jobs["job-1"].Stage = "queue"
+	s.coffer(t.Context(), "why", "job-1").want(t, exitRefused, "gate   queue")
 }

@@ -756,6 +756,9 @@ const (
 	gateRetry    = "retry"
 )
 
+// stageAdmit is where a job is that was taken and has not looked at its grants.
+const stageAdmit = "admit"
+
 func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
 	v := whyView{Job: j.GetId(), State: j.GetState()}
 	switch {
@@ -773,6 +776,12 @@ func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
 		}
 	case j.GetStage() == gateApproval:
 		return v, c.whyApproval(ctx, j, &v)
+	case j.GetState() == stateQueued && j.GetStage() == stageAdmit && j.GetNotBeforeUnix() == 0:
+		// It was taken a moment ago. If a grant waits for people, so will it.
+		if err := c.whyApproval(ctx, j, &v); err != nil || len(v.Next) > 0 {
+			return v, err
+		}
+		v = whyView{Job: j.GetId(), State: j.GetState(), Why: "nothing holds it: it was taken a moment ago", Next: []string{"coffer watch " + j.GetId()}}
 	case j.GetNotBeforeUnix() > time.Now().Unix():
 		v.Gate, v.Why = gateRetry, fmt.Sprintf("attempt %d begins after the pause that its job file asks for, at %s", j.GetAttempt(), clock(j.GetNotBeforeUnix()))
 		v.Who, v.Next = []string{"nobody: it begins by itself"}, []string{"coffer watch " + v.Job}
