@@ -114,7 +114,7 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 		return nil, "", err
 	}
 	h, err := holder.Start(ctx, holder.Config{
-		Path: a.Holder, RunDir: j.runDir, JobID: j.id, UID: sandbox.UID, GID: sandbox.GID, LogBytes: j.plan.Output.LogBytes, LogRate: j.plan.Output.LogRate(),
+		Path: a.Holder, RunDir: j.runDir, JobID: j.id, UID: sandbox.UID, GID: sandbox.GID, LogBytes: j.plan.Output.LogBytes, LogRate: j.plan.Output.LogRate(), Metrics: j.plan.Output.Metrics,
 		RegionBytes: regionBytes(j.plan.Resources), NearNode: j.nearNode(), WatchOpen: a.Rules.Opens(), Join: cgroup.Add, Procs: cgroup.Procs,
 	})
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/logs"
 	"github.com/coffer-run/coffer/runner/rules"
@@ -79,7 +80,7 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 		return err == nil
 	}
 	ended := func(st containerd.ExitStatus) (int, error) {
-		code, err := exited(st)
+		code, err := exited(st, j.plan.Output)
 		if err != nil && !alive() {
 			err = errHolderLost
 		}
@@ -125,12 +126,12 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 	}
 }
 
-func exited(st containerd.ExitStatus) (int, error) {
+func exited(st containerd.ExitStatus, out plan.Output) (int, error) {
 	code, err := sandbox.ExitCode(st)
 	if err != nil {
 		return 0, err
 	}
-	if code != 0 {
+	if code = out.ExitCode(code); code != 0 {
 		return code, &exitError{code}
 	}
 	return 0, nil
@@ -278,6 +279,6 @@ func checkpointsOf(commits []holdapi.Checkpoint) []bundle.Checkpoint {
 func statusOf(st holdapi.Status) bundle.Status {
 	return bundle.Status{
 		Started: st.Started, TraceLost: st.TraceLost, Execs: st.Execs, Dropped: st.Dropped, RegionBytes: st.RegionBytes, Scrubbed: st.Scrubbed,
-		LogBytes: st.LogBytes, LogCut: st.LogCut, Checkpoints: checkpointsOf(st.Checkpoints),
+		LogBytes: st.LogBytes, LogCut: st.LogCut, Checkpoints: checkpointsOf(st.Checkpoints), Metrics: st.Metrics,
 	}
 }

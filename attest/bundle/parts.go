@@ -77,6 +77,25 @@ type Status struct {
 	LogBytes    int64        `json:"logBytes"`
 	LogCut      int64        `json:"logCut"`
 	Checkpoints []Checkpoint `json:"checkpoints,omitempty"`
+	// Metrics is there if and only if the plan has metrics.
+	Metrics *Metrics `json:"metrics,omitempty"`
+}
+
+// Metrics is what a job reported as numbers.
+type Metrics struct {
+	// Values has those names of the plan that the job reported, in the plan's order.
+	Values []Metric `json:"values"`
+	// Cut counts values beyond the plan's bounds.
+	Cut int64 `json:"cut"`
+}
+
+// Metric is one name's values: how many, the last, the least and the most.
+type Metric struct {
+	Name  string  `json:"name"`
+	Count int64   `json:"count"`
+	Last  float64 `json:"last"`
+	Min   float64 `json:"min"`
+	Max   float64 `json:"max"`
 }
 
 // Checkpoint is one commit, as the holder reports it. Record and Signature are

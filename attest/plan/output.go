@@ -21,5 +21,5 @@ func (o Output) validate() error {
 	if o.LogBytesPerSecond < 0 {
 		return fmt.Errorf("plan log rate %d: want more than 0", o.LogBytesPerSecond)
 	}
-	return nil
+	return o.validateExit()
 }

@@ -126,6 +126,10 @@ type Output struct {
 	// LogReaders says who may read what the job printed, besides its submitter:
 	// ReadersOwners, ReadersEngineers, or, if absent, nobody.
 	LogReaders string `json:"logReaders,omitempty"`
+	// Metrics is absent where the job reports none.
+	Metrics *Metrics `json:"metrics,omitempty"`
+	// ExitCodes is ExitPassFail, or absent: then 8 bits leave.
+	ExitCodes string `json:"exitCodes,omitempty"`
 }
 
 // Resources are limits, not requests.

@@ -62,6 +62,10 @@ func parse(args []string) (hold.Config, error) {
 	gid := fs.Uint("gid", 0, "group of the job")
 	fs.Int64Var(&cfg.LogBytes, "log-bytes", 0, "bytes of log to keep")
 	fs.Int64Var(&cfg.LogRate, "log-rate", 0, "bytes of log to keep of each second, 0: the default")
+	fs.Func("metrics", "numbers that the job may report: VALUES,PER SECOND,NAME...", func(s string) (err error) {
+		cfg.Metrics, err = hold.ParseMetrics(s)
+		return err
+	})
 	procs := fs.Int("procs", 0, "descriptor of cgroup.procs of the job's control group, which this process is in")
 	fs.Int64Var(&cfg.RegionBytes, "region-bytes", 0, "bytes of memory to decrypt inputs into, 0: as many as they have")
 	fs.IntVar(&cfg.NearNode, "near-node", 0, "1 more than the number of the memory node for inputs, 0: any")

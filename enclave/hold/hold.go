@@ -72,6 +72,8 @@ type Config struct {
 	// LogRate bounds how many bytes a second are kept; plan.DefaultLogBytesPerSecond
 	// if zero.
 	LogRate int64
+	// Metrics is what of the output are numbers that people see; nil: none.
+	Metrics *plan.Metrics
 	// WatchOpen are the paths that are told of when the job opens them
 	// (holdapi.PathPattern).
 	WatchOpen []string
@@ -131,6 +133,7 @@ type Holder struct {
 	events    *eventLog
 	trace     *trace
 	budget    *budget
+	metrics   *metrics
 	stdout    *logStream
 	stderr    *logStream
 	inputFS   *inputTree
@@ -204,11 +207,12 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 	if h.session, err = keys.GenerateSession(); err != nil {
 		return nil, err
 	}
-	if h.stdout, err = openLog(h.path(holdapi.StdoutName), h.budget); err != nil {
+	h.metrics = newMetrics(cfg.Metrics, time.Now)
+	if h.stdout, err = openLog(h.path(holdapi.StdoutName), h.budget, h.metrics); err != nil {
 		return nil, err
 	}
 	h.made = append(h.made, holdapi.StdoutName)
-	if h.stderr, err = openLog(h.path(holdapi.StderrName), h.budget); err != nil {
+	if h.stderr, err = openLog(h.path(holdapi.StderrName), h.budget, nil); err != nil {
 		return nil, err
 	}
 	h.made = append(h.made, holdapi.StderrName)
@@ -778,7 +782,7 @@ func (h *Holder) status() holdapi.Status {
 
 // current is called with h.mu held.
 func (h *Holder) current() holdapi.Status {
-	s := holdapi.Status{Scrubbed: h.scrubbed, Lease: h.lease.look(), LogBytes: h.stdout.size() + h.stderr.size(), LogCut: h.budget.dropped()}
+	s := holdapi.Status{Scrubbed: h.scrubbed, Lease: h.lease.look(), LogBytes: h.stdout.size() + h.stderr.size(), LogCut: h.budget.dropped(), Metrics: h.metrics.look()}
 	h.trace.status(&s)
 	if !h.scrubbed {
 		s.RegionBytes = h.pool.Held() + h.ckptFS.held()

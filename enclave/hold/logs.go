@@ -84,7 +84,9 @@ func (b *budget) dropped() int64 {
 type logStream struct {
 	f      *os.File
 	budget *budget
-	done   chan struct{}
+	// metrics read the whole stream; nil if nobody does.
+	metrics *metrics
+	done    chan struct{}
 
 	// cutting is the reader's: the rest of a line whose beginning was dropped goes too.
 	cutting bool
@@ -98,7 +100,7 @@ type logStream struct {
 
 // openLog makes the pipe and reads it until close. It is opened for reading and
 // writing, so that no writer ever blocks on opening and none ends the stream.
-func openLog(path string, b *budget) (*logStream, error) {
+func openLog(path string, b *budget, m *metrics) (*logStream, error) {
 	if err := unix.Mkfifo(path, 0o600); err != nil {
 		return nil, fmt.Errorf("make log pipe: %w", err)
 	}
@@ -106,7 +108,7 @@ func openLog(path string, b *budget) (*logStream, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open log pipe: %w", err)
 	}
-	s := &logStream{f: os.NewFile(uintptr(fd), path), budget: b, done: make(chan struct{}), news: make(chan struct{}), last: time.Now()}
+	s := &logStream{f: os.NewFile(uintptr(fd), path), budget: b, metrics: m, done: make(chan struct{}), news: make(chan struct{}), last: time.Now()}
 	go s.read()
 	return s, nil
 }
@@ -117,6 +119,7 @@ func (s *logStream) read() {
 	for {
 		n, err := s.f.Read(buf)
 		if n > 0 {
+			s.metrics.add(buf[:n])
 			kept := s.within(buf[:n])
 			s.mu.Lock()
 			s.data = append(s.data, kept...)

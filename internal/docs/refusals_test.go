@@ -57,6 +57,7 @@ var groups = map[string][2]string{
 	"lease":        {"Whether a running job may go on.", "submit the job again when the broker answers; keys of a lapsed lease are gone"},
 	"log":          {"Whether the evidence log has what a bundle says it has.", "ask for the bundle again with coffer log prove; if it stays, the log was changed"},
 	"logs":         {"Whether a bundle's digest of what the job printed is one.", "do not rely on this bundle; ask for the job's bundle again"},
+	"metrics":      {"Whether the numbers that a bundle says the job reported are within its plan.", "do not rely on this bundle; ask for the job's bundle again"},
 	"nonce":        {"Whether evidence answers a question that the verifier just asked.", "attest again: the challenge was used, or is too old"},
 	"outcome":      {"Whether a bundle's account of how the job ended fits what it contains.", "do not rely on this bundle; ask for the job's bundle again"},
 	"part":         {"Whether a bundle has the parts that were signed, unchanged.", "ask for the job's bundle again"},

@@ -14,11 +14,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 )
 
@@ -42,6 +44,8 @@ type Config struct {
 	LogBytes int64
 	// LogRate is the job's rate of output, in bytes a second.
 	LogRate int64
+	// Metrics is what of the output are numbers that people see; nil: none.
+	Metrics *plan.Metrics
 	// WatchOpen are patterns of the paths whose opening the holder tells of.
 	WatchOpen []string
 	// RegionBytes bounds the memory that inputs are decrypted into; 0: no bound.
@@ -81,6 +85,9 @@ func Start(ctx context.Context, c Config) (_ *Holder, err error) {
 	defer procs.Close()
 	cmd := exec.Command(c.Path, "--run", c.RunDir, "--job", c.JobID, "--uid", strconv.Itoa(c.UID), "--gid", strconv.Itoa(c.GID), //nolint:gosec,noctx // the configured holder; it must outlive ctx
 		"--log-bytes", strconv.FormatInt(c.LogBytes, 10), "--log-rate", strconv.FormatInt(c.LogRate, 10), "--region-bytes", strconv.FormatInt(c.RegionBytes, 10), "--near-node", strconv.Itoa(c.NearNode), "--procs", strconv.Itoa(procsFD))
+	if m := c.Metrics; m != nil {
+		cmd.Args = append(cmd.Args, "--metrics", fmt.Sprintf("%d,%d,%s", m.MaxValues, m.ValuesPerSecond, strings.Join(m.Names, ",")))
+	}
 	for _, glob := range c.WatchOpen {
 		cmd.Args = append(cmd.Args, "--watch-open", glob)
 	}

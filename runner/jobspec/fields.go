@@ -59,6 +59,7 @@ func Fields() []Field {
 	exitLow, exitHigh := between(1, 255)
 	keepLow, keepHigh := between(1, maxKeep)
 	portLow, portHigh := between(1, 65535)
+	valueLow, valueHigh := between(1, plan.MaxMetricValues)
 	iopsLow, iopsHigh := between(1, 10_000_000)
 	eventLow, eventHigh := between(1, MaxEgressEvents)
 	nodesLow, nodesHigh := between(1, 1)
@@ -140,6 +141,12 @@ func Fields() []Field {
 		{Path: "output.egressBytes", Doc: "What the job may send to all destinations of egress together.", Want: wantSize, Default: "the sum of egress[].maxBytes", Example: "16Ki", Planned: true},
 		{Path: "output.egressBytesPerSecond", Doc: "How fast it may send altogether.", Want: wantSize, Default: "the fastest of egress[].bytesPerSecond", Example: "64Ki", Planned: true},
 		{Path: "output.egressEvents", Doc: "How many different refused destinations are told by name.", Want: fmt.Sprintf("1 to %d", MaxEgressEvents), Default: fmt.Sprint(DefaultEgressEvents), Example: "10", Planned: true, min: eventLow, max: eventHigh},
+		{Path: "output.metrics", Doc: `Numbers that people see beside the log, with bounds of their own. The job prints them on standard output, a line of JSON each time: {"step": 10, "loss": 0.42}.`, Want: "names and maxValues", Default: "none", Planned: true},
+		{Path: "output.metrics.names", Doc: "The fields of such lines that are metrics. Nothing else in them is.", Want: fmt.Sprintf("a list of at most %d names", plan.MaxMetricNames), Example: "[loss, step]", Required: true, Planned: true, minItems: 1, maxItems: plan.MaxMetricNames},
+		{Path: "output.metrics.names[]", Doc: "A metric's name.", Want: "a-z, 0-9 and _, at most 32", Example: "loss", Planned: true, pattern: "^[a-z0-9_]{1,32}$"},
+		{Path: "output.metrics.maxValues", Doc: "How many numbers may leave altogether. Each is a double, of 8 bytes.", Want: fmt.Sprintf("1 to %d", plan.MaxMetricValues), Example: "100000", Required: true, Planned: true, min: valueLow, max: valueHigh},
+		{Path: "output.metrics.valuesPerSecond", Doc: "How many may leave in a second.", Want: fmt.Sprintf("1 to %d", plan.MaxMetricValues), Default: fmt.Sprintf("%d, or maxValues if that is less", DefaultMetricValuesPerSecond), Example: "50", Planned: true, min: valueLow, max: valueHigh},
+		{Path: "output.exitCodes", Doc: "What of the job's exit code people see: all 8 bits, or whether it is 0.", Want: "any or pass-fail", Default: "any", Example: "any", Planned: true, enum: []string{"any", plan.ExitPassFail}},
 		{Path: "priority", Doc: "Orders the jobs that wait for room on the node: higher ones first.", Want: fmt.Sprintf("%d to %d", -MaxPriority, MaxPriority), Default: "0", Example: "10", min: prioLow, max: prioHigh},
 		{Path: "retry", Doc: "When a job that failed is tried again. Each attempt is a job of its own, with its own keys and evidence. Refused, revoked and cancelled jobs are never tried again.", Want: "limit", Default: "the job is tried once", Planned: true},
 		{Path: "retry.limit", Doc: "How many attempts may follow the first.", Want: fmt.Sprintf("1 to %d attempts after the first", plan.MaxRetries), Example: "2", Required: true, Planned: true, min: retryLow, max: retryHigh},

@@ -148,7 +148,10 @@ type Output struct {
 	LogKey string `yaml:"logKey,omitempty"`
 	// LogReaders is who may read the log: "submitter", and besides "owners" or
 	// "engineers".
-	LogReaders string `yaml:"logReaders,omitempty"`
+	LogReaders string   `yaml:"logReaders,omitempty"`
+	Metrics    *Metrics `yaml:"metrics,omitempty"`
+	// ExitCodes is "any" or "pass-fail".
+	ExitCodes string `yaml:"exitCodes,omitempty"`
 }
 
 // CPU is in thousandths of a core: "2" or "1500m".
@@ -317,6 +320,7 @@ func (s Spec) Plan(r Resolved) (plan.Plan, error) {
 	}
 	s.planEgress(&p)
 	s.planKeeping(&p)
+	s.Output.planMetrics(&p.Output)
 	p.Checkpoints = s.Checkpoints.plan()
 	p.Reseal = s.Reseal.plan(r.Digests)
 	if _, err := p.Canonical(); err != nil {

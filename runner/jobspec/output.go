@@ -13,6 +13,7 @@ func (c *checker) output(s *Spec) {
 		s.Output.LogBytesPerSecond = plan.DefaultLogBytesPerSecond
 	}
 	c.require(s.Output.LogBytesPerSecond <= MaxLogBytesPerSecond, "output.logBytesPerSecond", "want at most 16Mi")
+	c.metrics(s)
 	if s.Output.LogKey != "" {
 		_, err := logs.ParsePublicKey(s.Output.LogKey)
 		c.require(err == nil, "output.logKey", "%v: want x25519: or mlkem768x25519: and a public key in base64", err)

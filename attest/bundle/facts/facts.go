@@ -375,6 +375,12 @@ func (r *reader) outputs() Section {
 	}
 	var st bundle.Status
 	if part(r, bundle.HolderStatus, &st) {
+		if m := st.Metrics; m != nil {
+			for _, one := range m.Values {
+				s.add("metric "+one.Name, "%g at last, %g to %g, %d values", one.Last, one.Min, one.Max, one.Count)
+			}
+			s.add("metrics cut", "%d values beyond the budget", m.Cut)
+		}
 		s.add("programs started", "%d", st.Execs)
 		s.add("memory scrubbed", "%t", st.Scrubbed)
 	}

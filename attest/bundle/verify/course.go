@@ -60,6 +60,7 @@ func (v *verification) holder(g *check.List) {
 	}
 	v.strict(g, "holder.trace", !s.TraceLost, "a trace to the end", said(!s.TraceLost, "to the end", "lost while the job ran"))
 	v.strict(g, "holder.scrubbed", s.Scrubbed && s.RegionBytes == 0, "every region zeroed and checked", said(s.Scrubbed && s.RegionBytes == 0, "every region zeroed and checked", fmt.Sprintf("%d bytes held, scrubbed: %t", s.RegionBytes, s.Scrubbed)))
+	v.metrics(g)
 	if s.Dropped > 0 {
 		g.Skip("trace.complete", fmt.Sprintf("%d trace messages were lost by the runtime", s.Dropped))
 	}
@@ -285,6 +286,7 @@ func (v *verification) outcomeGroup() {
 	default:
 		g.Pass("outcome.stage", string(o.Stage))
 	}
+	v.exitCode(g)
 	switch {
 	case o.State == bundle.Succeeded:
 		v.success(g, last)

@@ -9,6 +9,7 @@
 package holdapi
 
 import (
+	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/plan"
 )
 
@@ -266,6 +267,8 @@ type Status struct {
 	Lease  Lease `json:"lease"`
 	// Checkpoints are the last 100 commits; Client.Checkpoints returns all.
 	Checkpoints []Checkpoint `json:"checkpoints,omitempty"`
+	// Metrics is there if the holder was told of some.
+	Metrics *bundle.Metrics `json:"metrics,omitempty"`
 }
 
 // Checkpoint is one commit. Record is its canonical signed record (enclave/seal).
