@@ -20,7 +20,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/big"
 	"reflect"
 	"sort"
@@ -208,17 +207,13 @@ func (s *Signer) Sign(typ string, claims any) (string, error) {
 		return "", err
 	}
 	// The compact form (RFC 7515, section 7.1) in one piece of memory: results are
-	// long, and the library copies them five times. Writing to memory or into a hash
-	// cannot fail.
-	enc, sum := base64.RawURLEncoding, sha512.New384()
-	var token strings.Builder
-	token.Grow(len(s.header) + enc.EncodedLen(len(body)) + enc.EncodedLen(signatureSize) + 2)
-	both := io.MultiWriter(&token, sum)
-	_, _ = io.WriteString(both, s.header+".")
-	w := base64.NewEncoder(enc, both)
-	_, _ = w.Write(body)
-	_ = w.Close()
-	r, v, err := ecdsa.Sign(rand.Reader, s.key, sum.Sum(nil))
+	// long, and the library copies them five times.
+	enc := base64.RawURLEncoding
+	token := make([]byte, 0, len(s.header)+enc.EncodedLen(len(body))+enc.EncodedLen(signatureSize)+2)
+	token = append(append(token, s.header...), '.')
+	token = enc.AppendEncode(token, body)
+	sum := sha512.Sum384(token)
+	r, v, err := ecdsa.Sign(rand.Reader, s.key, sum[:])
 	if err != nil {
 		return "", fmt.Errorf("sign %s: %w", typ, err)
 	}
@@ -226,9 +221,8 @@ func (s *Signer) Sign(typ string, claims any) (string, error) {
 	var signature [signatureSize]byte
 	r.FillBytes(signature[:signatureSize/2])
 	v.FillBytes(signature[signatureSize/2:])
-	token.WriteByte('.')
-	token.WriteString(enc.EncodeToString(signature[:]))
-	return token.String(), nil
+	token = append(token, '.')
+	return string(enc.AppendEncode(token, signature[:])), nil
 }
 
 // signatureSize is the length of an ES384 signature, in bytes.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/hpke"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -203,7 +204,7 @@ func (t *trusted) policy(want plan.Policy, l *check.List) *rego.Policy {
 // of the device, if all of the device's checks hold, and affirming only if those
 // of the whole do too.
 func appraisal(d *composite.Device, p plan.Policy, whole bool) receipt.Appraisal {
-	checks := clipAll(append(append(check.List(nil), d.Checks...), d.Accepted...))
+	checks := clipAll(slices.Concat(d.Checks, d.Accepted))
 	a := receipt.Appraisal{Status: receipt.Contraindicated, PolicyID: policyID(p), Claims: d.Claims, Checks: checks, Vector: vector(d.Kind, grades(checks))}
 	// A device on which the policy did not speak was not accepted by it.
 	accepted := d.Genuine() && len(d.Accepted) > 0
@@ -232,6 +233,9 @@ func same(l *check.List, id, expected, found, hint string) bool {
 }
 
 func clip(s string) string {
+	if plain(s) {
+		return s
+	}
 	if len(s) > maxText {
 		s = s[:maxText] + "..."
 	}
@@ -241,6 +245,16 @@ func clip(s string) string {
 		}
 		return c
 	}, s)
+}
+
+// plain is true of a text that clip leaves as it is, as nearly every one is.
+func plain(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return len(s) <= maxText
 }
 
 func clipAll(l check.List) check.List {
