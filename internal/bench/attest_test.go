@@ -66,9 +66,22 @@ func (s signature) make(t *testing.T) {
 // batch is how many operations make one timing.
 const batch = 32
 
+// spent is the processor time of a piece of work, and of the signatures and seals
+// that it must do.
+type spent struct{ work, floor time.Duration }
+
+// challengeToKey measures what verifier and broker do between a challenge and the key
+// for it: to appraise, and to release.
+func challengeToKey(t *testing.T) []row {
+	appraising, a := appraisal(t)
+	releasing, r := release(t)
+	return append(append(appraising, releasing...),
+		atMost("challenge to key: appraisal and release / the signatures and seals they must do, processor time", float64(a.work+r.work)/float64(a.floor+r.floor), "x", 1.5))
+}
+
 // appraisal measures the verifier on a job's whole evidence: SEV-SNP report,
 // TPM quote, one H100's report.
-func appraisal(t *testing.T) []row {
+func appraisal(t *testing.T) ([]row, spent) {
 	oneCore(t)
 	// As the daemon runs.
 	was := debug.SetGCPercent(verifierd.GCPercent)
@@ -188,7 +201,7 @@ func appraisal(t *testing.T) []row {
 		info("  appraisal, chains never seen / 3 P-384 and 1 P-256 verified", coldRatio, "x"),
 		info("  appraisal, chains never seen", micros(cold[0]), "us"),
 		atMost("memory allocated by one appraisal", memory, "MiB", 1),
-	}, severalGPUs(t)...)
+	}, severalGPUs(t)...), spent{c[0], c[1] + c[2]}
 }
 
 // severalGPUs measures how the appraisal of eight GPUs, of evidence with nothing
@@ -235,7 +248,7 @@ type attested struct {
 }
 
 // release measures the broker over SQLite on a disk.
-func release(t *testing.T) []row {
+func release(t *testing.T) ([]row, spent) {
 	oneCore(t)
 	dir := t.TempDir()
 	store := must[*serve.Store](t)(serve.OpenStore(t.Context(), filepath.Join(dir, "broker.db"), bundletest.BrokerID))
@@ -300,20 +313,20 @@ func release(t *testing.T) []row {
 		}
 	}
 	// In turn, one by one: what a release leaves of the caches, its floor gets too.
-	var spent [2]time.Duration
+	var parts [2]time.Duration
 	each := func() time.Duration {
 		var took time.Duration
-		spent = [2]time.Duration{}
+		parts = [2]time.Duration{}
 		for range perRound {
 			before := processor()
 			took += timed(1, one)
 			between := processor()
 			floor()
-			spent[0], spent[1] = spent[0]+between-before, spent[1]+processor()-between
+			parts[0], parts[1] = parts[0]+between-before, parts[1]+processor()-between
 		}
 		return took / perRound
 	}
-	part := func(i int) func() time.Duration { return func() time.Duration { return spent[i] / perRound } }
+	part := func(i int) func() time.Duration { return func() time.Duration { return parts[i] / perRound } }
 	m, ratio := rounds(t, n-1, func(s sample) float64 { return float64(s[1]) / float64(s[2]) }, each, part(0), part(1), func() time.Duration { return timed(perRound, fsync) })
 	rows := []row{
 		atMost("release with durable commit, one core / the signatures and seals it must do, processor time", ratio, "x", 1.5),
@@ -323,7 +336,7 @@ func release(t *testing.T) []row {
 		info("  write and fsync of 4 KiB on this disk", micros(m[3]), "us"),
 	}
 	rows = append(rows, underLoad(t, loaded, 1, one, m[2])...)
-	return append(rows, underLoad(t, loaded, 2, one, m[2])...)
+	return append(rows, underLoad(t, loaded, 2, one, m[2])...), spent{m[1], m[2]}
 }
 
 // underLoad has clients ask at once, each for the next release as soon as it has

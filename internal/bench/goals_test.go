@@ -44,7 +44,7 @@ func TestGoals(t *testing.T) {
 	for _, part := range []struct {
 		name    string
 		measure func(*testing.T) []row
-	}{{"start-up", startUp}, {"appraisal", appraisal}, {"release", release}, {"regions", regions}, {"checkpoints", checkpoints}, {"journal", agentJournal}, {"inside", inside}, {"submit", submitToStart}} {
+	}{{"start-up", startUp}, {"challenge to key", challengeToKey}, {"regions", regions}, {"checkpoints", checkpoints}, {"journal", agentJournal}, {"inside", inside}, {"submit", submitToStart}} {
 		fmt.Println("measuring", part.name)
 		t.Run(part.name, func(t *testing.T) { rows = append(rows, part.measure(t)...) })
 	}

@@ -84,7 +84,8 @@ func (n *node) documented(t *testing.T, section, file, dir string, replace *stri
 }
 
 // TestKeyStoreOfAnOwner trains from weights whose key only a token can open. Its
-// owner gives the key, takes it back, and makes another version of it.
+// owner gives the key, takes it back, also from a job that runs, and makes another
+// version of it.
 func TestKeyStoreOfAnOwner(t *testing.T) {
 	n := need(t)
 	k := n.token(t)
@@ -138,8 +139,27 @@ func TestKeyStoreOfAnOwner(t *testing.T) {
 		t.Fatalf("with the key in the token: %+v", s)
 	}
 
+	// A job that is running, of an owner who wants none to run on.
+	n.must(t, "assets", "policy", "hsm-model", "--stop-at-key-disabled")
+	sleeps := n.jobFile(t, "hsm-sleeps", func(s string) string {
+		return strings.NewReplacer("asset: model\n", "asset: hsm-model\n", "file://"+n.model+"\n", "file://"+sealed+"\n", trains, `[/usr/bin/python3, -c, "import time; time.sleep(300)"]`).Replace(s)
+	})
+	n.must(t, "grant", "create", "--plan", n.planDigest(t, sleeps), "--asset", "data", "--asset", "hsm-model", "--asset", "ckpt", "--allow-simulated", "--releases", "1")
+	id := n.submit(t, sleeps)
+	n.wait(t, id, "running", running)
+
 	k.owner(t, "disable")
 	began := time.Now()
+	n.gone(t, id, time.Minute)
+	t.Logf("a running job is gone %s after its key was disabled", time.Since(began).Round(time.Millisecond))
+	if s := n.wait(t, id, "ended", ended); s.State != "failed" || !strings.Contains(s.Message, "key-disabled") {
+		t.Errorf("the key of a running job is disabled: %+v", s)
+	}
+	if o, _ := n.stopOf(t, id); !strings.Contains(o.Stop.By, "key-disabled") {
+		t.Errorf("the evidence does not say why it was stopped: %+v", o)
+	}
+
+	began = time.Now()
 	s := run(t)
 	t.Logf("refused %s after it was submitted: %s", time.Since(began).Round(time.Millisecond), s.Message)
 	if s.State != "refused" || s.Stage != "release" || len(s.Checks) != 1 || s.Checks[0].ID != "asset.key-disabled" {
