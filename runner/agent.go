@@ -267,7 +267,7 @@ func (j *Job) assetDigest(asset string) plan.Digest {
 			return in.Digest
 		}
 	}
-	if r := j.plan.Reseal; r != nil && r.Asset == asset {
+	if r := j.plan.Reseal; r != nil && r.Asset == asset && !r.Checkpoint {
 		return r.Digest
 	}
 	return ""

@@ -31,8 +31,15 @@ func (a *Agent) admitReseal(ctx context.Context, r *jobspec.Reseal, digests map[
 	if err != nil {
 		return "", err
 	}
-	if digests[r.Asset], err = plan.ParseDigest(from.GetDigest()); err != nil {
-		return "", fmt.Errorf("asset %s cannot be sealed anew: %w", r.Asset, err)
+	switch checkpoints := from.GetKind() == brokerv1.AssetKind_ASSET_KIND_CHECKPOINTS; {
+	case r.Checkpoint != "" && !checkpoints:
+		return "", fmt.Errorf("asset %s is not one of checkpoints: leave reseal.checkpoint out", r.Asset)
+	case r.Checkpoint == "" && checkpoints:
+		return "", fmt.Errorf("asset %s is one of checkpoints: name one of them with reseal.checkpoint", r.Asset)
+	case r.Checkpoint == "":
+		if digests[r.Asset], err = plan.ParseDigest(from.GetDigest()); err != nil {
+			return "", fmt.Errorf("asset %s cannot be sealed anew: %w", r.Asset, err)
+		}
 	}
 	to, err := a.Broker.Asset(ctx, r.To)
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -134,6 +135,44 @@ func TestCommitReseal(t *testing.T) {
 		t.Errorf("a second digest: %v", err)
 	}
 	must[translog.Head](t)(w.CheckLog(t.Context()))
+}
+
+// An export seals one checkpoint anew, as weights or a data set of the same owner.
+func TestCommitExport(t *testing.T) {
+	w := newWorld(t, false)
+	checkpoint := plan.Sum([]byte("a checkpoint"))
+	export := func(t *testing.T, name, source, to string, change func(*plan.Reseal)) resealJob {
+		p := must[plan.Plan](t)(plan.Parse(resealPlan(t, source, to)))
+		p.Reseal.Digest, p.Reseal.Checkpoint = checkpoint, true
+		if change != nil {
+			change(p.Reseal)
+		}
+		doc := must[[]byte](t)(p.Canonical())
+		g := w.grant(t, func(n *broker.NewGrant) { n.Assets, n.Plan, n.MaxReleases = []string{source, to}, plan.Sum(doc), 9 })
+		return resealJob{newJob(t, w, func(r *receipt.Result) { r.JobID, r.PlanDigest = name, plan.Sum(doc) }), doc, g}
+	}
+	commit := func(t *testing.T, j resealJob, source, to string) error {
+		j.keys(t, w, source, to)
+		record, signature := j.sealed(t, j.session, nil)
+		_, err := w.CommitReseal(t.Context(), node, j.result.JobID, j.plan, record, signature)
+		return err
+	}
+	w.asset(t, alice, "ckpt", broker.KindCheckpoints)
+	w.openAsset(t, alice, "exported", broker.KindWeights)
+	j := export(t, "job-e", "ckpt", "exported", nil)
+	if err := commit(t, j, "ckpt", "exported"); err != nil {
+		t.Errorf("an export: %v", err)
+	}
+	if a := must[broker.Asset](t)(w.ReadAsset(t.Context(), alice, "exported")); a.Digest != plan.Sum([]byte("sealed anew")) {
+		t.Errorf("the new asset has digest %q", a.Digest)
+	}
+	w.openAsset(t, alice, "exported-2", broker.KindWeights)
+	if err := commit(t, export(t, "job-w", "weights", "exported-2", nil), "weights", "exported-2"); !refusedWith(err, "reseal.source") {
+		t.Errorf("weights as a checkpoint: %v", err)
+	}
+	if err := commit(t, export(t, "job-c", "ckpt", "exported-2", func(r *plan.Reseal) { r.Checkpoint = false }), "ckpt", "exported-2"); err == nil || !strings.Contains(err.Error(), "reseal.source: ") {
+		t.Errorf("checkpoints without saying so: %v", err)
+	}
 }
 
 // The key of an open asset is for the plan that seals it, and for no other.

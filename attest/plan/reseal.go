@@ -11,6 +11,9 @@ type Reseal struct {
 	// Asset is the source, and Digest that of its sealed manifest.
 	Asset  string `json:"asset"`
 	Digest Digest `json:"digest"`
+	// Checkpoint: the source is one checkpoint of those under the key of Asset, which
+	// has no digest of its own.
+	Checkpoint bool `json:"checkpoint,omitempty"`
 	// To is the asset under whose key the files are sealed. Its digest is open: the
 	// job sets it.
 	To string `json:"to"`

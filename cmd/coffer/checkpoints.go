@@ -29,7 +29,7 @@ import (
 )
 
 func (c *cli) checkpointsCmd() *cobra.Command {
-	return group("checkpoints", "List, check and resume from sealed checkpoints", c.checkpointsLsCmd(), c.checkpointsVerifyCmd(), c.resumeFromCmd())
+	return group("checkpoints", "List, check, resume from and export sealed checkpoints", c.checkpointsLsCmd(), c.checkpointsVerifyCmd(), c.resumeFromCmd(), c.checkpointsExportCmd())
 }
 
 type checkpointView struct {

@@ -69,7 +69,7 @@ type Entry struct {
 	Size       int64
 	CipherSize int64
 	// PlainRoot is the Merkle root over the plaintext's chunks. It is empty in a
-	// checkpoint.
+	// checkpoint, and in what was sealed anew from one.
 	PlainRoot Root
 
 	salt []byte

@@ -79,7 +79,8 @@ type resealing struct {
 // key into the new folder r.Name of the sink, with chunks of the same size. The
 // plaintext is in memory only, a chunk for each worker, which its ciphertext
 // overwrites. Each file's Merkle root over the plaintext must be the one in the
-// source's manifest; checkpoints have none and are refused.
+// source's manifest. Checkpoints have none, nor has what is made of them: there the
+// ciphertext is held against the manifest before it is opened.
 //
 // It may be called again after it ended in any way, by the same job or another
 // one of the same plan: files whose record and ciphertext hold are kept, every
@@ -113,11 +114,6 @@ func (w *resealing) prepare(sink *os.Root) (err error) {
 	}
 	if w.entries, err = w.From.Entries(w.FromKey); err != nil {
 		return err
-	}
-	for _, e := range w.entries {
-		if e.PlainRoot == "" {
-			return errors.New("the source is a checkpoint: its manifest has no digests of plaintext to compare with")
-		}
 	}
 	w.about = receipt.Resealing{JobID: w.JobID, Plan: w.Plan, From: w.From.manifest.Asset, FromDigest: w.From.digest, To: w.To}
 	if w.tagKey, err = w.ToKey.Derive(nil, infoReseal, sha256.Size); err != nil {
@@ -221,10 +217,15 @@ func (w *resealing) run(ctx context.Context, sink *os.Root) (SignedReseal, error
 	return w.sign(last)
 }
 
-// file seals entry i anew and compares the plaintext with the source's manifest.
+// file seals entry i anew and compares it with the source's manifest.
 func (w *resealing) file(ctx context.Context, i int, e Entry) (SealedFile, []byte, error) {
 	for _, err := range []error{w.records.Remove(e.ID + resealSuffix), w.work.Remove(SealedName(e.ID))} {
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return SealedFile{}, nil, err
+		}
+	}
+	if e.PlainRoot == "" {
+		if err := w.From.checkFile(ctx, w.From.manifest.Files[i]); err != nil {
 			return SealedFile{}, nil, err
 		}
 	}
@@ -241,7 +242,7 @@ func (w *resealing) file(ctx context.Context, i int, e Entry) (SealedFile, []byt
 	if err != nil {
 		return SealedFile{}, nil, err
 	}
-	if got.Root != e.PlainRoot {
+	if e.PlainRoot != "" && got.Root != e.PlainRoot {
 		return SealedFile{}, nil, fmt.Errorf("%w: its plaintext is not the one in its manifest", ErrDamaged)
 	}
 	w.o.at()

@@ -322,17 +322,44 @@ func TestResealRefuses(t *testing.T) {
 	}
 }
 
-// Checkpoints have no digests of plaintext: nothing would show that it is the same.
-func TestResealRefusesCheckpoints(t *testing.T) {
+// Checkpoints have no digests of plaintext: their ciphertext must be the manifest's.
+func TestResealOfACheckpoint(t *testing.T) {
 	w := resealTest(t)
 	dir := t.TempDir()
 	c, err := commitFor(t, dir, 1, "", Options{})
 	must(t, err)
-	f, err := ReadFolder(openRoot(t, filepath.Join(dir, "000001-c")), "ckpt", c.Record.Digest)
+	source := filepath.Join(dir, "000001-c")
+	w.files = map[string][]byte{"a": pattern(2 * testChunk), "b": pattern(10)}
+	w.r.From, err = ReadFolder(openRoot(t, source), "ckpt", c.Record.Digest)
 	must(t, err)
-	w.r.From = f
-	if _, err := w.run(t); err == nil || !strings.Contains(err.Error(), "checkpoint") {
-		t.Errorf("%v", err)
+
+	// The first chunk of a is sealed again under its key and nonce: its tag holds.
+	p := filepath.Join(source, SealedName("000000"))
+	good := mustRead(t, p)
+	_, aead, err := parseHeader(w.from, good[:PayloadOffset])
+	must(t, err)
+	var nonce [12]byte
+	setNonce(&nonce, 0, false)
+	forged := append(slices.Clone(good[:PayloadOffset]), aead.Seal(nil, nonce[:], make([]byte, testChunk), good[:PayloadOffset])...)
+	must(t, os.WriteFile(p, append(forged, good[len(forged):]...), 0o600))
+	if _, err := w.run(t); !errors.Is(err, ErrDamaged) {
+		t.Errorf("ciphertext that is not the manifest's: %v", err)
+	}
+	must(t, os.WriteFile(p, good, 0o600))
+
+	r, err := w.run(t)
+	must(t, err)
+	w.whole(t, r.Digest)
+	// What was sealed anew is kept by whoever begins again, and can be sealed anew.
+	again, err := w.run(t)
+	if err != nil || again.Digest != r.Digest {
+		t.Errorf("%+v %v", again, err)
+	}
+	w.r.From, err = ReadFolder(openRoot(t, filepath.Join(w.sink, "model")), "new", r.Digest)
+	must(t, err)
+	w.r.FromKey, w.r.ToKey, w.r.To, w.r.Name = w.to, testKey(t, 3), "newer", "second"
+	if _, err := w.run(t); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -105,6 +105,8 @@ func Fields() []Field {
 		{Path: "reseal.asset", Doc: "The asset whose key opens the source. The plan has the digest of what was sealed.", Want: wantAsset, Example: "fashion-mnist", Required: true, Planned: true, pattern: namePattern},
 		{Path: "reseal.uri", Doc: "Where the source's sealed folder lies, as for an input.",
 			Want: "file:///absolute/path, s3://bucket/prefix, gs://bucket/prefix or azblob://container/prefix", Example: "file:///var/lib/coffer/demo/fashion-mnist", Required: true},
+		{Path: "reseal.checkpoint", Doc: "Where the asset is that of checkpoints: which one of them is the source.",
+			Want: "the digest of a checkpoint", Default: "the asset has a digest", Example: "sha384:" + strings.Repeat("ab", 48), Planned: true},
 		{Path: "reseal.to", Doc: "The asset whose key seals it anew. Its digest is open until the job has set it.", Want: wantAsset, Example: "fashion-mnist-2", Required: true, Planned: true, pattern: namePattern},
 		{Path: "reseal.out", Doc: "The folder of the node that is made. A job that is submitted again with the same one keeps the files that hold.",
 			Want: "file:///absolute/path", Example: "file:///var/lib/coffer/demo/fashion-mnist-2", Required: true},

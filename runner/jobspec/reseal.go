@@ -16,6 +16,9 @@ type Reseal struct {
 	Asset string `yaml:"asset"`
 	// URI is where its sealed folder lies, as for an input.
 	URI string `yaml:"uri"`
+	// Checkpoint is the digest of one checkpoint, where Asset is that of checkpoints;
+	// empty elsewhere.
+	Checkpoint plan.Digest `yaml:"checkpoint,omitempty"`
 	// To is the asset under whose key it is sealed, whose digest is open.
 	To string `yaml:"to"`
 	// Out is the folder of the node that is made: "file:///absolute/path".
@@ -47,6 +50,10 @@ func (c *checker) reseal(s *Spec) {
 	c.folder(r.Out, "reseal.out", "")
 	_, name, err := r.Folder()
 	c.require(err == nil && !strings.HasSuffix(name, ".tmp"), "reseal.out", "%.200q: want the folder that is made, in one that is there", r.Out)
+	if r.Checkpoint != "" {
+		_, err := plan.ParseDigest(string(r.Checkpoint))
+		c.require(err == nil, "reseal.checkpoint", "%.120q: want the digest of a checkpoint", r.Checkpoint)
+	}
 	c.require(r.Asset != r.To, "reseal.to", "%q is the asset itself", r.To)
 	for field, there := range map[string]bool{
 		"env": len(s.Env) > 0, "inputs": len(s.Inputs) > 0, "secrets": len(s.Secrets) > 0, "checkpoints": s.Checkpoints != nil, "egress": len(s.Egress) > 0, "resources.gpus": s.Resources.GPUs != 0,
@@ -62,6 +69,9 @@ const resealAlone = "a job that reseals has no container: leave this out"
 func (r *Reseal) plan(digests map[string]plan.Digest) *plan.Reseal {
 	if r == nil {
 		return nil
+	}
+	if r.Checkpoint != "" {
+		return &plan.Reseal{Asset: r.Asset, Digest: r.Checkpoint, Checkpoint: true, To: r.To}
 	}
 	return &plan.Reseal{Asset: r.Asset, Digest: digests[r.Asset], To: r.To}
 }

@@ -41,6 +41,13 @@ func TestReseal(t *testing.T) {
 	if _, err := s.Plan(Resolved{Policy: plan.Policy{Name: "production", Digest: d}, Profile: none}); err == nil {
 		t.Error("a plan without the source's digest")
 	}
+	export, err := Parse([]byte(strings.Replace(resealFile, "  to:", "  checkpoint: "+string(d)+"\n  to:", 1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, err := export.Plan(Resolved{Policy: plan.Policy{Name: "production", Digest: d}, Profile: none}); err != nil || *p.Reseal != (plan.Reseal{Asset: "weights", Digest: d, Checkpoint: true, To: "weights-2"}) {
+		t.Errorf("%+v %v", p.Reseal, err)
+	}
 	if parent, name, err := s.Reseal.Folder(); parent != "file:///srv" || name != "weights-2" || err != nil {
 		t.Errorf("%s %s %v", parent, name, err)
 	}

@@ -207,8 +207,9 @@ type Options struct {
 	ImageSignature []byte
 	// CC is what the plan asks of confidential computing on its GPUs.
 	CC string
-	// Reseal makes it a job without a container, which seals weights anew.
-	Reseal bool
+	// Reseal makes it a job without a container, which seals weights anew; Export, with
+	// it, one that seals a checkpoint anew.
+	Reseal, Export bool
 	// RefuseAdmit ends the job before there is a holder.
 	RefuseAdmit bool
 }
@@ -229,7 +230,7 @@ func (l *Lab) Job(o Options) (*Job, error) {
 		return nil, fmt.Errorf("documents: %w", err)
 	}
 	if o.Reseal {
-		if err := j.resealPlan(); err != nil {
+		if err := j.resealPlan(o.Export); err != nil {
 			return nil, fmt.Errorf("documents: %w", err)
 		}
 	}

@@ -12,13 +12,13 @@ import (
 
 // resealPlan makes the documents those of a job that seals "weights" anew as
 // "weights-2", without a container.
-func (j *Job) resealPlan() error {
+func (j *Job) resealPlan(export bool) error {
 	none, err := plan.NoContainer().Digest()
 	if err != nil {
 		return err
 	}
 	j.plan = plan.Plan{
-		Version: plan.Version, Name: "reseal", Inputs: []plan.Input{}, Reseal: &plan.Reseal{Asset: "weights", Digest: plan.Sum([]byte("weights")), To: "weights-2"},
+		Version: plan.Version, Name: "reseal", Inputs: []plan.Input{}, Reseal: &plan.Reseal{Asset: "weights", Digest: plan.Sum([]byte("weights")), Checkpoint: export, To: "weights-2"},
 		Output: plan.Output{LogBytes: 1 << 20}, Resources: plan.Resources{CPUMillis: 1000, MemoryBytes: 1 << 30, Pids: 100, MaxSeconds: 60},
 		Policy: j.plan.Policy, SandboxProfile: none,
 	}
@@ -38,7 +38,7 @@ func (j *Job) reseal() error {
 	var tokens []string
 	for i, asset := range []string{"weights", "weights-2"} {
 		digest := j.plan.Reseal.Digest
-		if asset == j.plan.Reseal.To {
+		if asset == j.plan.Reseal.To || j.plan.Reseal.Checkpoint {
 			digest = ""
 		}
 		token, err := j.Release(receipt.Release{

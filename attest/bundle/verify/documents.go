@@ -293,6 +293,9 @@ func (v *verification) assets() map[string]plan.Digest {
 	}
 	if r := v.pl.Reseal; r != nil {
 		out[r.Asset], out[r.To] = r.Digest, ""
+		if r.Checkpoint {
+			out[r.Asset] = ""
+		}
 	}
 	return out
 }

@@ -27,6 +27,21 @@ func TestResealedJob(t *testing.T) {
 	}
 }
 
+// The asset of an exported checkpoint has no digest: the plan has the checkpoint's.
+func TestExportedCheckpoint(t *testing.T) {
+	l := newLab(t)
+	r := verify.Verify(build(t, newJob(t, l, bundletest.Options{Reseal: true, Export: true})), pinned(t, l))
+	if r.Verdict != verify.Verified {
+		dump(t, r)
+		t.Fatalf("%s: %s", r.Verdict, r.Summary)
+	}
+	for _, id := range []string{"reseal.from", "reseal.to", "reseal.countersignature", "release.complete"} {
+		if !passes(r, id) {
+			t.Errorf("%s does not pass", id)
+		}
+	}
+}
+
 // Each lie here is told by an agent that has the job's key and the broker's answer
 // to it, so that the one check named stands against it.
 func TestResealLies(t *testing.T) {
