@@ -48,11 +48,12 @@ func TestPlanPredictsTheVerdict(t *testing.T) {
 func TestBudget(t *testing.T) {
 	n := need(t)
 	job := n.jobFile(t, "budget", func(s string) string {
-		return strings.Replace(s, `EPOCHS: "1"`, `EPOCHS: "50"`, 1) + "\nbudget: {gpuTime: 4s}\nretry: {limit: 2, onEvents: [deadline]}\n"
+		return strings.Replace(s, `EPOCHS: "1"`, `EPOCHS: "50"`, 1) + "\nbudget: {gpuTime: 2s}\nretry: {limit: 2, onEvents: [deadline]}\n"
 	})
 	n.grant(t, n.planDigest(t, job), 3)
 	s := n.wait(t, n.submit(t, job), "ended", ended)
 	if s.State != "failed" || s.Reason != "budget" {
 		t.Errorf("%+v", s)
 	}
+	n.verified(t, s.ID)
 }
