@@ -4,6 +4,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -189,4 +190,25 @@ func TestReferencesRefuse(t *testing.T) {
 			t.Fatal("compiles")
 		}
 	})
+}
+
+// A decision that is remembered ends with the file that it rests on, while the source
+// has another that is valid.
+func TestExpiryEndsRememberedDecisions(t *testing.T) {
+	p, s := sourced(t)
+	without := everything()
+	without.SNP.Measurements = without.SNP.Measurements[:1]
+	c, e := compiled(t, p, opened(t, p, s, time.Hour, everything()), opened(t, p, s, 3*time.Hour, without)), referenced()
+	for range 2 {
+		for at, want := range map[time.Duration]string{0: "", 59 * time.Minute: "", 2 * time.Hour: "policy.snp.measurement", 4 * time.Hour: "policy.references"} {
+			e.Now = now.Add(at)
+			var failed []string
+			for _, f := range c.Decide(e).All().Failed() {
+				failed = append(failed, f.ID)
+			}
+			if want == "" && len(failed) > 0 || want != "" && !slices.Contains(failed, want) {
+				t.Errorf("after %s: failed %v, want %q", at, failed, want)
+			}
+		}
+	}
 }
