@@ -165,6 +165,7 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
+	box.ReadBinaries() // beside the job's attestation
 	j.sandbox, j.record.Sandbox, j.record.ImageSignature = box, box.Description(), j.signature
 	if err := a.Journal.Leave(ctx, j.id, string(bundle.StageSandbox), j.record); err != nil {
 		return nil, "", err

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/sha512"
 	"encoding/hex"
@@ -91,4 +92,42 @@ func readPieces(path string) ([]piece, error) {
 		})
 	}
 	return out, group.Wait()
+}
+
+// binaries are the digests of the programs that a node runs sandboxes with.
+type binaries struct {
+	runsc, shim plan.Digest
+	err         error
+}
+
+// readBinaries reads them again.
+func (n *Node) readBinaries() (b binaries) {
+	if b.runsc, b.err = n.runsc.digestNow(n.cfg.Runsc); b.err == nil {
+		b.shim, b.err = n.shim.digestNow(n.cfg.ShimPath)
+	}
+	return b
+}
+
+// ReadBinaries begins to read the runtime's binaries for the next Recheck, which reads
+// them itself otherwise. The sandbox's process and its shim have been executed from them
+// when it was created: what is read from then on tells of them no less than what is read
+// right before the start, which executes the runtime only to tell that process to go on.
+func (s *Sandbox) ReadBinaries() {
+	read := make(chan binaries, 1)
+	s.read = read
+	go func() { read <- s.node.readBinaries() }()
+}
+
+// binariesRead waits for what ReadBinaries began, once.
+func (s *Sandbox) binariesRead(ctx context.Context) binaries {
+	if s.read == nil {
+		return s.node.readBinaries()
+	}
+	select {
+	case b := <-s.read:
+		s.read = nil
+		return b
+	case <-ctx.Done():
+		return binaries{err: ctx.Err()}
+	}
 }

@@ -206,6 +206,7 @@ type Sandbox struct {
 	task        containerd.Task
 	exit        <-chan containerd.ExitStatus
 	unwatch     context.CancelFunc
+	read        <-chan binaries // what ReadBinaries began
 }
 
 // Create makes the container and its runtime process, not yet started. The
@@ -400,16 +401,12 @@ func (s *Sandbox) Recheck(ctx context.Context, p plan.Plan) error {
 		return err
 	}
 	equal("sandbox.trace", plan.Sum(want), plan.Sum(canonical))
-	runsc, err := s.node.runsc.digestNow(s.node.cfg.Runsc)
-	if err != nil {
-		return err
+	b := s.binariesRead(ctx)
+	if b.err != nil {
+		return b.err
 	}
-	equal("sandbox.runtime", d.Profile.RuntimeDigest, runsc)
-	shim, err := s.node.shim.digestNow(s.node.cfg.ShimPath)
-	if err != nil {
-		return err
-	}
-	equal("sandbox.shim", d.Profile.ShimDigest, shim)
+	equal("sandbox.runtime", d.Profile.RuntimeDigest, b.runsc)
+	equal("sandbox.shim", d.Profile.ShimDigest, b.shim)
 
 	wantSpec, err := plan.Canonical(d.Spec)
 	if err != nil {

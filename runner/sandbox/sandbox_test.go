@@ -361,6 +361,12 @@ func TestRecheckNamesWhatChanged(t *testing.T) {
 			n.cfg.Runsc = "/bin/true"
 			t.Cleanup(func() { n.cfg.Runsc = old })
 		}},
+		{"another runtime, which was read before", "sandbox.runtime", func(t *testing.T) {
+			old := n.cfg.Runsc
+			n.cfg.Runsc = "/bin/true"
+			j.ReadBinaries()
+			t.Cleanup(func() { n.cfg.Runsc = old })
+		}},
 		{"another shim", "sandbox.shim", func(t *testing.T) {
 			old := n.cfg.ShimPath
 			n.cfg.ShimPath = "/bin/true"
