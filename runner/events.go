@@ -77,14 +77,18 @@ func (f *feed) cutMore(cut int64) bool {
 	return true
 }
 
-// addLog adds lines. They stay in memory only if they cannot be kept.
-func (f *feed) addLog(l logs.Entry) error {
+// addLog adds lines. What fails to keep them is handed to again, which may repeat it; if
+// they cannot be kept they stay in memory only.
+func (f *feed) addLog(l logs.Entry, again func(err error, f func() error) error) error {
 	e := &agentv1.LogEvent{Stream: l.Stream, Offset: l.Offset}
 	kept, _ := f.kept()
 	var ref logs.Ref
 	var err error
 	if kept != nil {
-		ref, err = kept.Append(l)
+		write := func() (err error) { ref, err = kept.Append(l); return err }
+		if err = write(); err != nil {
+			err = again(err, write)
+		}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -20,9 +20,8 @@ const (
 	logWait = 200 * time.Millisecond
 )
 
-// openLog begins what is kept of the job's output. Without it the newest lines are
-// in memory alone: a full disk ends no job.
-func (a *Agent) openLog(ctx context.Context, j *Job) *logs.Log {
+// openLog begins what is kept of the job's output.
+func (a *Agent) openLog(j *Job) error {
 	if a.Logs == nil {
 		return nil
 	}
@@ -30,16 +29,42 @@ func (a *Agent) openLog(ctx context.Context, j *Job) *logs.Log {
 	if k := j.spec.Output.LogKey; k != "" {
 		var err error
 		if to, err = logs.ParsePublicKey(k); err != nil {
-			a.log.ErrorContext(ctx, "no log is kept", slog.String("job", j.id), slog.Any("error", err))
-			return nil
+			return err
 		}
 	}
 	l, err := a.Logs.Create(j.id, j.plan.Output.LogBytes, to)
 	if err != nil {
-		a.log.ErrorContext(ctx, "no log is kept", slog.String("job", j.id), slog.Any("error", err))
-		return nil
+		return err
 	}
-	return l
+	j.feed.keep(l)
+	return nil
+}
+
+// logPatience bounds how long output waits in the holder for a full disk to have room.
+// After it the newest lines are in memory alone: a full disk ends no job.
+const logPatience = 15 * time.Second
+
+// openLogLater tries again until there is room.
+func (a *Agent) openLogLater(ctx context.Context, j *Job, err error) {
+	err = a.untilThereIsRoom(ctx, j, err, func() error { return a.openLog(j) })
+	if err != nil {
+		a.log.ErrorContext(ctx, "no log is kept", slog.String("job", j.id), slog.Any("error", err))
+	}
+}
+
+// untilThereIsRoom repeats what failed with err, while the agent and the job run, and
+// not for longer than logPatience.
+func (a *Agent) untilThereIsRoom(ctx context.Context, j *Job, err error, f func() error) error {
+	for began := time.Now(); err != nil && time.Since(began) < logPatience; err = f() {
+		select {
+		case <-time.After(logWait):
+		case <-ctx.Done():
+			return err
+		case <-j.finished:
+			return err
+		}
+	}
+	return err
 }
 
 // pumpLog passes one stream on, in whole lines where they are not too long and
@@ -93,7 +118,7 @@ func (a *Agent) say(ctx context.Context, j *Job, stream string, offset int64, b 
 	for len(b) > 0 {
 		n := min(len(b), logs.MaxData)
 		e := logs.Entry{Stream: stream, Offset: offset, At: time.Now(), Data: bytes.Clone(b[:n])}
-		if err := j.feed.addLog(e); err != nil {
+		if err := j.feed.addLog(e, func(err error, f func() error) error { return a.untilThereIsRoom(ctx, j, err, f) }); err != nil {
 			a.log.WarnContext(ctx, "keep the log", slog.String("job", j.id), slog.Any("error", err))
 		}
 		b, offset = b[n:], offset+int64(n)

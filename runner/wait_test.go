@@ -188,7 +188,7 @@ func TestFeedKeepsLinesOnDisk(t *testing.T) {
 	var want strings.Builder
 	for i := range 3000 {
 		line := strings.Repeat(string(rune('a'+i%26)), 1000) + "\n"
-		if err := f.addLog(logs.Entry{Stream: logs.Stdout, Offset: int64(want.Len()), At: time.Now(), Data: []byte(line)}); err != nil {
+		if err := f.addLog(logs.Entry{Stream: logs.Stdout, Offset: int64(want.Len()), At: time.Now(), Data: []byte(line)}, func(err error, _ func() error) error { return err }); err != nil {
 			t.Fatal(err)
 		}
 		want.WriteString(line)

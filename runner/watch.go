@@ -145,12 +145,21 @@ func (a *Agent) pump(j *Job) {
 	ctx := a.ctx
 	a.beginWatching(ctx, j)
 	a.followEgress(j)
-	j.feed.keep(a.openLog(ctx, j))
-	for _, stream := range []string{logs.Stdout, logs.Stderr} {
+	follow := func() {
+		for _, stream := range []string{logs.Stdout, logs.Stderr} {
+			j.pumps.Go(func() {
+				if err := a.pumpLog(ctx, j, stream); err != nil && ctx.Err() == nil {
+					a.log.WarnContext(ctx, "follow log", slog.String("job", j.id), slog.String("stream", stream), slog.Any("error", err))
+				}
+			})
+		}
+	}
+	if err := a.openLog(j); err == nil {
+		follow()
+	} else {
 		j.pumps.Go(func() {
-			if err := a.pumpLog(ctx, j, stream); err != nil && ctx.Err() == nil {
-				a.log.WarnContext(ctx, "follow log", slog.String("job", j.id), slog.String("stream", stream), slog.Any("error", err))
-			}
+			a.openLogLater(ctx, j, err)
+			follow()
 		})
 	}
 	j.pumps.Go(func() {

@@ -80,13 +80,20 @@ func jobForm(job string) error {
 // Create begins a job's log anew: what an earlier agent wrote of it goes, because
 // the holder tells everything again from its beginning. budget is how many bytes
 // the job may print. With to, the log is sealed to that key.
-func (s *Store) Create(job string, budget int64, to *PublicKey) (*Log, error) {
+func (s *Store) Create(job string, budget int64, to *PublicKey) (_ *Log, err error) {
 	if err := jobForm(job); err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
 	s.live[job] = true
 	s.mu.Unlock()
+	defer func() {
+		if err != nil {
+			s.mu.Lock()
+			delete(s.live, job)
+			s.mu.Unlock()
+		}
+	}()
 	if err := s.prune(); err != nil {
 		return nil, err
 	}
@@ -270,7 +277,8 @@ func (l *Log) begin(n int) error {
 		return fmt.Errorf("log of job %s: %w", l.job, err)
 	}
 	if _, err := s.f.Write(line); err != nil {
-		return errors.Join(fmt.Errorf("log of job %s: %w", l.job, err), s.f.Close())
+		// A file that stays would be in the way of the next try.
+		return errors.Join(fmt.Errorf("log of job %s: %w", l.job, err), s.f.Close(), os.Remove(s.f.Name()))
 	}
 	l.segments = append(l.segments, s)
 	return nil
