@@ -187,6 +187,7 @@ type Job struct {
 	cancel    context.CancelCauseFunc
 	redacted  []byte
 	lease     leaseState
+	reattest  reattesting
 
 	submitted time.Time
 	attempt   int
@@ -234,6 +235,9 @@ type record struct {
 	Evidence       []byte   `json:"evidence,omitempty"`
 	Result         string   `json:"result,omitempty"`
 	Releases       []string `json:"releases,omitempty"`
+	// ResultSeconds and LeaseSeconds are the last release's (receipt.Release).
+	ResultSeconds int64 `json:"resultSeconds,omitempty"`
+	LeaseSeconds  int64 `json:"leaseSeconds,omitempty"`
 	// Approved is one for each grant of Releases, if the broker said.
 	Approved []bundle.Approved `json:"approved,omitempty"`
 	// Resume is what the job went on from, if its plan says so.

@@ -207,7 +207,7 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 			}
 		}
 	}
-	errs = append(errs, a.addEgress(ctx, j, b), j.addAlerts(b, a.Rules), a.addReseal(ctx, j, b))
+	errs = append(errs, a.addEgress(ctx, j, b), j.addAlerts(b, a.Rules), j.addReattest(b), a.addReseal(ctx, j, b))
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/remote"
@@ -31,22 +33,32 @@ const (
 type leaseState struct {
 	mu sync.Mutex // guards what follows
 	// held is set once a key came under a lease.
-	held  bool
-	until time.Time
-	stop  *stopError
-	told  time.Time // when the job was told to stop
-	gone  time.Time // when its last process was seen to be gone
+	held bool
+	// paused: the job is frozen, and its lease not renewed.
+	paused bool
+	until  time.Time
+	stop   *stopError
+	told   time.Time // when the job was told to stop
+	gone   time.Time // when its last process was seen to be gone
 }
 
 // stopError is the end of a job whose keys were taken back, or whose lease lapsed.
 type stopError struct {
-	// code is holdapi.LeaseRevoked or holdapi.LeaseLapsed.
+	// code is holdapi.LeaseRevoked, holdapi.LeaseLapsed or one of bundle's
+	// ReasonReattest.
 	code, reason string
+	// checks are those of a refused attestation that failed.
+	checks check.List
 	// grace is how long the job may take to end.
 	grace time.Duration
 }
 
-func (e *stopError) Error() string { return e.code + ": " + e.reason }
+func (e *stopError) Error() string {
+	if strings.HasPrefix(e.reason, e.code+": ") {
+		return e.reason // the broker's reasons begin with a code
+	}
+	return e.code + ": " + e.reason
+}
 
 // stopOf turns a lease that is stopping or over into the end of its job, which may
 // take longest for it at most.
@@ -54,7 +66,13 @@ func stopOf(l holdapi.Lease, longest time.Duration) *stopError {
 	if l.State != holdapi.LeaseStopping && l.State != holdapi.LeaseOver {
 		return nil
 	}
-	return &stopError{code: l.Code, reason: l.Reason, grace: min(longest, time.Duration(l.RemainingMillis)*time.Millisecond)}
+	code := l.Code
+	for _, c := range []string{bundle.ReasonReattestRefused, bundle.ReasonReattestLate} {
+		if l.Code == holdapi.LeaseRevoked && strings.HasPrefix(l.Reason, c+": ") {
+			code = c
+		}
+	}
+	return &stopError{code: code, reason: l.Reason, grace: min(longest, time.Duration(l.RemainingMillis)*time.Millisecond)}
 }
 
 // release ends the renewals of a job that has ended: whatever becomes of its
@@ -72,10 +90,18 @@ func (s *leaseState) hold() {
 	s.held = true
 }
 
-func (s *leaseState) isHeld() bool {
+// pause notes whether the job is frozen.
+func (s *leaseState) pause(on bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.held
+	s.paused = on
+}
+
+// renews says whether the lease is to be renewed.
+func (s *leaseState) renews() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.held && !s.paused
 }
 
 // renewals renews the leases of all jobs until ctx ends, at once for jobs that
@@ -111,7 +137,7 @@ func (a *Agent) renewAll(ctx context.Context) error {
 	a.mu.Lock()
 	var round []*renewing
 	for _, j := range a.live {
-		if j.lease.isHeld() {
+		if j.lease.renews() {
 			round = append(round, &renewing{job: j})
 		}
 	}

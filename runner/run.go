@@ -21,7 +21,6 @@ import (
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
-	"github.com/coffer-run/coffer/enclave/collect"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/holder"
 	"github.com/coffer-run/coffer/runner/remote"
@@ -198,19 +197,7 @@ func (a *Agent) inputFolder(ctx context.Context, job, uri string, digest plan.Di
 
 // collect is stage 4: the binding of plan, job, sandbox, nonce and keys -> evidence.
 func (a *Agent) collect(ctx context.Context, j *Job, box *created) ([]byte, string, error) {
-	credential, err := a.AKCredential(ctx)
-	if err != nil {
-		return nil, "", fmt.Errorf("enrol attestation key: %w", err)
-	}
-	nonce, err := a.Verifier.Challenge(ctx)
-	if err != nil {
-		return nil, "", err
-	}
-	env, err := a.Collector.Collect(ctx, collect.Request{
-		VerifierID: a.Verifier.ID(), Nonce: nonce, JobID: j.id, Plan: j.canonical, Sandbox: j.record.Sandbox,
-		RecipientKey: box.holder.Hello.RecipientKey, SessionKey: box.holder.Hello.SessionKey, AKCredential: credential,
-		Want: collect.Want{TPM: true, SNP: true, GPUs: j.place.got},
-	})
+	env, err := a.gatherEvidence(ctx, j, box.holder)
 	if err != nil {
 		return nil, "", err
 	}
@@ -292,6 +279,8 @@ func (a *Agent) release(ctx context.Context, j *Job, box *created, v receipt.Ver
 		}
 		j.lease.hold()
 		j.record.Releases = append(j.record.Releases, g.Token())
+		// The last one has what is strictest of all.
+		j.record.ResultSeconds, j.record.LeaseSeconds = g.Release().ResultSeconds, g.Release().LeaseSeconds
 		out = append(out, g)
 	}
 	a.noteApprovals(ctx, j, out)

@@ -117,7 +117,7 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 	case errors.As(err, &rule):
 		out.Reason = bundle.ReasonRule + rule.id
 	case errors.As(err, &stop):
-		out.Reason = stop.code
+		out.Reason, out.Checks = stop.code, stop.checks
 	case errors.As(err, &refused):
 		out.State, out.Reason, out.Checks = journal.Refused, refused.Stage+"-refused", refused.Checks
 	case errors.Is(err, errBudget):

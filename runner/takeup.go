@@ -164,6 +164,9 @@ func (a *Agent) rebuild(ctx context.Context, row journal.Job) (*Job, bool, error
 	if len(j.record.Releases) > 0 {
 		j.lease.hold()
 	}
+	if err := a.Journal.Entry(ctx, row.ID, reattestEntry, &j.reattest.record); err != nil && !errors.Is(err, journal.ErrNotFound) {
+		return nil, false, err
+	}
 	if err := a.replay(ctx, j); err != nil {
 		return nil, false, err
 	}

@@ -35,7 +35,12 @@ func (a *Agent) watch(ctx context.Context, j *Job, r running) error {
 		defer cancel()
 		a.followCheckpoints(j) //nolint:contextcheck // the last checkpoints come after the run
 		a.pump(j)              //nolint:contextcheck // the last lines come after the run
+		attested := a.keepAttested(ctx, j, r.box.holder, r.box.sandbox)
 		code, err := a.wait(ctx, j, r)
+		// A job may end by itself in the moment in which its machine is refused.
+		if stop := attested(); stop != nil && !errors.Is(err, errShutdown) {
+			err = stop
+		}
 		j.exitCode = code
 		return struct{}{}, fmt.Sprintf("exit code %d", code), err
 	})

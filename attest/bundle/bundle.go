@@ -80,7 +80,7 @@ const (
 
 // Parts lists every part there is.
 func Parts() []Part {
-	return []Part{JobFile, Plan, Sandbox, Evidence, Result, Endorsements, VerifierKeys, BrokerKeys, Releases, Approvals, Checkpoints, ResumePart, HolderStatus, Trace, AgentPart, LogsDigest, EgressPart, AlertsPart, ImageSignaturePart, ResealPart}
+	return []Part{JobFile, Plan, Sandbox, Evidence, Result, Endorsements, VerifierKeys, BrokerKeys, Releases, Approvals, Checkpoints, ResumePart, HolderStatus, Trace, AgentPart, LogsDigest, EgressPart, AlertsPart, ImageSignaturePart, ResealPart, ReattestPart}
 }
 
 // Stage names one step of a job's way.
@@ -129,8 +129,9 @@ type Outcome struct {
 	Reason string `json:"reason"`
 	// Checks are the failed checks of a refusal.
 	Checks check.List `json:"checks,omitempty"`
-	// Stop is there if the job's keys were taken back or its lease lapsed: Reason is
-	// then ReasonRevoked or ReasonLapsed.
+	// Stop is there if the job's keys were taken back, its lease lapsed or it did not
+	// attest: Reason is then ReasonRevoked, ReasonLapsed, ReasonReattestRefused or
+	// ReasonReattestLate.
 	Stop *Stop `json:"stop,omitempty"`
 }
 

@@ -135,6 +135,7 @@ type eventView struct {
 	Log        *logView       `json:"log,omitempty"`
 	Job        *jobView       `json:"job,omitempty"`
 	Checkpoint *sealedView    `json:"checkpoint,omitempty"`
+	Reattest   map[string]any `json:"reattest,omitempty"`
 	Lease      map[string]any `json:"lease,omitempty"`
 	Queue      map[string]any `json:"queue,omitempty"`
 	Egress     map[string]any `json:"egress,omitempty"`
@@ -183,6 +184,11 @@ func viewEvent(e *agentv1.WatchResponse) eventView {
 	case e.GetLease() != nil:
 		l := e.GetLease()
 		v.Kind, v.Lease = "lease", map[string]any{"code": l.GetCode(), "reason": l.GetReason(), "graceMillis": l.GetGraceMillis()}
+	case e.GetReattest() != nil:
+		a := e.GetReattest()
+		v.Kind, v.Reattest = "reattest", map[string]any{
+			"number": a.GetNumber(), "cause": a.GetCause(), "verdict": a.GetVerdict(), "then": a.GetThen(), "durationNanos": a.GetDurationNanos(), "failed": a.GetFailed(), "message": a.GetMessage(),
+		}
 	case e.GetQueue() != nil:
 		v.Kind, v.Queue = "queue", map[string]any{"position": e.GetQueue().GetPosition(), "waitsFor": e.GetQueue().GetWaitsFor()}
 	case e.GetLogCut() != nil:

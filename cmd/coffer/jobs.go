@@ -71,6 +71,11 @@ type jobView struct {
 	NotBefore     *time.Time `json:"notBefore,omitempty"`
 	// LeaseUntil is when a running job ends unless the broker renews its lease.
 	LeaseUntil *time.Time `json:"leaseUntil,omitempty"`
+	// Attested is when a running job that attests again did so last, Attests when it
+	// will, and Paused that it is frozen until its machine is affirmed.
+	Attested *time.Time `json:"attested,omitempty"`
+	Attests  *time.Time `json:"attests,omitempty"`
+	Paused   bool       `json:"paused,omitempty"`
 	// Stopping is why a running job was told to stop.
 	Stopping string     `json:"stopping,omitempty"`
 	Failed   check.List `json:"failedChecks,omitempty"`
@@ -88,7 +93,7 @@ func viewJob(j *agentv1.Job) jobView {
 	return jobView{
 		ID: j.GetId(), Name: j.GetName(), PlanDigest: j.GetPlanDigest(), State: j.GetState(), Stage: j.GetStage(),
 		Reason: j.GetReason(), Message: j.GetMessage(), Submitted: stamp(j.GetSubmittedUnix()), Ended: stamp(j.GetEndedUnix()),
-		ExitCode: j.GetExitCode(), Submitter: j.GetSubmitter(), LeaseUntil: stamp(j.GetLeaseUntilUnix()), Stopping: j.GetStopping(), Failed: failedChecks(j),
+		ExitCode: j.GetExitCode(), Submitter: j.GetSubmitter(), LeaseUntil: stamp(j.GetLeaseUntilUnix()), Attested: stamp(j.GetAttestedUnix()), Attests: stamp(j.GetAttestsUnix()), Paused: j.GetPaused(), Stopping: j.GetStopping(), Failed: failedChecks(j),
 		Attempt: j.GetAttempt(), RetryOf: j.GetRetryOf(), RetriedAs: j.GetRetriedAs(), Priority: j.GetPriority(),
 		QueuePosition: j.GetQueuePosition(), WaitsFor: j.GetWaitsFor(), NotBefore: stamp(j.GetNotBeforeUnix()),
 	}
@@ -163,6 +168,13 @@ func (c *cli) statusCmd() *cobra.Command {
 		}
 		if j.GetLeaseUntilUnix() != 0 {
 			rows = append(rows, []string{"lease until", clock(j.GetLeaseUntilUnix())})
+		}
+		if j.GetAttestsUnix() != 0 {
+			text := clock(j.GetAttestedUnix()) + ", next " + clock(j.GetAttestsUnix())
+			if j.GetPaused() {
+				text += "; paused until the machine is affirmed"
+			}
+			rows = append(rows, []string{"attested", text})
 		}
 		if j.GetStopping() != "" {
 			rows = append(rows, []string{"stopping", j.GetStopping()})

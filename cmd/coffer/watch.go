@@ -113,6 +113,13 @@ func eventLine(e *agentv1.WatchResponse) string {
 	case e.GetLease() != nil:
 		l := e.GetLease()
 		return row("lease", "over", took(time.Duration(l.GetGraceMillis())*time.Millisecond), l.GetCode()+": "+l.GetReason())
+	case e.GetReattest() != nil:
+		a := e.GetReattest()
+		said := a.GetCause() + ", the job " + strings.ReplaceAll(a.GetThen(), "-", " ")
+		if len(a.GetFailed()) > 0 {
+			said += ": " + strings.Join(a.GetFailed(), ", ")
+		}
+		return row("attest", a.GetVerdict(), took(time.Duration(a.GetDurationNanos())), said)
 	case e.GetLogCut() != nil:
 		return row("log", "cut", stack.Bytes(e.GetLogCut().GetBytes()), "the job printed more than its plan allows")
 	case e.GetAlert() != nil:

@@ -262,12 +262,15 @@ func (n *node) submit(t *testing.T, job string) string {
 
 // status is what `coffer status --output json` says.
 type status struct {
-	ID      string        `json:"id"`
-	State   string        `json:"state"`
-	Stage   string        `json:"stage"`
-	Reason  string        `json:"reason"`
-	Message string        `json:"message"`
-	Checks  []failedCheck `json:"failedChecks"`
+	ID      string `json:"id"`
+	State   string `json:"state"`
+	Stage   string `json:"stage"`
+	Reason  string `json:"reason"`
+	Message string `json:"message"`
+	Paused  bool   `json:"paused"`
+	// Stopping is why a job that runs was told to stop.
+	Stopping string        `json:"stopping"`
+	Checks   []failedCheck `json:"failedChecks"`
 }
 
 type failedCheck struct {

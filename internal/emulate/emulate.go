@@ -44,6 +44,9 @@ const (
 	// OpFlip flips one bit of the next GPU report. It is an attack, and refused
 	// unless the emulator's configuration allows faults.
 	OpFlip = "flip"
+	// OpRollback has the chip report older firmware than its certificate is for, or
+	// its own again. It is an attack too.
+	OpRollback = "rollback"
 )
 
 // Request asks the emulator for one thing.
@@ -61,6 +64,8 @@ type Request struct {
 	// Bytes is for OpUnprotected, Advantage for OpRotation.
 	Bytes     uint64 `json:"bytes,omitempty"`
 	Advantage uint64 `json:"advantage,omitempty"`
+	// Rollback is for OpRollback.
+	Rollback bool `json:"rollback,omitempty"`
 	// Bit is for OpFlip: bit Bit%8 of byte Bit/8.
 	Bit int `json:"bit,omitempty"`
 }

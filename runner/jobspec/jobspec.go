@@ -56,6 +56,8 @@ type Spec struct {
 	// Priority orders the jobs that wait for room: higher ones first.
 	Priority int    `yaml:"priority,omitempty"`
 	Retry    *Retry `yaml:"retry,omitempty"`
+	// Reattest is how often the job attests again.
+	Reattest *Reattest `yaml:"reattest,omitempty"`
 	// StopGrace is how long the job may take to end when it is told to, for a last
 	// checkpoint.
 	StopGrace Duration `yaml:"stopGrace,omitempty"`
@@ -255,6 +257,7 @@ func (c *checker) check(s *Spec) {
 	c.limits(s.Resources)
 	c.output(s)
 	c.retry(s)
+	c.reattest(s.Reattest)
 	c.egress(s)
 	c.reseal(s)
 	c.keeping(s)
@@ -301,7 +304,7 @@ func (s Spec) Plan(r Resolved) (plan.Plan, error) {
 		Version: plan.Version, Name: s.Name, Image: r.Image, Command: s.Command, Policy: r.Policy, SandboxProfile: r.Profile,
 		Inputs: []plan.Input{},
 		Output: plan.Output{LogBytes: int64(s.Output.LogBytes), LogBytesPerSecond: int64(s.Output.LogBytesPerSecond)},
-		Retry:  s.Retry.plan(),
+		Retry:  s.Retry.plan(), Reattest: s.Reattest.plan(),
 		Resources: plan.Resources{
 			CPUMillis: int64(s.Resources.CPU), MemoryBytes: int64(s.Resources.Memory), Pids: s.Resources.Pids, GPUs: s.Resources.GPUs,
 			MaxSeconds: int64(time.Duration(s.MaxDuration) / time.Second), StopSeconds: int64(time.Duration(s.StopGrace) / time.Second),

@@ -239,6 +239,20 @@ func (j *Journal) Leave(ctx context.Context, id, stage string, data any) error {
 		SELECT id, (SELECT count(*) + 1 FROM entries WHERE job = jobs.id), ?, ?, ? FROM jobs WHERE id = ? AND ended = 0`, stage, time.Now().UnixNano(), b, id)
 }
 
+// Keep records data under a name as Leave does, in the place of what was kept under
+// it before.
+func (j *Journal) Keep(ctx context.Context, id, name string, data any) error {
+	b, err := json.Marshal(data)
+	if err != nil {
+		return fmt.Errorf("journal %s: %w", name, err)
+	}
+	err = j.update(ctx, j.db, id, `UPDATE entries SET at = ?, data = ? WHERE stage = ? AND job = ?`, time.Now().UnixNano(), b, name, id)
+	if errors.Is(err, ErrNotFound) {
+		return j.Leave(ctx, id, name, data)
+	}
+	return err
+}
+
 // End gives a job its final state. A job ends once.
 func (j *Journal) End(ctx context.Context, job Job, bundle []byte) error {
 	tx, err := j.db.BeginTx(ctx, nil)

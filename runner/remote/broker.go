@@ -193,6 +193,14 @@ func (b *Broker) Renew(ctx context.Context, l []Renewal) (map[string]Lease, erro
 	return out, nil
 }
 
+// Reattest shows the broker a later result of a running job, once.
+func (b *Broker) Reattest(ctx context.Context, job, token string) error {
+	_, err := once(ctx, "broker", "show a later result", func(ctx context.Context) (*connect.Response[brokerv1.ReattestResponse], error) {
+		return b.client.Reattest(ctx, connect.NewRequest(&brokerv1.ReattestRequest{JobId: job, Result: token}))
+	})
+	return err
+}
+
 // Stopped says how a job ended, in nanoseconds since 1970; 0 for what did not
 // happen.
 type Stopped struct {

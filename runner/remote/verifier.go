@@ -135,6 +135,12 @@ func (v *Verifier) Endorsements(ctx context.Context, token string) ([]byte, erro
 	})
 }
 
+// Result opens a result that the verifier signed, whatever it says.
+func (v *Verifier) Result(token string) (r receipt.Result, err error) {
+	err = v.keys.Open(receipt.TypeResult, token, &r)
+	return r, err
+}
+
 // Recheck checks a result that was appraised before, as it stood when it was
 // issued: a job may run for longer than its result may be relied on.
 func (v *Verifier) Recheck(token string, want receipt.Expect) (receipt.Verified, error) {

@@ -109,6 +109,9 @@ func end(ctx context.Context, t containerd.Task) error {
 	if err == nil && st.Status != containerd.Stopped {
 		exit, werr := t.Wait(ctx)
 		kerr := t.Kill(ctx, syscall.SIGKILL, containerd.WithKillAll)
+		if st.Status == containerd.Paused {
+			_ = t.Resume(ctx) // a frozen process that was killed ends when it may go on
+		}
 		if werr == nil {
 			select {
 			case <-exit:

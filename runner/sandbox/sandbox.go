@@ -19,6 +19,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -207,6 +208,29 @@ type Sandbox struct {
 	exit        <-chan containerd.ExitStatus
 	unwatch     context.CancelFunc
 	read        <-chan binaries // what ReadBinaries began
+	// frozen is that the processes are stopped by Freeze.
+	frozen atomic.Bool
+}
+
+// Freeze stops the container's processes where they are, or lets them go on.
+func (s *Sandbox) Freeze(ctx context.Context, on bool) error {
+	what, f := "freeze", s.task.Pause
+	if !on {
+		what, f = "thaw", s.task.Resume
+	}
+	if err := patient(ctx, awayForCaller, func() error { return f(ctx) }); err != nil {
+		return fmt.Errorf("%s container: %w", what, err)
+	}
+	s.frozen.Store(on)
+	return nil
+}
+
+// killed lets a frozen container's processes go on that were sent SIGKILL: they run
+// no instruction more, and do not end before.
+func (s *Sandbox) killed(ctx context.Context) {
+	if s.frozen.Swap(false) {
+		_ = s.task.Resume(ctx) // it may have ended
+	}
 }
 
 // Create makes the container and its runtime process, not yet started. The
@@ -319,6 +343,9 @@ func (n *Node) Adopt(ctx context.Context, jobID, runDir string, description []by
 	s := &Sandbox{node: n, job: jobID, id: c.ID(), runDir: runDir, description: description, container: c, task: t}
 	if err := s.watch(ctx); err != nil {
 		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
+	}
+	if st, err := t.Status(ctx); err == nil {
+		s.frozen.Store(st.Status == containerd.Paused)
 	}
 	return s, nil
 }
@@ -514,7 +541,7 @@ func (s *Sandbox) Exited() <-chan containerd.ExitStatus { return s.exit }
 
 // Stop asks the container to end and kills it after grace.
 func (s *Sandbox) Stop(ctx context.Context, grace time.Duration) error {
-	if grace > 0 {
+	if grace > 0 && !s.frozen.Load() {
 		if err := patient(ctx, awayFor, func() error { return s.task.Kill(ctx, syscall.SIGTERM) }); err != nil && !errdefs.IsNotFound(err) {
 			return fmt.Errorf("stop container: %w", err)
 		}
@@ -531,6 +558,7 @@ func (s *Sandbox) Stop(ctx context.Context, grace time.Duration) error {
 	if err := patient(ctx, awayFor, func() error { return s.task.Kill(ctx, syscall.SIGKILL, containerd.WithKillAll) }); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("kill container: %w", err)
 	}
+	s.killed(ctx)
 	return nil
 }
 

@@ -395,6 +395,9 @@ func (s *server) describe(row journal.Job) *agentv1.Job {
 			j.ExpectedApprovals = spec.Approvals
 		}
 	}
+	if newest, next, paused := s.agent.Attested(row.ID); !next.IsZero() {
+		j.AttestedUnix, j.AttestsUnix, j.Paused = newest.Unix(), next.Unix(), paused
+	}
 	if position, lacks := s.agent.Waits(row.ID); position > 0 {
 		j.QueuePosition, j.WaitsFor = int32(position), lacks //nolint:gosec // a small number
 	}

@@ -210,6 +210,8 @@ type Options struct {
 	// Reseal makes it a job without a container, which seals weights anew; Export, with
 	// it, one that seals a checkpoint anew.
 	Reseal, Export bool
+	// Reattest is the plan's; the job attests twice while it runs.
+	Reattest *plan.Reattest
 	// RefuseAdmit ends the job before there is a holder.
 	RefuseAdmit bool
 }
@@ -257,6 +259,11 @@ func (l *Lab) Job(o Options) (*Job, error) {
 		return nil, fmt.Errorf("run: %w", err)
 	}
 	j.end(bundle.StageRun, bundle.Outcome{State: bundle.Succeeded, Stage: bundle.StageRun})
+	if o.Reattest != nil {
+		if err := j.AttestTwice(o); err != nil {
+			return nil, fmt.Errorf("attest again: %w", err)
+		}
+	}
 	run := j.Timeline[len(j.Timeline)-1]
 	j.Timeline = append(j.Timeline, bundle.Step{Stage: bundle.StageCheckpoint, StartUnixNano: run.StartUnixNano + run.Nanos/2, Nanos: run.Nanos / 4, Outcome: bundle.StepDone})
 	return j, j.log()
@@ -305,7 +312,7 @@ func (j *Job) documents(o Options) error {
 		Egress:      []plan.Egress{{Host: EgressHost, Port: 443, MaxBytes: 10_000, BytesPerSecond: 1000}},
 		Output:      plan.Output{LogBytes: 1 << 20, EgressBytes: 10_000, EgressBytesPerSecond: 1000, EgressEvents: 2},
 		Resources:   plan.Resources{CPUMillis: 1000, MemoryBytes: 1 << 30, Pids: 100, GPUs: 1, CC: o.CC, MaxSeconds: 60},
-		Policy:      ref, SandboxProfile: pd,
+		Policy:      ref, SandboxProfile: pd, Reattest: o.Reattest,
 	}
 	if j.Parts[bundle.Plan], err = j.plan.Canonical(); err != nil {
 		return err
@@ -327,65 +334,14 @@ func (j *Job) documents(o Options) error {
 
 func (j *Job) attest(o Options) error {
 	l := j.lab
-	session, err := x509.MarshalPKIXPublicKey(&j.Session.PublicKey)
-	if err != nil {
-		return err
-	}
-	nonce, _, err := l.service.Challenge()
-	if err != nil {
-		return err
-	}
 	recipient, err := hpke.MLKEM768X25519().GenerateKey()
 	if err != nil {
 		return err
 	}
-	credential, err := l.Verifier.Sign(vtpm.TypeCredential, vtpm.Credential{
-		Issuer: VerifierID, ID: "credential-1", IssuedAt: l.Now.Unix(), Expires: l.Now.Add(time.Hour).Unix(),
-		AKName: akName(l.TPM.AKPublic), EKDigest: plan.Sum(l.TPM.EKChain[0]), Class: "software", Simulated: true,
-	})
+	j.recipient = recipient.PublicKey().Bytes()
+	e, err := j.envelope(o)
 	if err != nil {
 		return err
-	}
-	e := &evidence.Envelope{
-		Version: evidence.Version, VerifierID: VerifierID, Nonce: nonce, JobID: j.ID,
-		Plan: j.Parts[bundle.Plan], Sandbox: j.Parts[bundle.Sandbox], RecipientKey: recipient.PublicKey().Bytes(), SessionKey: session,
-		TPM: &evidence.TPM{AKPublic: l.TPM.AKPublic, AKCredential: credential},
-	}
-	bound, err := e.Challenge().Bind()
-	if err != nil {
-		return err
-	}
-	gpu := l.GPUs[0]
-	report, err := gpu.Report(bound.GPUNonce(), simulate.GPUOptions{})
-	if err != nil {
-		return err
-	}
-	e.GPUs = []evidence.GPU{{UUID: gpu.UUID(), Report: report, Chain: gpu.ChainPEM(), DriverVersion: gpu.DriverVersion(), VBIOSVersion: gpu.VBIOSVersion()}}
-	if o.Reseal {
-		e.GPUs = nil
-	}
-	if o.FlipGPU {
-		e.GPUs[0].Report[100] ^= 1
-	}
-	devices := e.Devices()
-	extra := bound.TPMExtraData(devices)
-	if e.TPM.Quote, e.TPM.Signature, err = l.TPM.Quote(extra[:], nil, vtpm.AgentPCR); err != nil {
-		return err
-	}
-	e.TPM.PCRs = l.TPM.PCRs(vtpm.AgentPCR)
-	if e.TPM.EventLog, err = vtpm.EncodeLog(l.TPM.Events); err != nil {
-		return err
-	}
-	reportData := bound.SNPReportData(devices, e.TPM.Quote, e.TPM.EventLog)
-	if report, err = l.Chip.Report(reportData, simulate.SNPOptions{}); err != nil {
-		return err
-	}
-	if o.FlipSNP {
-		report[0x90] ^= 1
-	}
-	e.SNP = &evidence.SNP{Report: report, Certificates: l.Chip.CertTable()}
-	if o.OmitSNP {
-		e.SNP = nil
 	}
 	if err := j.json(bundle.Evidence, e); err != nil {
 		return err
@@ -403,8 +359,69 @@ func (j *Job) attest(o Options) error {
 		j.result.Checks = nil
 		j.result.Submods = map[string]receipt.Appraisal{"tpm0": {Status: receipt.Affirming}, "gpu0": {Status: receipt.Affirming}}
 	}
-	j.recipient = e.RecipientKey
 	return j.SignResult(func(*receipt.Result) {})
+}
+
+// envelope collects evidence for the job's keys under a fresh nonce.
+func (j *Job) envelope(o Options) (*evidence.Envelope, error) {
+	l := j.lab
+	session, err := x509.MarshalPKIXPublicKey(&j.Session.PublicKey)
+	if err != nil {
+		return nil, err
+	}
+	nonce, _, err := l.service.Challenge()
+	if err != nil {
+		return nil, err
+	}
+	credential, err := l.Verifier.Sign(vtpm.TypeCredential, vtpm.Credential{
+		Issuer: VerifierID, ID: "credential-1", IssuedAt: l.Now.Unix(), Expires: l.Now.Add(time.Hour).Unix(),
+		AKName: akName(l.TPM.AKPublic), EKDigest: plan.Sum(l.TPM.EKChain[0]), Class: "software", Simulated: true,
+	})
+	if err != nil {
+		return nil, err
+	}
+	e := &evidence.Envelope{
+		Version: evidence.Version, VerifierID: VerifierID, Nonce: nonce, JobID: j.ID,
+		Plan: j.Parts[bundle.Plan], Sandbox: j.Parts[bundle.Sandbox], RecipientKey: j.recipient, SessionKey: session,
+		TPM: &evidence.TPM{AKPublic: l.TPM.AKPublic, AKCredential: credential},
+	}
+	bound, err := e.Challenge().Bind()
+	if err != nil {
+		return nil, err
+	}
+	gpu := l.GPUs[0]
+	report, err := gpu.Report(bound.GPUNonce(), simulate.GPUOptions{})
+	if err != nil {
+		return nil, err
+	}
+	e.GPUs = []evidence.GPU{{UUID: gpu.UUID(), Report: report, Chain: gpu.ChainPEM(), DriverVersion: gpu.DriverVersion(), VBIOSVersion: gpu.VBIOSVersion()}}
+	if o.Reseal {
+		e.GPUs = nil
+	}
+	if o.FlipGPU {
+		e.GPUs[0].Report[100] ^= 1
+	}
+	devices := e.Devices()
+	extra := bound.TPMExtraData(devices)
+	if e.TPM.Quote, e.TPM.Signature, err = l.TPM.Quote(extra[:], nil, vtpm.AgentPCR); err != nil {
+		return nil, err
+	}
+	e.TPM.PCRs = l.TPM.PCRs(vtpm.AgentPCR)
+	if e.TPM.EventLog, err = vtpm.EncodeLog(l.TPM.Events); err != nil {
+		return nil, err
+	}
+	reportData := bound.SNPReportData(devices, e.TPM.Quote, e.TPM.EventLog)
+	if report, err = l.Chip.Report(reportData, simulate.SNPOptions{}); err != nil {
+		return nil, err
+	}
+	if o.FlipSNP {
+		report[0x90] ^= 1
+	}
+	e.SNP = &evidence.SNP{Report: report, Certificates: l.Chip.CertTable()}
+	if o.OmitSNP {
+		e.SNP = nil
+	}
+	return e, nil
 }
 
 // Carry puts the endorsements that the result lists into the bundle, changed.

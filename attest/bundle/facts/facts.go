@@ -52,7 +52,7 @@ func Of(b *bundle.Bundle) ([]Section, error) {
 		return nil, r.err
 	}
 	out := []Section{
-		r.outcome(), r.plan(), r.machine(), r.result(), r.approvals(), r.releases(), r.egress(), r.alerts(), r.outputs(), r.timeline(), r.parts(),
+		r.outcome(), r.plan(), r.machine(), r.result(), r.approvals(), r.releases(), r.egress(), r.alerts(), r.outputs(), r.timeline(), r.reattestations(), r.parts(),
 	}
 	return out, r.err
 }
@@ -391,6 +391,20 @@ func (r *reader) timeline() Section {
 	s := Section{Name: "timeline", Title: "When"}
 	for _, t := range r.st.Timeline {
 		s.own(string(t.Stage), "%s, %s, from %s", t.Outcome, time.Duration(t.Nanos).Round(time.Millisecond), time.Unix(0, t.StartUnixNano).UTC().Format("2006-01-02 15:04:05.000Z"))
+	}
+	return s
+}
+
+func (r *reader) reattestations() Section {
+	s := Section{Name: "reattestations", Title: "How it attested while it ran"}
+	var l bundle.Reattestations
+	part(r, bundle.ReattestPart, &l)
+	for _, a := range l.List {
+		text := fmt.Sprintf("%s, %s, at %s; the job %s", a.Cause, a.Verdict, time.Unix(0, a.StartUnixNano).UTC().Format("2006-01-02 15:04:05.000Z"), a.Then)
+		if len(a.Failed) > 0 {
+			text += "; for " + strings.Join(a.Failed, ", ")
+		}
+		s.own("attestation "+strconv.Itoa(a.Number), "%s", text)
 	}
 	return s
 }

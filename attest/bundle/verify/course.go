@@ -469,6 +469,7 @@ func (v *verification) logGroup() {
 	}
 	v.logReleases(g, bodies)
 	v.logStop(g, bodies)
+	v.logReattest(g, bodies)
 	v.logCheckpoints(g, bodies)
 	v.logReseal(g, bodies)
 	v.logTree(g, issuer)

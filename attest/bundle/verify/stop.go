@@ -14,7 +14,7 @@ import (
 // and its times.
 func (v *verification) outcomeStop(g *check.List) {
 	o := v.st.Outcome
-	lost := o.Reason == bundle.ReasonRevoked || o.Reason == bundle.ReasonLapsed
+	lost := slices.Contains([]string{bundle.ReasonRevoked, bundle.ReasonLapsed, bundle.ReasonReattestRefused, bundle.ReasonReattestLate}, o.Reason)
 	if !lost && o.Stop == nil {
 		return
 	}
@@ -40,7 +40,7 @@ func (v *verification) logStop(g *check.List, bodies []translog.Body) {
 	o := v.st.Outcome
 	i := slices.IndexFunc(bodies, func(b translog.Body) bool { return b.Kind == translog.KindStop })
 	switch {
-	case i >= 0 && o.Stop != nil && o.Reason == bundle.ReasonRevoked:
+	case i >= 0 && o.Stop != nil && o.Reason != bundle.ReasonLapsed:
 		g.Equal("log.stop", bodies[i].Stop.Reason, o.Stop.By, "the broker told the job to stop for another reason")
 	case o.Reason == bundle.ReasonRevoked:
 		g.Fail("log.stop", "the broker's entry that it told the job to stop", "none", "")

@@ -300,8 +300,9 @@ func reason(s tampered) string {
 }
 
 // unmade are parts that the corpus's record has not: a job that reseals has no
-// container, and none of what comes of one.
-var unmade = []bundle.Part{bundle.ResealPart}
+// container, and none of what comes of one. Later attestations are as long to check
+// as the first; TestLiesAboutLaterAttestations edits them.
+var unmade = []bundle.Part{bundle.ResealPart, bundle.ReattestPart}
 
 // TestTamperCorpus edits each field of each part of a record. With no key, nothing
 // can be changed. With the job's own key, by an agent that lies, nothing can be

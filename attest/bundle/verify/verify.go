@@ -180,6 +180,11 @@ type verification struct {
 	heads   []receipt.CheckpointHead
 	// resealed is what a job without a container sealed anew.
 	resealed *resealed
+	// laters are the job's later attestations whose results are genuine, and omitted
+	// counts those without a result here. again is true for a look at one of them.
+	laters  []later
+	omitted int
+	again   bool
 	// unproven is what the caller asks of the log and the bundle does not have yet.
 	unproven string
 	// stands is whether somebody whom the caller lists signed for the releases.
@@ -218,6 +223,7 @@ func (v *verification) run(file []byte) {
 	v.evidenceGroup()
 	v.releaseGroup()
 	v.approvalGroup()
+	v.reattestGroup()
 	v.runGroup()
 	v.egressGroup()
 	v.checkpointGroup()

@@ -52,6 +52,8 @@ type Server struct {
 	ready bool
 	// flip is the bit to flip in the next GPU report; negative for none.
 	flip int
+	// rollback is that the chip reports older firmware than it has.
+	rollback bool
 	// advantage and devices are what was set, devices by UUID.
 	advantage uint64
 	devices   map[string]*deviceState
@@ -154,7 +156,15 @@ func (s *Server) answer(req emulate.Request) (*emulate.Response, error) {
 		if len(req.ReportData) != 64 {
 			return nil, fmt.Errorf("report data has %d bytes: want 64", len(req.ReportData))
 		}
-		report, err := s.chip.Report([64]byte(req.ReportData), simulate.SNPOptions{VMPL: req.VMPL})
+		o := simulate.SNPOptions{VMPL: req.VMPL}
+		s.mu.Lock()
+		if s.rollback {
+			tcb := s.chip.TCB()
+			tcb.SNP--
+			o.ReportedTCB = &tcb
+		}
+		s.mu.Unlock()
+		report, err := s.chip.Report([64]byte(req.ReportData), o)
 		if err != nil {
 			return nil, err
 		}
@@ -183,6 +193,14 @@ func (s *Server) answer(req emulate.Request) (*emulate.Response, error) {
 			return nil, errors.New("the GPUs take work")
 		}
 		s.advantage = req.Advantage
+		return &emulate.Response{}, nil
+	case emulate.OpRollback:
+		if !s.cfg.Faults {
+			return nil, errors.New("faults are not allowed by the configuration")
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.rollback = req.Rollback
 		return &emulate.Response{}, nil
 	case emulate.OpFlip:
 		if !s.cfg.Faults {

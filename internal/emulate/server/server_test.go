@@ -66,6 +66,31 @@ func TestFlip(t *testing.T) {
 	})
 }
 
+func TestRollback(t *testing.T) {
+	v := emulatetest.Vendor(t)
+	if _, err := emulate.Dial(emulatetest.Devices(t, v, server.Config{})).Do(t.Context(), emulate.Request{Op: emulate.OpRollback, Rollback: true}); err == nil || !strings.Contains(err.Error(), "not allowed") {
+		t.Errorf("got %v", err)
+	}
+	c := emulate.Dial(emulatetest.Devices(t, v, server.Config{Faults: true}))
+	for _, on := range []bool{false, true, true, false} {
+		if _, err := c.Do(t.Context(), emulate.Request{Op: emulate.OpRollback, Rollback: on}); err != nil {
+			t.Fatal(err)
+		}
+		r, err := c.Do(t.Context(), emulate.Request{Op: emulate.OpSNPReport, ReportData: make([]byte, 64)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := v.Chip().TCB()
+		if on {
+			want.SNP--
+		}
+		// REPORTED_TCB (SEV-SNP firmware ABI, table 23).
+		if enc := want.Encode(v.Chip().Product()); !bytes.Equal(r.Report[0x180:0x188], enc[:]) {
+			t.Errorf("rollback %t: the report says %x, want %x", on, r.Report[0x180:0x188], enc)
+		}
+	}
+}
+
 func TestRequestsThatAreRefused(t *testing.T) {
 	v := emulatetest.Vendor(t)
 	socket := emulatetest.Devices(t, v, server.Config{})

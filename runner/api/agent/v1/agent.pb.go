@@ -360,8 +360,14 @@ type Job struct {
 	// Of a job that waits for approvals: the groups whose approval its submitter
 	// expects. The broker's rules alone say who must approve.
 	ExpectedApprovals []string `protobuf:"bytes,30,rep,name=expected_approvals,json=expectedApprovals,proto3" json:"expected_approvals,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// When a running job that attests again did so last, and when it will; 0 for one
+	// that attests once.
+	AttestedUnix int64 `protobuf:"varint,40,opt,name=attested_unix,json=attestedUnix,proto3" json:"attested_unix,omitempty"`
+	AttestsUnix  int64 `protobuf:"varint,41,opt,name=attests_unix,json=attestsUnix,proto3" json:"attests_unix,omitempty"`
+	// Whether it is frozen because its last attestation was refused.
+	Paused        bool `protobuf:"varint,42,opt,name=paused,proto3" json:"paused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Job) Reset() {
@@ -546,6 +552,27 @@ func (x *Job) GetExpectedApprovals() []string {
 		return x.ExpectedApprovals
 	}
 	return nil
+}
+
+func (x *Job) GetAttestedUnix() int64 {
+	if x != nil {
+		return x.AttestedUnix
+	}
+	return 0
+}
+
+func (x *Job) GetAttestsUnix() int64 {
+	if x != nil {
+		return x.AttestsUnix
+	}
+	return 0
+}
+
+func (x *Job) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
 }
 
 // Check is something that was looked at and did not hold.
@@ -903,6 +930,7 @@ type WatchResponse struct {
 	//	*WatchResponse_LogCut
 	//	*WatchResponse_Egress
 	//	*WatchResponse_Alert
+	//	*WatchResponse_Reattest
 	Event         isWatchResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1040,6 +1068,15 @@ func (x *WatchResponse) GetAlert() *AlertEvent {
 	return nil
 }
 
+func (x *WatchResponse) GetReattest() *ReattestEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Reattest); ok {
+			return x.Reattest
+		}
+	}
+	return nil
+}
+
 type isWatchResponse_Event interface {
 	isWatchResponse_Event()
 }
@@ -1080,6 +1117,10 @@ type WatchResponse_Alert struct {
 	Alert *AlertEvent `protobuf:"bytes,11,opt,name=alert,proto3,oneof"`
 }
 
+type WatchResponse_Reattest struct {
+	Reattest *ReattestEvent `protobuf:"bytes,16,opt,name=reattest,proto3,oneof"`
+}
+
 func (*WatchResponse_Stage) isWatchResponse_Event() {}
 
 func (*WatchResponse_Log) isWatchResponse_Event() {}
@@ -1097,6 +1138,8 @@ func (*WatchResponse_LogCut) isWatchResponse_Event() {}
 func (*WatchResponse_Egress) isWatchResponse_Event() {}
 
 func (*WatchResponse_Alert) isWatchResponse_Event() {}
+
+func (*WatchResponse_Reattest) isWatchResponse_Event() {}
 
 // StageEvent says that a stage of a job's way began or ended (docs/ARCHITECTURE.md).
 type StageEvent struct {
@@ -1314,7 +1357,7 @@ func (x *CheckpointEvent) GetAnchored() bool {
 // LeaseEvent says that a running job must stop.
 type LeaseEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// revoked or lease-lapsed.
+	// revoked, lease-lapsed, reattest-refused or reattest-late.
 	Code string `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
 	// Who took what back and why, in the broker's words, or why no renewal came.
 	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
@@ -1375,6 +1418,105 @@ func (x *LeaseEvent) GetGraceMillis() int64 {
 	return 0
 }
 
+// ReattestEvent is an attestation of a running job.
+type ReattestEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From 1.
+	Number int32 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	// timer, or what happened to the machine.
+	Cause string `protobuf:"bytes,2,opt,name=cause,proto3" json:"cause,omitempty"`
+	// affirmed, refused or none.
+	Verdict string `protobuf:"bytes,3,opt,name=verdict,proto3" json:"verdict,omitempty"`
+	// goes-on, paused, resumed or stopped.
+	Then          string `protobuf:"bytes,4,opt,name=then,proto3" json:"then,omitempty"`
+	DurationNanos int64  `protobuf:"varint,5,opt,name=duration_nanos,json=durationNanos,proto3" json:"duration_nanos,omitempty"`
+	// Ids of the failed checks of a refusal.
+	Failed []string `protobuf:"bytes,6,rep,name=failed,proto3" json:"failed,omitempty"`
+	// Why there is no result, or why the broker did not take it.
+	Message       string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReattestEvent) Reset() {
+	*x = ReattestEvent{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReattestEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReattestEvent) ProtoMessage() {}
+
+func (x *ReattestEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReattestEvent.ProtoReflect.Descriptor instead.
+func (*ReattestEvent) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ReattestEvent) GetNumber() int32 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *ReattestEvent) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+func (x *ReattestEvent) GetVerdict() string {
+	if x != nil {
+		return x.Verdict
+	}
+	return ""
+}
+
+func (x *ReattestEvent) GetThen() string {
+	if x != nil {
+		return x.Then
+	}
+	return ""
+}
+
+func (x *ReattestEvent) GetDurationNanos() int64 {
+	if x != nil {
+		return x.DurationNanos
+	}
+	return 0
+}
+
+func (x *ReattestEvent) GetFailed() []string {
+	if x != nil {
+		return x.Failed
+	}
+	return nil
+}
+
+func (x *ReattestEvent) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 // QueueEvent says that a job waits, and for what.
 type QueueEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1387,7 +1529,7 @@ type QueueEvent struct {
 
 func (x *QueueEvent) Reset() {
 	*x = QueueEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1541,7 @@ func (x *QueueEvent) String() string {
 func (*QueueEvent) ProtoMessage() {}
 
 func (x *QueueEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1554,7 @@ func (x *QueueEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueEvent.ProtoReflect.Descriptor instead.
 func (*QueueEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *QueueEvent) GetPosition() int32 {
@@ -1440,7 +1582,7 @@ type LogCutEvent struct {
 
 func (x *LogCutEvent) Reset() {
 	*x = LogCutEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +1594,7 @@ func (x *LogCutEvent) String() string {
 func (*LogCutEvent) ProtoMessage() {}
 
 func (x *LogCutEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +1607,7 @@ func (x *LogCutEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogCutEvent.ProtoReflect.Descriptor instead.
 func (*LogCutEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LogCutEvent) GetBytes() int64 {
@@ -1488,7 +1630,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1500,7 +1642,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1513,7 +1655,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LogsRequest) GetId() string {
@@ -1561,7 +1703,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1573,7 +1715,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1586,7 +1728,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *LogsResponse) GetLog() *LogEvent {
@@ -1640,7 +1782,7 @@ type EgressEvent struct {
 
 func (x *EgressEvent) Reset() {
 	*x = EgressEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1652,7 +1794,7 @@ func (x *EgressEvent) String() string {
 func (*EgressEvent) ProtoMessage() {}
 
 func (x *EgressEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1665,7 +1807,7 @@ func (x *EgressEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EgressEvent.ProtoReflect.Descriptor instead.
 func (*EgressEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *EgressEvent) GetHost() string {
@@ -1760,7 +1902,7 @@ type AlertEvent struct {
 
 func (x *AlertEvent) Reset() {
 	*x = AlertEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1772,7 +1914,7 @@ func (x *AlertEvent) String() string {
 func (*AlertEvent) ProtoMessage() {}
 
 func (x *AlertEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1785,7 +1927,7 @@ func (x *AlertEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlertEvent.ProtoReflect.Descriptor instead.
 func (*AlertEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AlertEvent) GetSequence() uint64 {
@@ -1888,7 +2030,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1900,7 +2042,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1913,7 +2055,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -1932,7 +2074,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1944,7 +2086,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1957,7 +2099,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CancelResponse) GetJob() *Job {
@@ -1976,7 +2118,7 @@ type BundleRequest struct {
 
 func (x *BundleRequest) Reset() {
 	*x = BundleRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1988,7 +2130,7 @@ func (x *BundleRequest) String() string {
 func (*BundleRequest) ProtoMessage() {}
 
 func (x *BundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2001,7 +2143,7 @@ func (x *BundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleRequest.ProtoReflect.Descriptor instead.
 func (*BundleRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *BundleRequest) GetId() string {
@@ -2021,7 +2163,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2033,7 +2175,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2046,7 +2188,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *BundleResponse) GetBundle() []byte {
@@ -2064,7 +2206,7 @@ type CapacityRequest struct {
 
 func (x *CapacityRequest) Reset() {
 	*x = CapacityRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2076,7 +2218,7 @@ func (x *CapacityRequest) String() string {
 func (*CapacityRequest) ProtoMessage() {}
 
 func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2089,7 +2231,7 @@ func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityRequest.ProtoReflect.Descriptor instead.
 func (*CapacityRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type CapacityResponse struct {
@@ -2125,7 +2267,7 @@ type CapacityResponse struct {
 
 func (x *CapacityResponse) Reset() {
 	*x = CapacityResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2137,7 +2279,7 @@ func (x *CapacityResponse) String() string {
 func (*CapacityResponse) ProtoMessage() {}
 
 func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2150,7 +2292,7 @@ func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityResponse.ProtoReflect.Descriptor instead.
 func (*CapacityResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CapacityResponse) GetCpuMillis() int32 {
@@ -2269,7 +2411,7 @@ type Attested struct {
 
 func (x *Attested) Reset() {
 	*x = Attested{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2281,7 +2423,7 @@ func (x *Attested) String() string {
 func (*Attested) ProtoMessage() {}
 
 func (x *Attested) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2294,7 +2436,7 @@ func (x *Attested) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attested.ProtoReflect.Descriptor instead.
 func (*Attested) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Attested) GetAtUnix() int64 {
@@ -2357,7 +2499,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12'\n" +
 	"\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"8\n" +
 	"\x0eSubmitResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\xaa\x05\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\x8a\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n" +
@@ -2384,7 +2526,10 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x0equeue_position\x18\x13 \x01(\x05R\rqueuePosition\x12\x1b\n" +
 	"\twaits_for\x18\x14 \x01(\tR\bwaitsFor\x12&\n" +
 	"\x0fnot_before_unix\x18\x15 \x01(\x03R\rnotBeforeUnix\x12-\n" +
-	"\x12expected_approvals\x18\x1e \x03(\tR\x11expectedApprovals\"w\n" +
+	"\x12expected_approvals\x18\x1e \x03(\tR\x11expectedApprovals\x12#\n" +
+	"\rattested_unix\x18( \x01(\x03R\fattestedUnix\x12!\n" +
+	"\fattests_unix\x18) \x01(\x03R\vattestsUnix\x12\x16\n" +
+	"\x06paused\x18* \x01(\bR\x06paused\"w\n" +
 	"\x05Check\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12\x1a\n" +
@@ -2406,7 +2551,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"E\n" +
 	"\fWatchRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
-	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"\xbc\x04\n" +
+	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"\xfa\x04\n" +
 	"\rWatchResponse\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12$\n" +
 	"\x0etime_unix_nano\x18\x02 \x01(\x03R\ftimeUnixNano\x123\n" +
@@ -2421,7 +2566,8 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\alog_cut\x18\t \x01(\v2\x1c.coffer.agent.v1.LogCutEventH\x00R\x06logCut\x126\n" +
 	"\x06egress\x18\n" +
 	" \x01(\v2\x1c.coffer.agent.v1.EgressEventH\x00R\x06egress\x123\n" +
-	"\x05alert\x18\v \x01(\v2\x1b.coffer.agent.v1.AlertEventH\x00R\x05alertB\a\n" +
+	"\x05alert\x18\v \x01(\v2\x1b.coffer.agent.v1.AlertEventH\x00R\x05alert\x12<\n" +
+	"\breattest\x18\x10 \x01(\v2\x1e.coffer.agent.v1.ReattestEventH\x00R\breattestB\a\n" +
 	"\x05event\"w\n" +
 	"\n" +
 	"StageEvent\x12\x14\n" +
@@ -2443,7 +2589,15 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"LeaseEvent\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12!\n" +
-	"\fgrace_millis\x18\x03 \x01(\x03R\vgraceMillis\"E\n" +
+	"\fgrace_millis\x18\x03 \x01(\x03R\vgraceMillis\"\xc4\x01\n" +
+	"\rReattestEvent\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x05R\x06number\x12\x14\n" +
+	"\x05cause\x18\x02 \x01(\tR\x05cause\x12\x18\n" +
+	"\averdict\x18\x03 \x01(\tR\averdict\x12\x12\n" +
+	"\x04then\x18\x04 \x01(\tR\x04then\x12%\n" +
+	"\x0eduration_nanos\x18\x05 \x01(\x03R\rdurationNanos\x12\x16\n" +
+	"\x06failed\x18\x06 \x03(\tR\x06failed\x12\x18\n" +
+	"\amessage\x18\a \x01(\tR\amessage\"E\n" +
 	"\n" +
 	"QueueEvent\x12\x1a\n" +
 	"\bposition\x18\x01 \x01(\x05R\bposition\x12\x1b\n" +
@@ -2544,7 +2698,7 @@ func file_runner_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_runner_api_agent_v1_agent_proto_rawDescData
 }
 
-var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*PlanRequest)(nil),      // 0: coffer.agent.v1.PlanRequest
 	(*PlanResponse)(nil),     // 1: coffer.agent.v1.PlanResponse
@@ -2563,19 +2717,20 @@ var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*LogEvent)(nil),         // 14: coffer.agent.v1.LogEvent
 	(*CheckpointEvent)(nil),  // 15: coffer.agent.v1.CheckpointEvent
 	(*LeaseEvent)(nil),       // 16: coffer.agent.v1.LeaseEvent
-	(*QueueEvent)(nil),       // 17: coffer.agent.v1.QueueEvent
-	(*LogCutEvent)(nil),      // 18: coffer.agent.v1.LogCutEvent
-	(*LogsRequest)(nil),      // 19: coffer.agent.v1.LogsRequest
-	(*LogsResponse)(nil),     // 20: coffer.agent.v1.LogsResponse
-	(*EgressEvent)(nil),      // 21: coffer.agent.v1.EgressEvent
-	(*AlertEvent)(nil),       // 22: coffer.agent.v1.AlertEvent
-	(*CancelRequest)(nil),    // 23: coffer.agent.v1.CancelRequest
-	(*CancelResponse)(nil),   // 24: coffer.agent.v1.CancelResponse
-	(*BundleRequest)(nil),    // 25: coffer.agent.v1.BundleRequest
-	(*BundleResponse)(nil),   // 26: coffer.agent.v1.BundleResponse
-	(*CapacityRequest)(nil),  // 27: coffer.agent.v1.CapacityRequest
-	(*CapacityResponse)(nil), // 28: coffer.agent.v1.CapacityResponse
-	(*Attested)(nil),         // 29: coffer.agent.v1.Attested
+	(*ReattestEvent)(nil),    // 17: coffer.agent.v1.ReattestEvent
+	(*QueueEvent)(nil),       // 18: coffer.agent.v1.QueueEvent
+	(*LogCutEvent)(nil),      // 19: coffer.agent.v1.LogCutEvent
+	(*LogsRequest)(nil),      // 20: coffer.agent.v1.LogsRequest
+	(*LogsResponse)(nil),     // 21: coffer.agent.v1.LogsResponse
+	(*EgressEvent)(nil),      // 22: coffer.agent.v1.EgressEvent
+	(*AlertEvent)(nil),       // 23: coffer.agent.v1.AlertEvent
+	(*CancelRequest)(nil),    // 24: coffer.agent.v1.CancelRequest
+	(*CancelResponse)(nil),   // 25: coffer.agent.v1.CancelResponse
+	(*BundleRequest)(nil),    // 26: coffer.agent.v1.BundleRequest
+	(*BundleResponse)(nil),   // 27: coffer.agent.v1.BundleResponse
+	(*CapacityRequest)(nil),  // 28: coffer.agent.v1.CapacityRequest
+	(*CapacityResponse)(nil), // 29: coffer.agent.v1.CapacityResponse
+	(*Attested)(nil),         // 30: coffer.agent.v1.Attested
 }
 var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: coffer.agent.v1.PlanResponse.prediction:type_name -> coffer.agent.v1.Prediction
@@ -2589,36 +2744,37 @@ var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	5,  // 8: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
 	15, // 9: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
 	16, // 10: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
-	17, // 11: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
-	18, // 12: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
-	21, // 13: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
-	22, // 14: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
-	14, // 15: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
-	5,  // 16: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
-	29, // 17: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
-	0,  // 18: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
-	3,  // 19: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
-	7,  // 20: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
-	9,  // 21: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
-	11, // 22: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
-	23, // 23: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
-	19, // 24: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
-	25, // 25: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
-	27, // 26: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
-	1,  // 27: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
-	4,  // 28: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
-	8,  // 29: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
-	10, // 30: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
-	12, // 31: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
-	24, // 32: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
-	20, // 33: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
-	26, // 34: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
-	28, // 35: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
-	27, // [27:36] is the sub-list for method output_type
-	18, // [18:27] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	18, // 11: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
+	19, // 12: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
+	22, // 13: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
+	23, // 14: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
+	17, // 15: coffer.agent.v1.WatchResponse.reattest:type_name -> coffer.agent.v1.ReattestEvent
+	14, // 16: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
+	5,  // 17: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
+	30, // 18: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
+	0,  // 19: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
+	3,  // 20: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
+	7,  // 21: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
+	9,  // 22: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
+	11, // 23: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
+	24, // 24: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
+	20, // 25: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
+	26, // 26: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
+	28, // 27: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
+	1,  // 28: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
+	4,  // 29: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
+	8,  // 30: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
+	10, // 31: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
+	12, // 32: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
+	25, // 33: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
+	21, // 34: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
+	27, // 35: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
+	29, // 36: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
+	28, // [28:37] is the sub-list for method output_type
+	19, // [19:28] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_runner_api_agent_v1_agent_proto_init() }
@@ -2636,6 +2792,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 		(*WatchResponse_LogCut)(nil),
 		(*WatchResponse_Egress)(nil),
 		(*WatchResponse_Alert)(nil),
+		(*WatchResponse_Reattest)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2643,7 +2800,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_runner_api_agent_v1_agent_proto_rawDesc), len(file_runner_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
