@@ -72,6 +72,8 @@ type Deps struct {
 	// Room bounds the jobs that run at once. What is zero is the machine's memory,
 	// four times its cores, and DefaultJobs.
 	Room Room
+	// Queues divide the node between its users; one for everybody if there are none.
+	Queues []Queue
 	// Logs keeps what jobs print; without it the newest lines stay in memory.
 	Logs *logs.Store
 	// Values keeps what jobs that wait need; without it they do not survive the agent.
@@ -152,8 +154,12 @@ func Open(ctx context.Context, d Deps) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open agent: %w", err)
 	}
+	queues, err := checkQueues(d.Queues)
+	if err != nil {
+		return nil, fmt.Errorf("open agent: %w", err)
+	}
 	a := &Agent{
-		Deps: d, log: d.Log, profile: profile, uuids: uuids, queue: newQueue(room, uuids), machine: device.New(d.GPUs, uuids, device.Defaults), live: map[string]*Job{}, ended: map[string]*feed{}, predicting: make(chan struct{}, 1),
+		Deps: d, log: d.Log, profile: profile, uuids: uuids, queue: newQueue(room, uuids, queues), machine: device.New(d.GPUs, uuids, device.Defaults), live: map[string]*Job{}, ended: map[string]*feed{}, predicting: make(chan struct{}, 1),
 	}
 	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
 	if err := a.takeUp(ctx); err != nil {
@@ -407,6 +413,9 @@ func (a *Agent) Submit(ctx context.Context, submitter string, file []byte, key s
 	}
 	j.id, j.submitter, j.submitted = ulid.Make().String(), submitter, began
 	if j.redacted, err = spec.Redacted(); err != nil {
+		return journal.Job{}, err
+	}
+	if err := a.mayQueue(j); err != nil {
 		return journal.Job{}, err
 	}
 	if err := a.mayWait(); err != nil {

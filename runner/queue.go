@@ -28,6 +28,7 @@ type Room struct {
 // place is a job that waits for room, or that has it.
 type place struct {
 	id       string
+	queue    string
 	priority int
 	need     Room
 	gpus     int
@@ -41,29 +42,32 @@ type place struct {
 	position int
 }
 
-func newPlace(id string, priority int, since time.Time, r plan.Resources) *place {
+func newPlace(id, queue string, priority int, since time.Time, r plan.Resources) *place {
 	return &place{
-		id: id, priority: priority, since: since, need: Room{1, r.CPUMillis, r.MemoryBytes}, gpus: r.GPUs,
+		id: id, queue: queue, priority: priority, since: since, need: Room{1, r.CPUMillis, r.MemoryBytes}, gpus: r.GPUs,
 		given: make(chan struct{}), moved: make(chan struct{}, 1),
 	}
 }
 
-// queue gives jobs their room: those of a higher priority first, then those that
-// were submitted first. A job that needs less than what is left may pass one that
-// needs more, for as long as overtaken says.
+// queue gives jobs their room. The queue whose jobs have least for its weight is next, and
+// in it who has the highest priority, then who was submitted first. A job that needs less
+// than what is left may pass one that needs more, for as long as overtaken says.
 type queue struct {
-	now func() time.Time
+	now    func() time.Time
+	queues []Queue
 
 	mu      sync.Mutex // guards what follows
 	total   Room
 	used    Room
-	free    []string // GPUs that no job has
+	shares  map[string]Share // what the jobs of each queue have
+	free    []string         // GPUs that no job has
 	gpus    int
 	waiting []*place
 }
 
-func newQueue(total Room, gpus []string) *queue {
-	return &queue{now: time.Now, total: total, free: slices.Clone(gpus), gpus: len(gpus)}
+// newQueue returns a queue of a node with nothing in use. queues are those of checkQueues.
+func newQueue(total Room, gpus []string, queues []Queue) *queue {
+	return &queue{now: time.Now, queues: queues, shares: map[string]Share{}, total: total, free: slices.Clone(gpus), gpus: len(gpus)}
 }
 
 // capped is what a job takes of the node: a job may have a limit on cores that is
@@ -96,13 +100,18 @@ func (q *queue) lacks(p *place) string {
 	if left := q.total.MemoryBytes - q.used.MemoryBytes; n.MemoryBytes > left {
 		out = append(out, fmt.Sprintf("%d MiB of memory, %d are free", n.MemoryBytes>>20, left>>20))
 	}
+	if i := slices.IndexFunc(q.queues, func(c Queue) bool { return c.Name == p.queue }); i >= 0 {
+		if c := q.queues[i]; !q.shares[c.Name].plus(q.share(p), 1).within(c.Limit) {
+			out = append(out, fmt.Sprintf("room of the queue %s: its jobs have %s of %s", c.Name, q.shares[c.Name], c.Limit))
+		}
+	}
 	if len(out) == 0 {
 		return "jobs before it"
 	}
 	return strings.Join(out, "; ")
 }
 
-// enter begins a job's wait. The job then waits for given or leaves.
+// enter begins a job's wait in a queue that is there. The job then waits for given or leaves.
 func (q *queue) enter(p *place) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -131,6 +140,7 @@ func (q *queue) release(p *place) {
 	q.used.Jobs -= n.Jobs
 	q.used.CPUMillis -= n.CPUMillis
 	q.used.MemoryBytes -= n.MemoryBytes
+	q.shares[p.queue] = q.shares[p.queue].plus(q.share(p), -1)
 	q.free = append(q.free, p.got...)
 	p.got = nil
 }
@@ -141,6 +151,7 @@ func (q *queue) take(p *place, gpus []string) {
 	q.used.Jobs += n.Jobs
 	q.used.CPUMillis += n.CPUMillis
 	q.used.MemoryBytes += n.MemoryBytes
+	q.shares[p.queue] = q.shares[p.queue].plus(q.share(p), 1)
 	p.got = gpus
 	close(p.given)
 }
@@ -168,22 +179,41 @@ func (q *queue) adopt(p *place, gpus []string) error {
 // advance begins the jobs that can begin and tells the others where they are.
 // q.mu is held.
 func (q *queue) advance() {
-	kept := q.waiting[:0:0]
-	blocked := false
+	lines := map[string][]*place{}
 	for _, p := range q.waiting {
-		if !blocked && q.fits(p) {
+		lines[p.queue] = append(lines[p.queue], p)
+	}
+	begun := map[*place]bool{}
+	for q.used.Jobs < q.total.Jobs {
+		i := q.turn(lines)
+		if i < 0 {
+			break
+		}
+		name, limit := q.queues[i].Name, q.queues[i].Limit
+		p := lines[name][0]
+		lines[name] = lines[name][1:]
+		long := q.now().Sub(p.since) > overtaken
+		switch {
+		case !q.shares[name].plus(q.share(p), 1).within(limit):
+			// What a queue's own limit keeps back keeps no other queue back.
+			if long {
+				lines[name] = nil
+			}
+		case q.fits(p):
 			gpus := slices.Clone(q.free[:p.gpus])
 			q.free = slices.Clone(q.free[p.gpus:])
 			q.take(p, gpus)
-			continue
+			begun[p] = true
+		case long:
+			clear(lines)
 		}
-		blocked = blocked || q.now().Sub(p.since) > overtaken
-		kept = append(kept, p)
 	}
-	q.waiting = kept
-	for i, p := range q.waiting {
-		if p.position != i+1 {
-			p.position = i + 1
+	q.waiting = slices.DeleteFunc(q.waiting, func(p *place) bool { return begun[p] })
+	at := map[string]int{}
+	for _, p := range q.waiting {
+		at[p.queue]++
+		if p.position != at[p.queue] {
+			p.position = at[p.queue]
 			select {
 			case p.moved <- struct{}{}:
 			default:
@@ -192,14 +222,69 @@ func (q *queue) advance() {
 	}
 }
 
-// at says where a job waits and what it lacks; position 0 means that it does not
-// wait here.
+// turn returns which queue is next of those with jobs in lines: the one whose jobs have the
+// least part of the node for its weight, and of two that have the same, the one whose job was
+// submitted first. It is -1 where none has any. q.mu is held.
+func (q *queue) turn(lines map[string][]*place) int {
+	next, least := -1, 0.0
+	for i, c := range q.queues {
+		line := lines[c.Name]
+		if len(line) == 0 {
+			continue
+		}
+		part := q.shares[c.Name].of(Share{q.total, q.gpus}) / float64(c.Weight)
+		if next < 0 || part < least || part == least && line[0].since.Before(lines[q.queues[next].Name][0].since) {
+			next, least = i, part
+		}
+	}
+	return next
+}
+
+// share is what a job takes of its queue.
+func (q *queue) share(p *place) Share { return Share{q.capped(p), p.gpus} }
+
+// needs is what a job with such resources takes.
+func (q *queue) needs(r plan.Resources) Share { return q.share(newPlace("", "", 0, time.Time{}, r)) }
+
+// names lists the queues that a principal may use.
+func (q *queue) names(principal string) []string {
+	out := []string{}
+	for _, c := range q.queues {
+		if c.Admits(principal) {
+			out = append(out, c.Name)
+		}
+	}
+	return out
+}
+
+// has reports whether there is a queue.
+func (q *queue) has(name string) bool {
+	return slices.ContainsFunc(q.queues, func(c Queue) bool { return c.Name == name })
+}
+
+// loads says how the queues stand.
+func (q *queue) loads() []QueueLoad {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	waiting := map[string]int{}
+	for _, p := range q.waiting {
+		waiting[p.queue]++
+	}
+	out := make([]QueueLoad, 0, len(q.queues))
+	for _, c := range q.queues {
+		out = append(out, QueueLoad{c, q.shares[c.Name], waiting[c.Name]})
+	}
+	return out
+}
+
+// at says where a job waits in its queue and what it lacks; position 0 means that it does
+// not wait here.
 func (q *queue) at(id string) (position int, lacks string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for i, p := range q.waiting {
+	for _, p := range q.waiting {
 		if p.id == id {
-			return i + 1, q.lacks(p)
+			return p.position, q.lacks(p)
 		}
 	}
 	return 0, ""

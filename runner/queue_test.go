@@ -50,17 +50,17 @@ func TestQueueOrder(t *testing.T) {
 		"who has waited is not passed": {[]entry{{"a", 0, 0, plan.Resources{CPUMillis: 2000, MemoryBytes: 64 << 30}}, {"b", 0, 2, one}}, 11, one, ""},
 		"until then it is":             {[]entry{{"a", 0, 0, plan.Resources{CPUMillis: 2000, MemoryBytes: 64 << 30}}, {"b", 0, 2, one}}, 9, one, "b"},
 	} {
-		q := newQueue(roomFor(8, 2000, 8<<30), []string{"gpu-0"})
+		q := newQueue(roomFor(8, 2000, 8<<30), []string{"gpu-0"}, everybody())
 		q.now = func() time.Time { return noon.Add(time.Duration(row.now) * time.Minute) }
 		// Whatever holds the node keeps all out until everybody is there.
-		holder := newPlace("holder", 100, noon, plan.Resources{CPUMillis: 2000, MemoryBytes: 8 << 30, GPUs: 1})
+		holder := newPlace("holder", "default", 100, noon, plan.Resources{CPUMillis: 2000, MemoryBytes: 8 << 30, GPUs: 1})
 		q.enter(holder)
 		if !has(holder) {
 			t.Fatalf("%s: the node is not free", name)
 		}
 		var all []*place
 		for _, e := range row.entries {
-			p := newPlace(e.id, e.priority, noon.Add(time.Duration(e.minute)*time.Minute), e.need)
+			p := newPlace(e.id, "default", e.priority, noon.Add(time.Duration(e.minute)*time.Minute), e.need)
 			q.enter(p)
 			if has(p) {
 				t.Errorf("%s: %s began beside a job that has everything", name, e.id)
@@ -87,19 +87,19 @@ func TestQueueOrder(t *testing.T) {
 }
 
 func TestAdoptedJobsHaveTheirGPUs(t *testing.T) {
-	q := newQueue(roomFor(2, 2000, 8<<30), []string{"gpu-0", "gpu-1"})
+	q := newQueue(roomFor(2, 2000, 8<<30), []string{"gpu-0", "gpu-1"}, everybody())
 	r := plan.Resources{CPUMillis: 1000, MemoryBytes: 1 << 30, GPUs: 1}
-	a := newPlace("a", 0, noon, r)
+	a := newPlace("a", "default", 0, noon, r)
 	if err := q.adopt(a, []string{"gpu-1"}); err != nil || a.got[0] != "gpu-1" {
 		t.Fatalf("%v %v", a.got, err)
 	}
-	if err := q.adopt(newPlace("b", 0, noon, r), []string{"gpu-1"}); err == nil {
+	if err := q.adopt(newPlace("b", "default", 0, noon, r), []string{"gpu-1"}); err == nil {
 		t.Error("a GPU is two jobs'")
 	}
-	if err := q.adopt(newPlace("c", 0, noon, r), []string{"gpu-0"}); err != nil {
+	if err := q.adopt(newPlace("c", "default", 0, noon, r), []string{"gpu-0"}); err != nil {
 		t.Errorf("a refused adoption has taken something: %v", err)
 	}
-	if err := q.adopt(newPlace("d", 0, noon, plan.Resources{}), nil); err == nil {
+	if err := q.adopt(newPlace("d", "default", 0, noon, plan.Resources{}), nil); err == nil {
 		t.Error("three jobs are in two places")
 	}
 	q.leave(a)
@@ -113,12 +113,12 @@ func TestQueueNeverGivesTooMuch(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // a test that repeats
 	total := roomFor(4, 4000, 16<<30)
 	gpus := []string{"a", "b", "c"}
-	q := newQueue(total, gpus)
+	q := newQueue(total, gpus, everybody())
 	q.now = func() time.Time { return noon }
 	var in []*place
 	for i := range 5000 {
 		if len(in) < 20 && rnd.IntN(2) == 0 {
-			p := newPlace(fmt.Sprint(i), rnd.IntN(3), noon.Add(time.Duration(i)), plan.Resources{
+			p := newPlace(fmt.Sprint(i), "default", rnd.IntN(3), noon.Add(time.Duration(i)), plan.Resources{
 				CPUMillis: int64(rnd.IntN(5000)) + 1, MemoryBytes: int64(rnd.IntN(16<<30)) + 1, GPUs: rnd.IntN(len(gpus) + 1),
 			})
 			q.enter(p)

@@ -159,7 +159,7 @@ func (a *Agent) adoptReseal(ctx context.Context, j *Job) (func(context.Context) 
 	if _, err := a.attested(j); err != nil {
 		return nil, err
 	}
-	j.place = newPlace(j.id, j.spec.Priority, j.submitted, j.plan.Resources)
+	j.place = newPlace(j.id, queueName(j.spec), j.spec.Priority, j.submitted, j.plan.Resources)
 	if err := a.queue.adopt(j.place, nil); err != nil {
 		return nil, err
 	}

@@ -260,7 +260,7 @@ func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error
 	for _, g := range env.GPUs {
 		gpus = append(gpus, g.UUID)
 	}
-	j.place = newPlace(j.id, j.spec.Priority, j.submitted, j.plan.Resources)
+	j.place = newPlace(j.id, queueName(j.spec), j.spec.Priority, j.submitted, j.plan.Resources)
 	if err := a.queue.adopt(j.place, gpus); err != nil {
 		return running{}, err
 	}

@@ -64,7 +64,10 @@ func (a *Agent) acquire(ctx context.Context, j *Job) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
-	j.place, j.placed = newPlace(j.id, j.spec.Priority, j.submitted, j.plan.Resources), true
+	if !a.queue.has(queueName(j.spec)) {
+		return a.mayQueue(j)
+	}
+	j.place, j.placed = newPlace(j.id, queueName(j.spec), j.spec.Priority, j.submitted, j.plan.Resources), true
 	a.queue.enter(j.place)
 	select {
 	case <-j.place.given:
@@ -192,6 +195,10 @@ func (a *Agent) complete(ctx context.Context, j *Job) error {
 		}
 		if again.digest != j.digest {
 			return errChanged
+		}
+		// The journal may name a queue that the submitter may not use.
+		if err := a.mayQueue(j); err != nil {
+			return err
 		}
 		j.admitted = true
 		j.spec, j.image, j.signature, j.env = again.spec, again.image, again.signature, again.env

@@ -64,6 +64,8 @@ type Config struct {
 	// Capacity is what jobs may have together. What is absent is the machine's memory,
 	// four times its cores, since a job's cores are a limit, and 8 jobs at once.
 	Capacity runner.Room `json:"capacity,omitzero"`
+	// Queues divide the node between its users. One for everybody if absent.
+	Queues []runner.Queue `json:"queues,omitempty"`
 	// LogBytes bounds the kept logs of ended jobs; default 1 GiB.
 	LogBytes int64 `json:"logBytes,omitempty"`
 	// Access lets people call with tokens; without it certificates alone do.
@@ -121,6 +123,9 @@ func (c Config) validate() error {
 	}
 	if err := c.Alerts.validate(); err != nil {
 		return err
+	}
+	if err := runner.CheckQueues(c.Queues); err != nil {
+		return fmt.Errorf("configuration: %w", err)
 	}
 	if c.LogBytes < 0 {
 		return errors.New("configuration: logBytes is negative")

@@ -85,3 +85,41 @@ func valid() Config {
 	c.GPUPlugin.Path, c.GPUPlugin.SHA256 = "x", "x"
 	return c
 }
+
+func TestDocumentedQueues(t *testing.T) {
+	b, err := os.ReadFile("../../docs/scheduler.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := fence.FindSubmatch(b)
+	if m == nil {
+		t.Fatal("docs/scheduler.md has no configuration")
+	}
+	read := func(text string) (Config, error) {
+		path := filepath.Join(t.TempDir(), "cofferd.json")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c := valid()
+		if err := daemon.ReadConfig(path, &c); err != nil {
+			return c, err
+		}
+		return c, c.validate()
+	}
+	c, err := read(string(m[1]))
+	if err != nil || len(c.Queues) != 2 {
+		t.Fatalf("%+v, %v", c.Queues, err)
+	}
+	if q := c.Queues[1]; q.Limit.Jobs != 6 || q.Limit.GPUs != 1 || q.Limit.CPUMillis != 16000 || q.Limit.MemoryBytes != 64<<30 || q.Weight != 2 || !q.Admits("scheduler/cluster-1") {
+		t.Errorf("%+v", q)
+	}
+	for name, change := range map[string][2]string{
+		"nobody's":             {`"users": ["scheduler/cluster-1"], `, ""},
+		"a limit that is none": {`"jobs": 6`, `"job": 6`},
+		"twice":                {"nightly", "default"},
+	} {
+		if _, err := read(strings.Replace(string(m[1]), change[0], change[1], 1)); err == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+}

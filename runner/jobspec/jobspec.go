@@ -58,6 +58,8 @@ type Spec struct {
 	Retry    *Retry `yaml:"retry,omitempty"`
 	// Reattest is how often the job attests again.
 	Reattest *Reattest `yaml:"reattest,omitempty"`
+	// Queue is the queue of the node in which the job waits; DefaultQueue if empty.
+	Queue string `yaml:"queue,omitempty"`
 	// StopGrace is how long the job may take to end when it is told to, for a last
 	// checkpoint.
 	StopGrace Duration `yaml:"stopGrace,omitempty"`

@@ -8,6 +8,10 @@ import (
 )
 
 const (
+	// DefaultQueue is the queue of jobs that name none. QueuePattern is the form of a
+	// queue's name.
+	DefaultQueue = "default"
+	QueuePattern = namePattern
 	// MaxPriority bounds a priority on both sides.
 	MaxPriority = 100
 	// DefaultBackoff is the pause before the second attempt; each later pause is

@@ -56,6 +56,7 @@ func TestRetry(t *testing.T) {
 		"a refusal":              {"retry: {limit: 1, onEvents: [release-refused]}", "onEvents[0]"},
 		"a long pause":           {"retry: {limit: 1, backoff: 2h}", "backoff"},
 		"too urgent":             {"priority: 101", "priority"},
+		"no name of a queue":     {"queue: A b", "queue"},
 		"a long stop":            {"stopGrace: 2h", "stopGrace"},
 		"parts of a second":      {"stopGrace: 1500ms", "stopGrace"},
 		"too much a second":      {"output: {logBytesPerSecond: 1Gi}", "logBytesPerSecond"},

@@ -19,7 +19,7 @@ import (
 const metricsPath = "/metrics"
 
 // metrics counts calls, and reads the rest from the agent when it is asked. Nothing
-// that a caller or a job can choose becomes a label.
+// that a caller or a job can choose becomes a label: queues are those of the configuration.
 type metrics struct {
 	registry *prometheus.Registry
 	calls    *prometheus.CounterVec
@@ -84,12 +84,13 @@ var (
 	memoryTotal = prometheus.NewDesc("coffer_agent_memory_bytes_total", "Memory that jobs may have together.", nil, nil)
 	memoryFree  = prometheus.NewDesc("coffer_agent_memory_bytes_free", "Memory that no running job has.", nil, nil)
 	attestedTo  = prometheus.NewDesc("coffer_agent_attested_until_seconds", "Until when the newest result that a verifier signed for a job of this node may be used, in seconds since 1970; 0 before the first.", nil, nil)
+	queueJobs   = prometheus.NewDesc("coffer_agent_queue_jobs", "Jobs of a queue, by whether they have room (running) or wait for it (waiting).", []string{"queue", "state"}, nil)
 	endedTotal  = prometheus.NewDesc("coffer_agent_jobs_ended_total", "Jobs that this agent saw end, by state and reason code. The reason of every rule of the node is \"rule\".", []string{"state", "reason"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (load) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{jobsMetric, placesTotal, gpusMetric, cpuTotal, cpuFree, memoryTotal, memoryFree, attestedTo, endedTotal} {
+	for _, d := range []*prometheus.Desc{jobsMetric, placesTotal, gpusMetric, cpuTotal, cpuFree, memoryTotal, memoryFree, attestedTo, queueJobs, endedTotal} {
 		out <- d
 	}
 }
@@ -109,6 +110,10 @@ func (l load) Collect(out chan<- prometheus.Metric) {
 	gauge(cpuFree, float64(now.Free.CPUMillis)/1000)
 	gauge(memoryTotal, float64(now.Total.MemoryBytes))
 	gauge(memoryFree, float64(now.Free.MemoryBytes))
+	for _, q := range l.agent.Queues() {
+		gauge(queueJobs, float64(q.Used.Jobs), q.Name, "running")
+		gauge(queueJobs, float64(q.Waiting), q.Name, "waiting")
+	}
 	until := 0.0
 	if !now.Attested.Until.IsZero() {
 		until = float64(now.Attested.Until.Unix())

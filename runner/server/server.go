@@ -422,13 +422,19 @@ func (s *server) Bundle(ctx context.Context, r *connect.Request[agentv1.BundleRe
 	return connect.NewResponse(&agentv1.BundleResponse{Bundle: b}), nil
 }
 
-func (s *server) Capacity(_ context.Context, _ *connect.Request[agentv1.CapacityRequest]) (*connect.Response[agentv1.CapacityResponse], error) {
+func (s *server) Capacity(ctx context.Context, _ *connect.Request[agentv1.CapacityRequest]) (*connect.Response[agentv1.CapacityResponse], error) {
 	l := s.agent.Load()
 	out := &agentv1.CapacityResponse{
 		Node: s.agent.Name, Version: s.agent.Version,
 		CpuMillis: int32(l.Total.CPUMillis), MemoryBytes: l.Total.MemoryBytes, Gpus: int32(l.GPUs), GpuDriver: s.gpu.Driver, GpuCcMode: s.gpu.CCMode, //nolint:gosec // small counts
 		Running: int32(l.Running), Queued: int32(l.Waiting), MaxRunning: int32(l.Total.Jobs), //nolint:gosec // small counts
 		FreeCpuMillis: int32(l.Free.CPUMillis), FreeMemoryBytes: l.Free.MemoryBytes, FreeGpus: int32(l.FreeGPUs), //nolint:gosec // small counts
+	}
+	for _, q := range s.agent.Queues() {
+		out.Queues = append(out.Queues, &agentv1.Queue{
+			Name: q.Name, Weight: int32(q.Weight), Yours: q.Admits(callerOf(ctx).Principal), Running: int32(q.Used.Jobs), Waiting: int32(q.Waiting), //nolint:gosec // small counts
+			MaxRunning: int32(q.Limit.Jobs), MaxGpus: int32(q.Limit.GPUs), MaxCpuMillis: int32(q.Limit.CPUMillis), MaxMemoryBytes: q.Limit.MemoryBytes, //nolint:gosec // checked when they were read
+		})
 	}
 	if at := l.Attested; !at.Until.IsZero() {
 		out.Attested = &agentv1.Attested{AtUnix: at.At.Unix(), UntilUnix: at.Until.Unix(), Policy: at.Policy.Name, PolicyDigest: string(at.Policy.Digest), Simulated: at.Simulated}

@@ -351,7 +351,7 @@ type Job struct {
 	// The next attempt, where this one ended and another follows.
 	RetriedAs string `protobuf:"bytes,17,opt,name=retried_as,json=retriedAs,proto3" json:"retried_as,omitempty"`
 	Priority  int32  `protobuf:"varint,18,opt,name=priority,proto3" json:"priority,omitempty"`
-	// Place among those that wait for room on the node, from 1; 0 for all others.
+	// Place among those of its queue that wait for room on the node, from 1; 0 for all others.
 	QueuePosition int32 `protobuf:"varint,19,opt,name=queue_position,json=queuePosition,proto3" json:"queue_position,omitempty"`
 	// What a queued job waits for, in words.
 	WaitsFor string `protobuf:"bytes,20,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
@@ -2260,7 +2260,9 @@ type CapacityResponse struct {
 	Version string `protobuf:"bytes,13,opt,name=version,proto3" json:"version,omitempty"`
 	// The newest result that a verifier signed for a job of this node, as this agent has it; absent
 	// before the first. Every job is attested anew, whatever stands here.
-	Attested      *Attested `protobuf:"bytes,14,opt,name=attested,proto3" json:"attested,omitempty"`
+	Attested *Attested `protobuf:"bytes,14,opt,name=attested,proto3" json:"attested,omitempty"`
+	// The node's queues. A node that names none has one, default, for everybody.
+	Queues        []*Queue `protobuf:"bytes,15,rep,name=queues,proto3" json:"queues,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2393,6 +2395,126 @@ func (x *CapacityResponse) GetAttested() *Attested {
 	return nil
 }
 
+func (x *CapacityResponse) GetQueues() []*Queue {
+	if x != nil {
+		return x.Queues
+	}
+	return nil
+}
+
+// Queue is a queue of the node: what its jobs have, and what they may have together.
+type Queue struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// A queue of weight 2 gets twice as much as one of weight 1 where both have jobs that wait.
+	Weight int32 `protobuf:"varint,2,opt,name=weight,proto3" json:"weight,omitempty"`
+	// Whether the caller may submit jobs to it.
+	Yours   bool  `protobuf:"varint,3,opt,name=yours,proto3" json:"yours,omitempty"`
+	Running int32 `protobuf:"varint,4,opt,name=running,proto3" json:"running,omitempty"`
+	// Jobs that wait for room; those that wait for approvals are not among them.
+	Waiting int32 `protobuf:"varint,5,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	// What its jobs may have together; 0 is not bounded.
+	MaxRunning     int32 `protobuf:"varint,6,opt,name=max_running,json=maxRunning,proto3" json:"max_running,omitempty"`
+	MaxGpus        int32 `protobuf:"varint,7,opt,name=max_gpus,json=maxGpus,proto3" json:"max_gpus,omitempty"`
+	MaxCpuMillis   int32 `protobuf:"varint,8,opt,name=max_cpu_millis,json=maxCpuMillis,proto3" json:"max_cpu_millis,omitempty"`
+	MaxMemoryBytes int64 `protobuf:"varint,9,opt,name=max_memory_bytes,json=maxMemoryBytes,proto3" json:"max_memory_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Queue) Reset() {
+	*x = Queue{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Queue) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Queue) ProtoMessage() {}
+
+func (x *Queue) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Queue.ProtoReflect.Descriptor instead.
+func (*Queue) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *Queue) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Queue) GetWeight() int32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+func (x *Queue) GetYours() bool {
+	if x != nil {
+		return x.Yours
+	}
+	return false
+}
+
+func (x *Queue) GetRunning() int32 {
+	if x != nil {
+		return x.Running
+	}
+	return 0
+}
+
+func (x *Queue) GetWaiting() int32 {
+	if x != nil {
+		return x.Waiting
+	}
+	return 0
+}
+
+func (x *Queue) GetMaxRunning() int32 {
+	if x != nil {
+		return x.MaxRunning
+	}
+	return 0
+}
+
+func (x *Queue) GetMaxGpus() int32 {
+	if x != nil {
+		return x.MaxGpus
+	}
+	return 0
+}
+
+func (x *Queue) GetMaxCpuMillis() int32 {
+	if x != nil {
+		return x.MaxCpuMillis
+	}
+	return 0
+}
+
+func (x *Queue) GetMaxMemoryBytes() int64 {
+	if x != nil {
+		return x.MaxMemoryBytes
+	}
+	return 0
+}
+
 // Attested is a result that a verifier signed.
 type Attested struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2411,7 +2533,7 @@ type Attested struct {
 
 func (x *Attested) Reset() {
 	*x = Attested{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2423,7 +2545,7 @@ func (x *Attested) String() string {
 func (*Attested) ProtoMessage() {}
 
 func (x *Attested) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2436,7 +2558,7 @@ func (x *Attested) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attested.ProtoReflect.Descriptor instead.
 func (*Attested) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Attested) GetAtUnix() int64 {
@@ -2648,7 +2770,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"(\n" +
 	"\x0eBundleResponse\x12\x16\n" +
 	"\x06bundle\x18\x01 \x01(\fR\x06bundle\"\x11\n" +
-	"\x0fCapacityRequest\"\xd0\x03\n" +
+	"\x0fCapacityRequest\"\x80\x04\n" +
 	"\x10CapacityResponse\x12\x1d\n" +
 	"\n" +
 	"cpu_millis\x18\x01 \x01(\x05R\tcpuMillis\x12!\n" +
@@ -2667,7 +2789,19 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"maxRunning\x12\x12\n" +
 	"\x04node\x18\f \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\r \x01(\tR\aversion\x125\n" +
-	"\battested\x18\x0e \x01(\v2\x19.coffer.agent.v1.AttestedR\battested\"\x9d\x01\n" +
+	"\battested\x18\x0e \x01(\v2\x19.coffer.agent.v1.AttestedR\battested\x12.\n" +
+	"\x06queues\x18\x0f \x03(\v2\x16.coffer.agent.v1.QueueR\x06queues\"\x89\x02\n" +
+	"\x05Queue\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06weight\x18\x02 \x01(\x05R\x06weight\x12\x14\n" +
+	"\x05yours\x18\x03 \x01(\bR\x05yours\x12\x18\n" +
+	"\arunning\x18\x04 \x01(\x05R\arunning\x12\x18\n" +
+	"\awaiting\x18\x05 \x01(\x05R\awaiting\x12\x1f\n" +
+	"\vmax_running\x18\x06 \x01(\x05R\n" +
+	"maxRunning\x12\x19\n" +
+	"\bmax_gpus\x18\a \x01(\x05R\amaxGpus\x12$\n" +
+	"\x0emax_cpu_millis\x18\b \x01(\x05R\fmaxCpuMillis\x12(\n" +
+	"\x10max_memory_bytes\x18\t \x01(\x03R\x0emaxMemoryBytes\"\x9d\x01\n" +
 	"\bAttested\x12\x17\n" +
 	"\aat_unix\x18\x01 \x01(\x03R\x06atUnix\x12\x1d\n" +
 	"\n" +
@@ -2698,7 +2832,7 @@ func file_runner_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_runner_api_agent_v1_agent_proto_rawDescData
 }
 
-var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*PlanRequest)(nil),      // 0: coffer.agent.v1.PlanRequest
 	(*PlanResponse)(nil),     // 1: coffer.agent.v1.PlanResponse
@@ -2730,7 +2864,8 @@ var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*BundleResponse)(nil),   // 27: coffer.agent.v1.BundleResponse
 	(*CapacityRequest)(nil),  // 28: coffer.agent.v1.CapacityRequest
 	(*CapacityResponse)(nil), // 29: coffer.agent.v1.CapacityResponse
-	(*Attested)(nil),         // 30: coffer.agent.v1.Attested
+	(*Queue)(nil),            // 30: coffer.agent.v1.Queue
+	(*Attested)(nil),         // 31: coffer.agent.v1.Attested
 }
 var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: coffer.agent.v1.PlanResponse.prediction:type_name -> coffer.agent.v1.Prediction
@@ -2751,30 +2886,31 @@ var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	17, // 15: coffer.agent.v1.WatchResponse.reattest:type_name -> coffer.agent.v1.ReattestEvent
 	14, // 16: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
 	5,  // 17: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
-	30, // 18: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
-	0,  // 19: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
-	3,  // 20: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
-	7,  // 21: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
-	9,  // 22: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
-	11, // 23: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
-	24, // 24: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
-	20, // 25: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
-	26, // 26: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
-	28, // 27: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
-	1,  // 28: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
-	4,  // 29: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
-	8,  // 30: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
-	10, // 31: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
-	12, // 32: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
-	25, // 33: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
-	21, // 34: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
-	27, // 35: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
-	29, // 36: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
-	28, // [28:37] is the sub-list for method output_type
-	19, // [19:28] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	31, // 18: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
+	30, // 19: coffer.agent.v1.CapacityResponse.queues:type_name -> coffer.agent.v1.Queue
+	0,  // 20: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
+	3,  // 21: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
+	7,  // 22: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
+	9,  // 23: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
+	11, // 24: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
+	24, // 25: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
+	20, // 26: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
+	26, // 27: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
+	28, // 28: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
+	1,  // 29: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
+	4,  // 30: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
+	8,  // 31: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
+	10, // 32: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
+	12, // 33: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
+	25, // 34: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
+	21, // 35: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
+	27, // 36: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
+	29, // 37: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
+	29, // [29:38] is the sub-list for method output_type
+	20, // [20:29] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_runner_api_agent_v1_agent_proto_init() }
@@ -2800,7 +2936,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_runner_api_agent_v1_agent_proto_rawDesc), len(file_runner_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
