@@ -400,6 +400,7 @@ func (a *Agent) tryAttest(ctx context.Context, j *Job, h *holder.Holder, n int) 
 	out := attestedTry{evidence: b, token: token, err: err}
 	if err == nil {
 		out.result = v.Result()
+		a.attestedBy(v)
 	} else if token != "" {
 		if r, oerr := a.Verifier.Result(token); oerr == nil && receipt.RefusedFor(r) != "" {
 			out.result = r
