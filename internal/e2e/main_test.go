@@ -282,7 +282,7 @@ type failedCheck struct {
 func (n *node) status(t *testing.T, id string) status {
 	t.Helper()
 	j := n.job(t, id)
-	s := status{ID: j.GetId(), State: j.GetState(), Stage: j.GetStage(), Reason: j.GetReason(), Message: j.GetMessage()}
+	s := status{ID: j.GetId(), State: j.GetState(), Stage: j.GetStage(), Reason: j.GetReason(), Message: j.GetMessage(), Paused: j.GetPaused(), Stopping: j.GetStopping()}
 	for _, c := range j.GetChecks() {
 		s.Checks = append(s.Checks, failedCheck{ID: c.GetId()})
 	}
