@@ -617,7 +617,7 @@ func TestSeal(t *testing.T) {
 func TestGrants(t *testing.T) {
 	s := newFakeStack(t)
 	s.coffer(t.Context(), "grant", "create", "--plan", string(plan.Sum(nil)), "--asset", "a", "--asset", "b", "--for", "1h", "--releases", "2", "--allow-simulated").want(t, 0, "g-1")
-	s.coffer(t.Context(), "grants", "ls").want(t, exitFailed, "list grants: ")
+	s.coffer(t.Context(), "grants", "ls").want(t, 0, "g-1", "requested", "2 of security")
 	s.coffer(t.Context(), "revoke", "--lift", "--node", "node-4", "--reason", "inspected").want(t, 0, "lifted the revocation of node-4")
 	s.coffer(t.Context(), "revoke", "--lift", "g-1", "--reason", "inspected").want(t, exitUsage, "only the revocation of a node")
 	s.coffer(t.Context(), "revoke", "--lift", "--node", "node-4").want(t, exitUsage, "--reason")

@@ -407,7 +407,7 @@ func suggest(at, name string) string {
 		if parent == at {
 			here = append(here, last)
 		} else {
-			d++ // of two that are as near, the one in this place
+			d += 3 // rather one of this place
 		}
 		if name != "" && d < distance {
 			best, distance = f.Path, d
