@@ -69,7 +69,7 @@ output: {exitCodes: pass-fail, metrics: {names: [loss, step], maxValues: 50, val
 	// The runtime has variables in the specification that it starts from.
 	outside := func(hits []string) (out []string) {
 		for _, h := range hits {
-			if !strings.Contains(h, "containerd/") && !strings.Contains(h, "/runsc-root/") {
+			if !strings.Contains(h, "containerd") && !strings.Contains(h, "/runsc-root/") {
 				out = append(out, h)
 			}
 		}

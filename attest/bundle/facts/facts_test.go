@@ -58,7 +58,7 @@ func of(t *testing.T, b *bundle.Bundle) []facts.Section {
 }
 
 func TestOf(t *testing.T) {
-	got := of(t, record(t, bundletest.Options{}, nil))
+	got := of(t, record(t, bundletest.Options{Reattest: &plan.Reattest{EverySeconds: 60, WithinSeconds: 30, OnFailure: plan.ReattestStop}}, nil))
 	var said []string
 	for _, s := range got {
 		if len(s.Facts) == 0 {
@@ -71,7 +71,7 @@ func TestOf(t *testing.T) {
 	for _, want := range []string{
 		"outcome state succeeded", "plan command python3 /app/train.py job-1", "plan egress." + bundletest.EgressHost + ".maxBytes 10000", "plan resources.memoryBytes 1073741824", "machine node node-1", "devices gpu0.gpu.feature-flag SPT",
 		"approvals alice approve checkpoints, dataset, weights: reviewed", "releases dataset sha384:", "egress metrics.example.com:443 1 connections, 4000 bytes sent, 9000 received",
-		"outputs checkpoint 2 epoch-2, 1000 bytes, sha384:", "timeline run done, 100ms", "parts plan ",
+		"outputs checkpoint 2 epoch-2, 1000 bytes, sha384:", "timeline run done, ", "reattestations attestation 2 timer, affirmed", "parts plan ",
 	} {
 		if !slices.ContainsFunc(said, func(s string) bool { return strings.HasPrefix(s, want) }) {
 			t.Errorf("nothing says %q", want)
