@@ -45,7 +45,7 @@ func TestAgentKilledBeforeStart(t *testing.T) {
 	killed := map[time.Duration]string{}
 	for _, pause := range []time.Duration{0, 60 * time.Millisecond, 160 * time.Millisecond, 260 * time.Millisecond, 400 * time.Millisecond} {
 		job := n.jobFile(t, "early-"+pause.String(), func(s string) string {
-			return strings.NewReplacer("gpus: 1", "gpus: 0", "cpu: 2", "cpu: 300m", "memory: 2Gi", "memory: 512Mi").Replace(s)
+			return strings.NewReplacer(trains, `[/usr/bin/python3, -c, "print(len(open('/inputs/model/model.safetensors', 'rb').read()))"]`, "gpus: 1", "gpus: 0", "cpu: 2", "cpu: 300m", "memory: 2Gi", "memory: 512Mi").Replace(s)
 		})
 		n.grant(t, n.planDigest(t, job), 1)
 		killed[pause] = n.submit(t, job)
