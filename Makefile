@@ -88,7 +88,7 @@ PROGRAMS := $(MODULE)/cmd/.*
 # Judging is arithmetic: nearly all of attest runs in one goroutine. What turns every bit of a report, or goes through a
 # long table of attacks one after the other, runs once without the race detector, which is ten times slower.
 JUDGES  := $(MODULE)/attest/.*
-ONE_BY_ONE := ^Test(Mutations|Flips|EveryFlip|Tamper|LyingAgent|HonestAgent|StoppedJobs|CarriedEndorsements|ReleaseAttacks|OwnersAreBounded|Approval|Principals|Revoke)
+ONE_BY_ONE := ^Test(Mutations|LiesAbout|Later|Flips|EveryFlip|Tamper|LyingAgent|HonestAgent|StoppedJobs|CarriedEndorsements|ReleaseAttacks|OwnersAreBounded|Approval|Principals|Revoke)
 
 .PHONY: test
 test: deps build image-numpy lint ## everything: vet, linters, unit tests, and integration tests on real parts (as root)
