@@ -42,10 +42,11 @@ type Ending struct {
 // countEnd counts a job that has ended. The rules of a node are as many as its
 // operator likes: their codes are counted as one.
 func (a *Agent) countEnd(end journal.Job) {
-	e := Ending{end.State, end.Reason}
-	if strings.HasPrefix(e.Reason, bundle.ReasonRule) {
-		e.Reason = "rule"
+	reason := end.Reason
+	if strings.HasPrefix(reason, bundle.ReasonRule) {
+		reason = "rule"
 	}
+	e := Ending{end.State, reason}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.endings == nil {

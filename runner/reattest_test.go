@@ -24,7 +24,7 @@ type fakeMachine struct {
 	answers []string
 	// broker is the broker's answer to results.
 	broker func() error
-	event  string
+	events chan string
 	notes  []bundle.Reattestation
 	shown  []string
 	frozen []bool
@@ -32,7 +32,7 @@ type fakeMachine struct {
 }
 
 func newMachine(rule reattestRule, answers ...string) *fakeMachine {
-	m := &fakeMachine{answers: answers, broker: func() error { return nil }}
+	m := &fakeMachine{answers: answers, events: make(chan string, 1), broker: func() error { return nil }}
 	now := time.Now()
 	m.attester = &attester{
 		rule: rule, began: now, issued: now.Unix(), grace: 5 * time.Second,
@@ -45,9 +45,12 @@ func newMachine(rule reattestRule, answers ...string) *fakeMachine {
 			return err
 		},
 		changed: func(context.Context) string {
-			e := m.event
-			m.event = ""
-			return e
+			select {
+			case e := <-m.events:
+				return e
+			default:
+				return ""
+			}
 		},
 		freeze: func(_ context.Context, on bool) error {
 			m.frozen = append(m.frozen, on)
@@ -176,9 +179,9 @@ func TestAttestingAtAnEvent(t *testing.T) {
 		m := newMachine(reattestRule{every: time.Hour, maxAge: 2 * time.Hour}, "affirmed", "refused")
 		go func() {
 			time.Sleep(time.Minute)
-			m.event = "gpu: not ready"
+			m.events <- "gpu: not ready"
 			time.Sleep(time.Minute)
-			m.event = "gpu: gone"
+			m.events <- "gpu: gone"
 		}()
 		began := time.Now()
 		stop := m.run(t.Context())

@@ -55,6 +55,16 @@ func OpenValues(dir string, key *bootkey.Key) (*Values, error) {
 
 func (v *Values) path(job string) string { return filepath.Join(v.dir, job) }
 
+// partial is the file of a job that is being written.
+func (v *Values) partial(job string) string { return v.path("." + job) }
+
+func remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("drop submission: %w", err)
+	}
+	return nil
+}
+
 // keep seals what is kept of a job.
 func (v *Values) keep(job string, p plan.Digest, s submission) error {
 	if v == nil {
@@ -69,12 +79,14 @@ func (v *Values) keep(job string, p plan.Digest, s submission) error {
 		return fmt.Errorf("keep submission: %w", err)
 	}
 	sealed := aead.Seal(nil, nil, b, []byte(p)) // #nosec G407 -- the cipher draws the nonce
-	whole := v.path("." + job)
-	if err := os.WriteFile(whole, sealed, 0o600); err != nil {
-		return fmt.Errorf("keep submission: %w", err)
+	whole := v.partial(job)
+	err = os.WriteFile(whole, sealed, 0o600)
+	if err == nil {
+		err = os.Rename(whole, v.path(job))
 	}
-	if err := os.Rename(whole, v.path(job)); err != nil {
-		return fmt.Errorf("keep submission: %w", err)
+	if err != nil {
+		// A full disk keeps part of a file, which would be nobody's.
+		return errors.Join(fmt.Errorf("keep submission: %w", err), remove(whole))
 	}
 	return nil
 }
@@ -129,10 +141,8 @@ func (v *Values) drop(job string) error {
 	if v == nil {
 		return nil
 	}
-	if err := os.Remove(v.path(job)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("drop submission: %w", err)
-	}
-	return nil
+	// An agent that was killed in the middle has left the second.
+	return errors.Join(remove(v.path(job)), remove(v.partial(job)))
 }
 
 // only drops the values of all jobs but these.
