@@ -73,11 +73,24 @@ func once[T any](ctx context.Context, service, what string, f func(context.Conte
 	if r, ok := refusal.Decode(err); ok {
 		return zero, r
 	}
-	switch code := connect.CodeOf(err); code {
-	case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeResourceExhausted, connect.CodeAborted, connect.CodeCanceled:
+	if away(err) {
 		return zero, &Unavailable{Service: service, Err: fmt.Errorf("%s: %w", what, err)}
+	}
+	return zero, fmt.Errorf("%s: %w", what, err)
+}
+
+// away tells a service that does not answer, or that died in the middle of its
+// answer, from one that answers what nobody expects.
+func away(err error) bool {
+	switch connect.CodeOf(err) {
+	case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeResourceExhausted, connect.CodeAborted, connect.CodeCanceled:
+		return true
+	case connect.CodeUnknown, connect.CodeInternal, connect.CodeInvalidArgument:
+		// What connect calls half an answer. Of a whole one it is the service's own word.
+		var ce *connect.Error
+		return errors.As(err, &ce) && !connect.IsWireError(err)
 	default:
-		return zero, fmt.Errorf("%s: %w", what, err)
+		return false
 	}
 }
 
