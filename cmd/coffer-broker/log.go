@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -96,22 +97,38 @@ func openLog(c Config, store broker.Store, log *slog.Logger) (*outbox, *logserve
 	return o, l, nil
 }
 
-// sequence runs the log's sequencer until the returned function is called. When it
-// ends by itself, the broker goes on: releases are logged in the database, and the
-// tree can be mended without it.
-func sequence(ctx context.Context, l *logserve.Log, log *slog.Logger) (stop func()) {
+// sequence runs the log's sequencer until the returned function is called, once it
+// has compared database and tree. A database that lacks what the log has is an error,
+// and fail is called if it comes to lack it later: in an old copy, grants that were
+// used or revoked are good again. To be unable to compare them is an error too. When
+// only the tree is damaged, and when the sequencer ends later for another reason, the
+// broker goes on: releases are logged in the database, and the tree can be mended
+// without it.
+func sequence(ctx context.Context, l *logserve.Log, log *slog.Logger, fail context.CancelCauseFunc) (stop func(), err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
+	var ended error
 	go func() {
 		defer close(done)
-		if err := l.Run(ctx); err != nil {
-			log.LogAttrs(ctx, slog.LevelError, "the evidence log's tree grows no more; releases go on", slog.String("error", err.Error()))
+		if ended = l.Run(ctx); errors.Is(ended, logserve.ErrOldDatabase) {
+			log.LogAttrs(ctx, slog.LevelError, "the database is not the one that was logged: nothing is answered any more", slog.String("error", ended.Error()))
+			fail(ended)
+		} else if ended != nil {
+			log.LogAttrs(ctx, slog.LevelError, "the evidence log's tree grows no more; releases go on", slog.String("error", ended.Error()))
 		}
 	}()
+	select {
+	case <-l.Opened():
+	case <-done:
+		if errors.Is(ended, logserve.ErrOldDatabase) || !errors.Is(ended, logserve.ErrDiverged) {
+			defer cancel()
+			return nil, cmp.Or(ended, ctx.Err())
+		}
+	}
 	return func() {
 		cancel()
 		<-done
-	}
+	}, nil
 }
 
 // mayReadLog lets everyone who may ask the broker anything read what proves

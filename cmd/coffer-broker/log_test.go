@@ -206,25 +206,29 @@ func TestADatabaseThatWasEdited(t *testing.T) {
 	check(t, exec.Command("cp", "-a", dir, honest).Run())
 	for name, try := range map[string]struct {
 		change func(t *testing.T, l []translog.Entry) []translog.Entry
-		// starts is whether the chain alone shows nothing.
-		starts bool
+		want   string
 	}{
 		"a row edited": {func(_ *testing.T, l []translog.Entry) []translog.Entry {
 			l[1].Body = bytes.Replace(l[1].Body, []byte("alice"), []byte("mallo"), 1)
 			return l
-		}, false},
-		"a row dropped": {func(_ *testing.T, l []translog.Entry) []translog.Entry { return append(l[:1:1], l[2:]...) }, false},
+		}, "evidence log in"},
+		"a row dropped": {func(_ *testing.T, l []translog.Entry) []translog.Entry { return append(l[:1:1], l[2:]...) }, "evidence log in"},
 		"rows reordered": {func(_ *testing.T, l []translog.Entry) []translog.Entry {
 			l[1].Body, l[2].Body = l[2].Body, l[1].Body
 			return l
-		}, false},
-		"the end cut off": {func(_ *testing.T, l []translog.Entry) []translog.Entry { return l[:2] }, true},
+		}, "evidence log in"},
+		// The chain shows nothing of what follows.
+		"an old copy":  {func(_ *testing.T, l []translog.Entry) []translog.Entry { return l[:2] }, "lacks what the log has"},
+		"an empty one": {func(*testing.T, []translog.Entry) []translog.Entry { return nil }, "lacks what the log has"},
+		"an old copy that went on": {func(t *testing.T, l []translog.Entry) []translog.Entry {
+			return rechained(t, "broker.test", append(l[:2:2], l[1], l[0], l[2]))
+		}, "lacks what the log has"},
 		"a row dropped and the chain made anew": {func(t *testing.T, l []translog.Entry) []translog.Entry {
 			return rechained(t, "broker.test", append(l[:1:1], l[2:]...))
-		}, true},
+		}, "lacks what the log has"},
 		"rows reordered and the chain made anew": {func(t *testing.T, l []translog.Entry) []translog.Entry {
 			return rechained(t, "broker.test", []translog.Entry{l[0], l[2], l[1], l[3]})
-		}, true},
+		}, "lacks what the log has"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			// Not in parallel: a process has one broker, and Tessera's library one logger.
@@ -233,27 +237,58 @@ func TestADatabaseThatWasEdited(t *testing.T) {
 			before, err := os.ReadFile(c.Log.Dir + "/checkpoint")
 			check(t, err)
 			rewrite(t, c.DB, func(l []translog.Entry) []translog.Entry { return try.change(t, l) })
-			if !try.starts {
-				if err := run(t.Context(), []string{"--config", write(t, dir, c)}, nil, nil, io.Discard); err == nil || !strings.Contains(err.Error(), "evidence log in") {
-					t.Errorf("got %v", err)
-				}
-				return
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			if err := run(ctx, []string{"--config", write(t, dir, c)}, nil, nil, io.Discard); err == nil || !strings.Contains(err.Error(), try.want) {
+				t.Errorf("got %v, want %q", err, try.want)
 			}
-			stop, log := started(t, dir, c)
-			// The broker goes on; the tree and its signature stay what they were.
-			create(t, dir, c, "after")
-			for range 200 {
-				if strings.Contains(log.String(), "grows no more") {
-					break
-				}
-				time.Sleep(10 * time.Millisecond)
-			}
-			check(t, stop())
-			if after, err := os.ReadFile(c.Log.Dir + "/checkpoint"); err != nil || !bytes.Equal(before, after) || !strings.Contains(log.String(), "grows no more") {
-				t.Errorf("signed %q after %q, %v\n%s", after, before, err, log)
+			if after, err := os.ReadFile(c.Log.Dir + "/checkpoint"); err != nil || !bytes.Equal(before, after) {
+				t.Errorf("signed %q after %q, %v", after, before, err)
 			}
 		})
 	}
+	t.Run("an old copy put in while the broker runs", func(t *testing.T) {
+		check(t, os.RemoveAll(dir))
+		check(t, exec.Command("cp", "-a", honest, dir).Run())
+		stop, log := started(t, dir, c)
+		rewrite(t, c.DB, func(l []translog.Entry) []translog.Entry { return l[:2] })
+		waitFor(t, log, "nothing is answered any more")
+		if err := stop(); err == nil || !strings.Contains(err.Error(), "lacks what the log has") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("another broker has the folder", func(t *testing.T) {
+		check(t, os.RemoveAll(dir))
+		check(t, exec.Command("cp", "-a", honest, dir).Run())
+		stop, _ := started(t, dir, c)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		if err := run(ctx, []string{"--config", write(t, dir, c)}, nil, nil, io.Discard); err == nil || !strings.Contains(err.Error(), "another sequencer has this log") {
+			t.Errorf("got %v", err)
+		}
+		check(t, stop())
+	})
+	t.Run("the folder damaged", func(t *testing.T) {
+		check(t, os.RemoveAll(dir))
+		check(t, exec.Command("cp", "-a", honest, dir).Run())
+		check(t, os.Remove(c.Log.Dir+"/tile/0/000.p/4"))
+		stop, log := started(t, dir, c)
+		// The database has everything: the broker goes on, and signs no tree.
+		create(t, dir, c, "after")
+		waitFor(t, log, "grows no more")
+		check(t, stop())
+	})
+}
+
+func waitFor(t *testing.T, log *lines, text string) {
+	t.Helper()
+	for range 500 {
+		if strings.Contains(log.String(), text) {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("%q is not in the log:\n%s", text, log)
 }
 
 // TestKBSIsOffUnlessConfigured has a client without a certificate.

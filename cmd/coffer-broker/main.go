@@ -14,6 +14,7 @@ import (
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/attest/broker/serve"
 	"github.com/coffer-run/coffer/attest/receipt"
+	logserve "github.com/coffer-run/coffer/attest/translog/serve"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/internal/keystore"
@@ -123,6 +124,13 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	if err != nil {
 		return fmt.Errorf("evidence log in %s: %w", c.DB, err)
 	}
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	sequenced, err := sequence(ctx, tree, log, fail)
+	if err != nil {
+		return fmt.Errorf("database %s and evidence log in %s: %w", c.DB, c.Log.Dir, err)
+	}
+	defer sequenced()
 	if g != nil {
 		if err := g.load(ctx, b, log); err != nil {
 			return err
@@ -136,11 +144,16 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	if handler, err = beside(c, tree, mayReadLog(who, cfg.Access), b, log, handler); err != nil {
 		return err
 	}
-	defer sequence(ctx, tree, log)()
 	defer rewrapping(ctx, b, c.ID, log)()
 	defer watching(ctx, b, log)()
 	log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("address", c.Listen), slog.String("id", c.ID), slog.Bool("simulation", c.Simulation), slog.Uint64("logEntries", head.Size))
-	return daemon.Serve(ctx, c.Listen, serverTLS, handler, log)
+	if err := daemon.Serve(ctx, c.Listen, serverTLS, handler, log); err != nil {
+		return err
+	}
+	if cause := context.Cause(ctx); errors.Is(cause, logserve.ErrOldDatabase) {
+		return fmt.Errorf("database %s: %w", c.DB, cause)
+	}
+	return nil
 }
 
 // keys reads every key that the configuration names, but those of key stores.

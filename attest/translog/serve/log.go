@@ -68,6 +68,10 @@ var (
 	// ErrDiverged says that tree and source do not have the same entries. The
 	// sequencer stops; nothing is signed any more.
 	ErrDiverged = errors.New("the Merkle tree and the database differ")
+	// ErrOldDatabase is an ErrDiverged of which the source is the cause: it does not
+	// have what this log signed for. It is an old copy or was changed, and what it says
+	// of grants and revocations is not to be trusted.
+	ErrOldDatabase = fmt.Errorf("%w: the database lacks what the log has", ErrDiverged)
 	// ErrNotYet says that no published checkpoint covers an entry so far.
 	ErrNotYet = errors.New("no published checkpoint has the entry yet")
 	// ErrLocked says that another sequencer has the folder.
@@ -112,6 +116,8 @@ type Log struct {
 	files     client.FileFetcher
 	witnesses tessera.WitnessGroup
 	wake      chan struct{}
+	// opened is closed once the files and the source were compared.
+	opened chan struct{}
 	// maxWait is the constant; tests have less patience.
 	maxWait time.Duration
 	// reached is called at each step that a crash may hit; tests kill there.
@@ -134,7 +140,7 @@ func New(c Config) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Log{c: c, signer: signer, publicKey: public, files: client.FileFetcher{Root: c.Dir}, wake: make(chan struct{}, 1), maxWait: maxWait, reached: func(string) {}}
+	l := &Log{c: c, signer: signer, publicKey: public, files: client.FileFetcher{Root: c.Dir}, wake: make(chan struct{}, 1), opened: make(chan struct{}), maxWait: maxWait, reached: func(string) {}}
 	keys := make([]string, 0, len(c.Witnesses))
 	members := make([]tessera.Witness, 0, len(c.Witnesses))
 	for _, w := range c.Witnesses {
@@ -173,16 +179,25 @@ func (l *Log) Wake() {
 	}
 }
 
+// Opened is closed once Run has seen that the source has what the log signed for.
+func (l *Log) Opened() <-chan struct{} { return l.opened }
+
 // Run is the sequencer: it copies entries into the tree until ctx ends, then
-// returns nil. Errors of disk or source are logged and tried again. ErrDiverged
-// and ErrLocked end it: releases go on without it, and proofs end where the last
-// published checkpoint does.
+// returns nil. It is called once. Errors of disk or source are logged and tried
+// again. ErrDiverged and ErrLocked end it: releases can go on without it, and proofs
+// end where the last published checkpoint does. ErrOldDatabase ends it too, and
+// then nothing may be released.
 func (l *Log) Run(ctx context.Context) error {
 	unlock, err := l.lock()
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	// Tessera puts another in its place where it finds no tree.
+	signed, err := l.lastSigned(ctx)
+	if err != nil {
+		return err
+	}
 	// The appender outlives ctx by the time for a last checkpoint.
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
@@ -200,7 +215,7 @@ func (l *Log) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open log %s: %w", l.c.Dir, err)
 	}
-	s := &sequencer{Log: l, guard: guard, appender: appender, reader: reader}
+	s := &sequencer{Log: l, guard: guard, appender: appender, reader: reader, signed: signed}
 	if err := s.run(ctx); err != nil && ctx.Err() == nil {
 		return err
 	}
@@ -279,8 +294,12 @@ type sequencer struct {
 	guard    *guard
 	appender *tessera.Appender
 	reader   tessera.LogReader
+	// signed is the checkpoint that the files had.
+	signed translog.Checkpoint
 	// tree has the source's entries up to where the files are.
 	tree *translog.Tree
+	// last is the body of the tree's last entry.
+	last []byte
 	// before is where tree stood before the last batch.
 	before uint64
 }
@@ -289,6 +308,7 @@ func (s *sequencer) run(ctx context.Context) error {
 	if err := s.recover(ctx); err != nil {
 		return err
 	}
+	close(s.opened)
 	s.c.Log.LogAttrs(ctx, slog.LevelInfo, "log opened", slog.Uint64("entries", s.tree.Size()), slog.Int("witnesses", len(s.c.Witnesses)))
 	for {
 		n, err := s.step(ctx)
@@ -318,34 +338,79 @@ func (s *sequencer) run(ctx context.Context) error {
 }
 
 // recover reads how many entries the files have and compares them with the
-// source's: after a crash at any point, and after somebody changed either.
+// source's: after a crash at any point, and after somebody changed either. An entry
+// is durable in the source before it comes into the tree, and the guard signs for
+// nothing else, so that a source that falls short of either lost it.
 func (s *sequencer) recover(ctx context.Context) error {
 	size, err := s.reader.IntegratedSize(ctx)
 	if err != nil {
 		return fmt.Errorf("read the log's size: %w", err)
 	}
 	s.tree = translog.NewTree()
-	for s.tree.Size() < size {
-		l, err := s.c.Source.LogEntries(ctx, s.tree.Size(), int(min(page, size-s.tree.Size()))) //nolint:gosec // at most page
-		if err != nil {
-			return fmt.Errorf("read entries: %w", err)
-		}
-		if len(l) == 0 {
-			return fmt.Errorf("%w: the tree has %d entries, the database %d: is it an old copy?", ErrDiverged, size, s.tree.Size())
-		}
-		if err := s.take(l); err != nil {
-			return err
-		}
+	if err := s.takeUpTo(ctx, min(size, s.signed.Size)); err != nil {
+		return err
+	}
+	// Damaged files may have fewer entries than were signed for.
+	of := *s
+	if of.tree, err = s.tree.Clone(); err != nil {
+		return err
+	}
+	if err := of.takeUpTo(ctx, s.signed.Size); err != nil {
+		return err
+	}
+	root, err := of.tree.Root()
+	if err != nil {
+		return err
+	}
+	if s.signed.Size > 0 && !bytes.Equal(root, s.signed.Root) {
+		return fmt.Errorf("%w: of the first %d entries it has others", ErrOldDatabase, s.signed.Size)
+	}
+	if err := s.takeUpTo(ctx, size); err != nil {
+		return err
 	}
 	s.before = size
-	root, err := s.tree.Root()
-	if err != nil {
+	if root, err = s.tree.Root(); err != nil {
 		return err
 	}
 	if err := s.same(ctx, root); err != nil {
 		return err
 	}
 	s.guard.expect(size, root)
+	return nil
+}
+
+// lastSigned is the last checkpoint that this log signed, zero if there is none. One that
+// does not hold under its key is none: it says nothing of the source.
+func (l *Log) lastSigned(ctx context.Context) (translog.Checkpoint, error) {
+	text, err := l.files.ReadCheckpoint(ctx)
+	if errors.Is(err, os.ErrNotExist) {
+		return translog.Checkpoint{}, nil
+	}
+	if err != nil {
+		return translog.Checkpoint{}, fmt.Errorf("read the log's checkpoint: %w", err)
+	}
+	c, err := l.trust.Open(text)
+	if err != nil {
+		l.c.Log.LogAttrs(ctx, slog.LevelError, "the log's checkpoint does not hold", slog.String("error", err.Error()))
+		return translog.Checkpoint{}, nil
+	}
+	return c, nil
+}
+
+// takeUpTo adds the source's entries to tree until it has size.
+func (s *sequencer) takeUpTo(ctx context.Context, size uint64) error {
+	for s.tree.Size() < size {
+		l, err := s.c.Source.LogEntries(ctx, s.tree.Size(), int(min(page, size-s.tree.Size()))) //nolint:gosec // at most page
+		if err != nil {
+			return fmt.Errorf("read entries: %w", err)
+		}
+		if len(l) == 0 {
+			return fmt.Errorf("%w: the log has %d entries, the database %d", ErrOldDatabase, size, s.tree.Size())
+		}
+		if err := s.take(l); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -358,8 +423,25 @@ func (s *sequencer) take(l []translog.Entry) error {
 		if err := s.tree.Add(e.Body); err != nil {
 			return err
 		}
+		s.last = e.Body
 	}
 	return nil
+}
+
+// next reads the entries that come after the tree's last one, which must be there
+// still: a database can be put back while it is in use.
+func (s *sequencer) next(ctx context.Context) ([]translog.Entry, error) {
+	if s.tree.Size() == 0 {
+		return s.c.Source.LogEntries(ctx, 0, batchSize)
+	}
+	l, err := s.c.Source.LogEntries(ctx, s.tree.Size()-1, 1+batchSize)
+	if err != nil {
+		return nil, err
+	}
+	if len(l) == 0 || !bytes.Equal(l[0].Body, s.last) {
+		return nil, fmt.Errorf("%w: entry %d is gone or another one", ErrOldDatabase, s.tree.Size()-1)
+	}
+	return l[1:], nil
 }
 
 // same compares root with the root of the files' tiles.
@@ -387,7 +469,7 @@ func (s *sequencer) same(ctx context.Context, root []byte) error {
 
 // step puts the next batch into the tree, and returns how many entries it grew by.
 func (s *sequencer) step(ctx context.Context) (int, error) {
-	l, err := s.c.Source.LogEntries(ctx, s.tree.Size(), batchSize)
+	l, err := s.next(ctx)
 	if err != nil || len(l) == 0 {
 		return 0, err
 	}

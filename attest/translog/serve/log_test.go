@@ -235,7 +235,7 @@ func TestADatabaseThatWasChangedStopsTheSequencer(t *testing.T) {
 			l = open(t, c)
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 			defer cancel()
-			if err := l.Run(ctx); !errors.Is(err, ErrDiverged) {
+			if err := l.Run(ctx); !errors.Is(err, ErrOldDatabase) {
 				t.Errorf("got %v", err)
 			}
 			// What was published stays, and can be proven.
@@ -254,9 +254,73 @@ func TestATreeThatWasChangedStopsTheSequencer(t *testing.T) {
 	flip(t, filepath.Join(c.Dir, "tile/1/000.p/1"), 4)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	if err := open(t, c).Run(ctx); !errors.Is(err, ErrDiverged) {
+	if err := open(t, c).Run(ctx); !errors.Is(err, ErrDiverged) || errors.Is(err, ErrOldDatabase) {
 		t.Errorf("got %v", err)
 	}
+}
+
+// TestAnOldDatabase has one part of the folder alone show that the database is old.
+func TestAnOldDatabase(t *testing.T) {
+	for name, change := range map[string]func(t *testing.T, dir string, m *memory){
+		"the tree has more": func(t *testing.T, dir string, m *memory) {
+			check(t, os.Remove(filepath.Join(dir, "checkpoint")))
+			m.entries = m.entries[:5]
+		},
+		"the checkpoint has more": func(t *testing.T, dir string, m *memory) {
+			check(t, os.RemoveAll(filepath.Join(dir, ".state")))
+			m.entries = m.entries[:5]
+		},
+		"the checkpoint has others": func(t *testing.T, dir string, m *memory) {
+			check(t, os.RemoveAll(filepath.Join(dir, ".state")))
+			m.entries = newMemory(t, 0).entries
+			for range 8 {
+				e, _, err := translog.Append(translog.Genesis(broker), translog.Body{TimeMillis: 1, Kind: translog.KindAsset, Actor: "owner/alice", Asset: &translog.Asset{Name: "other", Kind: "weights"}})
+				check(t, err)
+				e.Index = uint64(len(m.entries))
+				m.entries = append(m.entries, e)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemory(t, 8)
+			c := config(t, m)
+			l := open(t, c)
+			stop := start(t, l)
+			published(t, l, 8)
+			check(t, stop())
+			change(t, c.Dir, m)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			l = open(t, c)
+			if err := l.Run(ctx); !errors.Is(err, ErrOldDatabase) {
+				t.Errorf("got %v", err)
+			}
+			select {
+			case <-l.Opened():
+				t.Error("opened")
+			default:
+			}
+		})
+	}
+	t.Run("put in while the log runs", func(t *testing.T) {
+		m := newMemory(t, 8)
+		l := open(t, config(t, m))
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		done := make(chan error, 1)
+		go func() { done <- l.Run(ctx) }()
+		published(t, l, 8)
+		// As long as before, and its last entry another.
+		e, _, err := translog.Append(translog.Head{Size: 7, Hash: m.entries[6].Hash}, translog.Body{TimeMillis: 1, Kind: translog.KindAsset, Actor: "owner/alice", Asset: &translog.Asset{Name: "other", Kind: "weights"}})
+		check(t, err)
+		m.mu.Lock()
+		m.entries[7] = e
+		m.mu.Unlock()
+		l.Wake()
+		if err := <-done; !errors.Is(err, ErrOldDatabase) {
+			t.Errorf("got %v", err)
+		}
+	})
 }
 
 // TestAnAuditFindsWhatWasChanged tampers with a copy of a log that is published.
