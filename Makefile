@@ -97,7 +97,7 @@ test: deps build image-numpy lint ## everything: vet, linters, unit tests, and i
 	@go test -race -timeout 20m $$(go list ./... | grep -vxE '$(OUTSIDE)|$(INTEGRATION)|$(JUDGES)|$(PROGRAMS)')
 	@go test -timeout 20m $$(go list ./... | grep -xE '$(PROGRAMS)' | grep -vxE '$(OUTSIDE)')
 	@go test -race -timeout 20m -count=1 $$(go list ./... | grep -xE '$(INTEGRATION)')
-	@go test -timeout 20m -count=1 $$(go list ./... | grep -xE '$(OUTSIDE)')
+	@go test -timeout 20m -count=1 -parallel 3 $$(go list ./... | grep -xE '$(OUTSIDE)')
 
 .PHONY: counts
 counts: ## count the real evidence that the tests verify, and the changes to evidence that they see refused

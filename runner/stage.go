@@ -29,17 +29,14 @@ func stage[T any](ctx context.Context, a *Agent, j *Job, name bundle.Stage, f fu
 		enter = a.Journal.Wait
 	}
 	if err := enter(ctx, j.id, string(name)); err != nil {
-		return zero, err
+		return zero, cause(ctx, err)
 	}
 	a.tell(ctx, j, stageEvent(name, "started", 0, ""))
 	began := time.Now()
 	v, detail, err := f(ctx, j)
 	step := bundle.Step{Stage: name, StartUnixNano: began.UnixNano(), Nanos: time.Since(began).Nanoseconds(), Outcome: bundle.StepDone}
 	if err != nil {
-		// A cancelled context is how a job is told to end; its cause is the reason.
-		if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.Canceled) {
-			err = cause
-		}
+		err = cause(ctx, err)
 		step.Outcome, detail = bundle.StepFailed, err.Error()
 	}
 	j.step(step)
@@ -49,6 +46,14 @@ func stage[T any](ctx context.Context, a *Agent, j *Job, name bundle.Stage, f fu
 		return zero, fmt.Errorf("%s: %w", name, err)
 	}
 	return v, nil
+}
+
+// cause is the reason of an error. A cancelled context is how a job is told to end.
+func cause(ctx context.Context, err error) error {
+	if c := context.Cause(ctx); c != nil && errors.Is(err, context.Canceled) {
+		return c
+	}
+	return err
 }
 
 // step records how a stage went. Where a stage is repeated, the way begins anew

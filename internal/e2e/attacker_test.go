@@ -107,7 +107,8 @@ func newAttacker(t *testing.T, n *node, honest []byte) *attacker {
 	must(os.WriteFile(log, read("agent", "event-log"), 0o600))
 	events, err := vtpm.ParseLog(read("agent", "event-log"))
 	must(err)
-	_, err = a.tpm.Measure(ctx, log, events)
+	// What was measured last is in the log, so that nothing is extended.
+	_, err = a.tpm.Measure(ctx, log, events[len(events)-1:])
 	must(err)
 	chain, err := a.tpm.EKChain(ctx)
 	must(err)
@@ -272,7 +273,7 @@ func (a *attacker) production(t *testing.T) *attacker {
 	must(keyfile.CreateP384(key))
 	must(keyfile.CreateSecret(nonce, verifier.NonceKeySize))
 	pki := filepath.Join(a.node.dir, "pki")
-	addr := fmt.Sprintf("127.0.0.1:%d", portBase+7)
+	addr := fmt.Sprintf("127.0.0.1:%d", a.node.portBase+7)
 	config, err := json.Marshal(map[string]any{
 		"listen": addr, "id": id, "keyFile": key, "nonceKeyFile": nonce,
 		"tls":     daemon.TLS{CA: filepath.Join(pki, "ca.pem"), Cert: filepath.Join(pki, "verifier-verifier.pem"), Key: filepath.Join(pki, "verifier-verifier.key")},

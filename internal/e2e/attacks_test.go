@@ -559,7 +559,7 @@ func (a *attacker) oldNonce(t *testing.T) string {
 // in docs/attacks.md against what refused it.
 func TestAttacks(t *testing.T) {
 	n := need(t)
-	honest := n.honest(t)
+	honest := n.honest(t).bundle
 	a := newAttacker(t, n, honest)
 
 	// The control: with nothing changed, the attacker's way leads to a key. What

@@ -17,7 +17,7 @@ import (
 // firmware's log, and the verifier says how.
 func TestMeasuredBoot(t *testing.T) {
 	n := need(t)
-	b, err := bundle.Parse(n.honest(t))
+	b, err := bundle.Parse(n.honest(t).bundle)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -172,7 +173,7 @@ func TestEditedJournalIsNotAdopted(t *testing.T) {
 			var other map[string]any
 			if tt.field == "result" {
 				n.honest(t)
-				n.journalEntry(t, honestID, func(rec map[string]any) { other = rec })
+				n.journalEntry(t, n.main.id, func(rec map[string]any) { other = rec })
 			}
 			id := n.submit(t, n.granted(t, "edited", 50))
 			n.wait(t, id, "running", running)
@@ -248,7 +249,7 @@ func TestOperatorExecIsSeen(t *testing.T) {
 
 func TestSecondUpIsRefused(t *testing.T) {
 	n := need(t)
-	out, err := n.coffer("up", "--tools", os.Getenv("COFFER_TOOLS"), "--port-base", "17441")
+	out, err := n.coffer("up", "--tools", os.Getenv("COFFER_TOOLS"), "--port-base", fmt.Sprint(n.portBase))
 	if exitCode(err) == 0 || strings.Count(strings.TrimSpace(out), "\n") > 2 {
 		t.Errorf("a second up: exit code %d: %s", exitCode(err), out)
 	}

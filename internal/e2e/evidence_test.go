@@ -13,7 +13,7 @@ import (
 // TestEvidenceVerbs reads the record of the honest job with every verb there is.
 func TestEvidenceVerbs(t *testing.T) {
 	n := need(t)
-	parsed, err := bundle.Parse(n.honest(t))
+	parsed, err := bundle.Parse(n.honest(t).bundle)
 	if err != nil {
 		t.Fatal(err)
 	}

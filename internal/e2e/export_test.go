@@ -16,7 +16,7 @@ import (
 func TestExport(t *testing.T) {
 	n := need(t)
 	n.honest(t)
-	l, err := filepath.Glob(filepath.Join(n.sink, honestID, "*", "manifest.json"))
+	l, err := filepath.Glob(filepath.Join(n.sink, n.main.id, "*", "manifest.json"))
 	if err != nil || len(l) == 0 {
 		t.Fatalf("the job left no checkpoint: %v", err)
 	}

@@ -19,33 +19,33 @@ import (
 	"time"
 )
 
-// honest returns the bundle of one run of the main job, made once.
-func (n *node) honest(t *testing.T) []byte {
+// mainJob is one run of the main job at a stack.
+type mainJob struct {
+	once       sync.Once
+	id, output string
+	bundle     []byte
+}
+
+// honest runs the main job once at this stack.
+func (n *node) honest(t *testing.T) *mainJob {
 	t.Helper()
-	honestOnce.Do(func() {
+	n.main.once.Do(func() {
 		job := n.granted(t, "honest", 1)
-		out := n.must(t, "submit", job, "--watch")
-		honestID, honestOutput = jobID.FindString(out), out
+		n.main.output = n.must(t, "submit", job, "--watch")
+		n.main.id = jobID.FindString(n.main.output)
 		path := filepath.Join(n.dir, "honest.json")
-		n.must(t, "evidence", "get", honestID, "-o", path)
+		n.must(t, "evidence", "get", n.main.id, "-o", path)
 		b, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		honestBundle = b
+		n.main.bundle = b
 	})
-	if honestBundle == nil {
+	if n.main.bundle == nil {
 		t.Fatal("the honest run failed before")
 	}
-	return honestBundle
+	return &n.main
 }
-
-var (
-	honestOnce   sync.Once
-	honestID     string
-	honestOutput string
-	honestBundle []byte
-)
 
 // accuracy reads the last accuracy from a job's JSON lines.
 func accuracy(t *testing.T, output string) float64 {
@@ -104,20 +104,20 @@ func copyTree(t *testing.T, from, to string) {
 
 func TestMainJob(t *testing.T) {
 	n := need(t)
-	b := n.honest(t)
-	t.Log(honestOutput)
-	if a := accuracy(t, honestOutput); a < 0.80 {
+	honest := n.honest(t)
+	t.Log(honest.output)
+	if a := accuracy(t, honest.output); a < 0.80 {
 		t.Errorf("accuracy %v, want above 0.80", a)
 	}
 	for _, stage := range []string{"jobspec", "admit", "sandbox", "collect", "verify", "release", "decrypt", "start", "run", "evidence"} {
-		if !strings.Contains(honestOutput, "\n  "+stage+" ") {
+		if !strings.Contains(honest.output, "\n  "+stage+" ") {
 			t.Errorf("stage %s is not shown", stage)
 		}
 	}
-	if !strings.Contains(honestOutput, "checkpoint sealed") {
+	if !strings.Contains(honest.output, "checkpoint sealed") {
 		t.Error("no sealed checkpoint is shown")
 	}
-	out, err := n.verify(t, b, true)
+	out, err := n.verify(t, honest.bundle, true)
 	if err != nil {
 		t.Fatalf("the bundle does not verify: %v\n%s", err, out)
 	}
@@ -134,12 +134,12 @@ func TestMainJob(t *testing.T) {
 	}
 	// The same bundle under the vendors' roots: nothing simulated passes there.
 	cmd := exec.Command(filepath.Join(n.bin, "coffer-verify"), "-")
-	cmd.Stdin = bytes.NewReader(b)
+	cmd.Stdin = bytes.NewReader(honest.bundle)
 	if out, err := cmd.CombinedOutput(); exitCode(err) != 1 {
 		t.Errorf("under the vendors' roots the exit code is %d, want 1:\n%s", exitCode(err), out)
 	}
 	// One changed byte anywhere in the evidence.
-	changed := bytes.Replace(b, []byte(`"statement":"`), []byte(`"statement":"A`), 1)
+	changed := bytes.Replace(honest.bundle, []byte(`"statement":"`), []byte(`"statement":"A`), 1)
 	if out, err := n.verify(t, changed, true); err == nil {
 		t.Errorf("a changed bundle verifies:\n%s", out)
 	}
@@ -164,8 +164,8 @@ func needles(weights []byte) map[string][]byte {
 // unreadable is what a file that cannot be read means: nothing, if it has gone,
 // or if it is another test's, whose mounts come and go in the common folder for
 // temporary files.
-func unreadable(path string, err error) error {
-	if os.IsNotExist(err) || strings.HasPrefix(path, os.TempDir()) && !strings.HasPrefix(path, shared.dir) {
+func unreadable(own, path string, err error) error {
+	if os.IsNotExist(err) || strings.HasPrefix(path, os.TempDir()) && !strings.HasPrefix(path, own) {
 		return nil
 	}
 	return err
@@ -230,14 +230,14 @@ func search(path string, ix index) (hits []string, size int64, err error) {
 }
 
 // scan looks for needles in every regular file below dirs.
-func scan(t *testing.T, dirs []string, find index, skip func(string) bool) []string {
+func (n *node) scan(t *testing.T, dirs []string, find index, skip func(string) bool) []string {
 	t.Helper()
 	var hits []string
 	var files, size int64
 	for _, dir := range dirs {
 		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil {
-				return unreadable(path, err)
+				return unreadable(n.dir, path, err)
 			}
 			if skip(path) {
 				if d.IsDir() {
@@ -248,11 +248,11 @@ func scan(t *testing.T, dirs []string, find index, skip func(string) bool) []str
 			if !d.Type().IsRegular() || d.Name() == "null-netns" { // a namespace, not a file
 				return nil
 			}
-			found, n, err := search(path, find)
+			found, read, err := search(path, find)
 			if err != nil {
-				return unreadable(path, err)
+				return unreadable(n.dir, path, err)
 			}
-			files, size = files+1, size+n
+			files, size = files+1, size+read
 			hits = append(hits, found...)
 			return nil
 		})
@@ -285,7 +285,7 @@ func TestNoPlaintextAtRest(t *testing.T) {
 		if err := os.WriteFile(planted, body, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if hits := scan(t, []string{n.dir}, find, none); len(hits) == 0 {
+		if hits := n.scan(t, []string{n.dir}, find, none); len(hits) == 0 {
 			t.Errorf("the scan does not find a planted copy (%s)", form)
 		}
 	}
@@ -299,13 +299,13 @@ func TestNoPlaintextAtRest(t *testing.T) {
 	if b, err := os.ReadFile(opened); err != nil || !bytes.Equal(b, n.weights) {
 		t.Errorf("the job's opened input is not the weights, so the scan proves nothing: %v", err)
 	}
-	if hits := scan(t, dirs, find, none); len(hits) > 0 {
+	if hits := n.scan(t, dirs, find, none); len(hits) > 0 {
 		t.Errorf("while the job runs, plaintext lies in %v", hits)
 	}
 	if s := n.wait(t, id, "ended", ended); s.State != "succeeded" {
 		t.Fatalf("the job is %+v", s)
 	}
-	if hits := scan(t, dirs, find, none); len(hits) > 0 {
+	if hits := n.scan(t, dirs, find, none); len(hits) > 0 {
 		t.Errorf("after the job, plaintext lies in %v", hits)
 	}
 }

@@ -12,7 +12,7 @@ import (
 func TestLog(t *testing.T) {
 	n := need(t)
 	path := filepath.Join(t.TempDir(), "bundle.json")
-	if err := os.WriteFile(path, n.honest(t), 0o600); err != nil {
+	if err := os.WriteFile(path, n.honest(t).bundle, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	keys := func(who, file string) string { return filepath.Join(n.dir, who, file) }

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,10 +21,15 @@ import (
 	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
 )
 
-// portBase keeps the tests' stack apart from one that runs on this machine.
-const portBase = 17441
+// Ports of the tests' stacks begin here, apart from those of a stack that people use.
+// Each stack has a range, and the last port of it says that it is taken.
+const (
+	firstPort = 17441
+	portRange = 20
+	lastRange = 32
+)
 
-// node is the stack that all tests of this package share.
+// node is a stack, which one test uses at a time.
 type node struct {
 	dir    string
 	bin    string
@@ -32,11 +39,18 @@ type node struct {
 	// weights are the initial model's bytes, which nobody else may have.
 	weights []byte
 
+	// portBase is the first of its ports, taken as long as claim is open.
+	portBase int
+	claim    net.Listener
+
 	once     sync.Once
 	engineer agentv1connect.AgentServiceClient
+	main     mainJob
 }
 
-var shared *node
+// stacks has a place for each test that may run at once (-parallel). The first test
+// that gets a place brings up its stack, which the others find as they left it.
+var stacks chan *node
 
 func TestMain(m *testing.M) {
 	os.Exit(run(m))
@@ -64,49 +78,90 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "e2e: skipped:", why)
 		return m.Run()
 	}
-	n, err := up()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "e2e: bring up the stack:", err)
-		return 1
+	flag.Parse()
+	atOnce := flag.Lookup("test.parallel").Value.(flag.Getter).Get().(int)
+	stacks = make(chan *node, atOnce)
+	for range atOnce {
+		stacks <- &node{bin: os.Getenv("COFFER_BIN")}
 	}
-	shared = n
 	code := m.Run()
-	if err := n.down(); err != nil {
-		fmt.Fprintln(os.Stderr, "e2e: take down the stack:", err)
-		code = max(code, 1)
+	for range atOnce {
+		if err := (<-stacks).down(); err != nil {
+			fmt.Fprintln(os.Stderr, "e2e: take down the stack:", err)
+			code = max(code, 1)
+		}
 	}
 	return code
 }
 
-// need returns the shared node, or skips.
+// need lends a stack to a test until it ends, or skips.
 func need(t *testing.T) *node {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("integration tests are off (-short)")
 	}
-	if shared == nil {
+	if stacks == nil {
 		t.Skip(missing())
 	}
-	return shared
+	t.Parallel()
+	n := <-stacks
+	t.Cleanup(func() { stacks <- n })
+	if n.dir == "" {
+		if err := n.up(); err != nil {
+			t.Fatal("bring up a stack: ", err)
+		}
+	}
+	return n
 }
 
-func up() (_ *node, err error) {
-	n := &node{bin: os.Getenv("COFFER_BIN")}
+func (n *node) up() (err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.down())
+		}
+	}()
+	if n.portBase, n.claim, err = claimPorts(); err != nil {
+		return err
+	}
 	if n.dir, err = os.MkdirTemp("", "coffer-e2e-"); err != nil {
-		return nil, err
+		return err
 	}
 	if n.layout, err = stack.NewLayout(n.dir); err != nil {
-		return nil, err
+		return err
 	}
 	out, err := n.coffer("up", "--image", filepath.Join(os.Getenv("COFFER_IMAGES"), "numpy.tar"), "--tools", os.Getenv("COFFER_TOOLS"),
-		"--port-base", fmt.Sprint(portBase), "--faults")
+		"--port-base", fmt.Sprint(n.portBase), "--faults")
 	if err != nil {
-		return nil, fmt.Errorf("%w\n%s", err, out)
+		return fmt.Errorf("%w\n%s", err, out)
 	}
-	if err := n.seal(); err != nil {
-		return nil, errors.Join(err, n.down())
+	return n.seal()
+}
+
+// claimPorts finds a range that no other stack has. It is taken until the listener
+// on its last port is closed.
+func claimPorts() (base int, claim net.Listener, err error) {
+	for i := range lastRange {
+		base = firstPort + i*portRange
+		if claim, err = listen(base + portRange - 1); err != nil {
+			continue
+		}
+		// A stack that outlived its test has its ports still.
+		for port := base; port < base+portRange-1 && err == nil; port++ {
+			var l net.Listener
+			if l, err = listen(port); err == nil {
+				err = l.Close()
+			}
+		}
+		if err == nil {
+			return base, claim, nil
+		}
+		_ = claim.Close()
 	}
-	return n, nil
+	return 0, nil, fmt.Errorf("no %d free ports from %d: %w", portRange, firstPort, err)
+}
+
+func listen(port int) (net.Listener, error) {
+	return net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 }
 
 // seal seals the real data set, and weights that exist nowhere else.
@@ -139,9 +194,17 @@ func (n *node) seal() error {
 	return nil
 }
 
-// down stops the stack and looks for anything that it left behind.
+// down stops the stack, if it is up, and looks for anything that it left behind.
 func (n *node) down() error {
+	if n.claim != nil {
+		defer n.claim.Close() //nolint:errcheck // nobody has connected
+	}
+	if n.dir == "" {
+		return nil
+	}
+	dir := n.dir
 	out, err := n.coffer("down")
+	n.dir = ""
 	if err != nil {
 		return fmt.Errorf("%w\n%s", err, out)
 	}
@@ -152,7 +215,7 @@ func (n *node) down() error {
 	if len(traces) > 0 {
 		return fmt.Errorf("left behind: %s", strings.Join(traces, ", "))
 	}
-	return os.RemoveAll(n.dir)
+	return os.RemoveAll(dir)
 }
 
 // coffer runs the CLI as its user would.

@@ -77,11 +77,11 @@ output: {exitCodes: pass-fail, metrics: {names: [loss, step], maxValues: 50, val
 	}
 	id := n.submit(t, job)
 	n.wait(t, id, "running", running)
-	hits := scan(t, everywhere, variableAt, skip)
+	hits := n.scan(t, everywhere, variableAt, skip)
 	if len(hits) == 0 {
 		t.Error("the scan does not find the variable where the runtime has it, so it proves nothing")
 	}
-	if hits := scan(t, everywhere, secretAt, skip); len(hits) > 0 {
+	if hits := n.scan(t, everywhere, secretAt, skip); len(hits) > 0 {
 		t.Errorf("while the job runs, the secret lies in %v", hits)
 	}
 	if hits := outside(hits); len(hits) > 0 {
@@ -95,7 +95,7 @@ output: {exitCodes: pass-fail, metrics: {names: [loss, step], maxValues: 50, val
 	if want := "env " + sum(variable) + " secret " + sum(secret) + " mode 0o400\n"; !strings.HasPrefix(printed, want) {
 		t.Errorf("the job has %q, want %q", printed[:min(len(printed), 200)], want)
 	}
-	if hits := append(scan(t, everywhere, secretAt, skip), outside(scan(t, everywhere, variableAt, skip))...); len(hits) > 0 {
+	if hits := append(n.scan(t, everywhere, secretAt, skip), outside(n.scan(t, everywhere, variableAt, skip))...); len(hits) > 0 {
 		t.Errorf("after the job, there is %v", hits)
 	}
 

@@ -594,7 +594,10 @@ func (s *soak) holders() []string {
 	var out []string
 	for _, pid := range names("/proc") {
 		exe, err := os.Readlink(filepath.Join("/proc", pid, "exe"))
-		if err == nil && exe == filepath.Join(s.bin, "coffer-holder") {
+		if err != nil || exe != filepath.Join(s.bin, "coffer-holder") {
+			continue
+		}
+		if b, err := os.ReadFile(filepath.Join("/proc", pid, "cmdline")); err == nil && strings.Contains(string(b), s.layout.Jobs()) {
 			out = append(out, pid)
 		}
 	}

@@ -168,7 +168,7 @@ func TestRulesFindWhatAJobDoes(t *testing.T) {
 // honest job is one that nobody reads.
 func TestQuietJobFindsNothing(t *testing.T) {
 	n := need(t)
-	b, err := bundle.Parse(n.honest(t))
+	b, err := bundle.Parse(n.honest(t).bundle)
 	if err != nil {
 		t.Fatal(err)
 	}
