@@ -187,6 +187,7 @@ type Job struct {
 	admitted  bool // its names were resolved by this agent
 	image     sandbox.Image
 	signature []byte // of the image, as the bundle has it; nil where nobody must sign
+	sbom      []byte // the image's bill of materials, as the bundle has it; nil for none
 	env       []string
 	runDir    string
 	feed      *feed
@@ -236,8 +237,9 @@ func newJob(id, submitter string) *Job {
 // record is what the stages left behind for the bundle; none of it is secret.
 type record struct {
 	Sandbox []byte `json:"sandbox,omitempty"`
-	// ImageSignature is that of which Sandbox speaks.
+	// ImageSignature and ImageSBOM are those of which Sandbox speaks.
 	ImageSignature []byte   `json:"imageSignature,omitempty"`
+	ImageSBOM      []byte   `json:"imageSbom,omitempty"`
 	Evidence       []byte   `json:"evidence,omitempty"`
 	Result         string   `json:"result,omitempty"`
 	Releases       []string `json:"releases,omitempty"`
@@ -303,14 +305,13 @@ func (a *Agent) resolve(ctx context.Context, file []byte) (*Job, error) {
 
 // admit is stage 2: every name becomes a digest.
 func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
-	var image sandbox.Image
-	var signature []byte
+	var image admitted
 	profile, err := a.profile, error(nil)
 	digests := map[string]plan.Digest{}
 	if spec.Reseal != nil {
 		profile, err = a.admitReseal(ctx, spec.Reseal, digests)
 	} else {
-		image, signature, err = a.Images.resolve(ctx, a.Node, spec.Image, a.log)
+		image, err = a.Images.resolve(ctx, a.Node, spec.Image, a.log)
 	}
 	if err != nil {
 		return nil, err
@@ -350,7 +351,7 @@ func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
 		return nil, err
 	}
 	p, err := spec.Plan(jobspec.Resolved{
-		Image: image.Digest, Digests: digests, Policy: ref, Profile: profile,
+		Image: image.image.Digest, Digests: digests, Policy: ref, Profile: profile,
 	})
 	if err != nil {
 		return nil, err
@@ -365,7 +366,7 @@ func (a *Agent) admit(ctx context.Context, spec jobspec.Spec) (*Job, error) {
 		return nil, err
 	}
 	j := newJob("", "")
-	j.admitted, j.spec, j.plan, j.image, j.signature = true, spec, p, image, signature
+	j.admitted, j.spec, j.plan, j.image, j.signature, j.sbom = true, spec, p, image.image, image.signature, image.sbom
 	if j.canonical, err = p.Canonical(); err != nil {
 		return nil, err
 	}

@@ -168,6 +168,9 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	if len(j.record.ImageSignature) > 0 {
 		errs = append(errs, b.Add(bundle.ImageSignaturePart, j.record.ImageSignature))
 	}
+	if len(j.record.ImageSBOM) > 0 {
+		errs = append(errs, b.Add(bundle.ImageSBOMPart, j.record.ImageSBOM))
+	}
 	if len(j.record.Evidence) > 0 {
 		errs = append(errs, b.Add(bundle.Evidence, j.record.Evidence))
 	}

@@ -114,7 +114,7 @@ func (a *Agent) unmade(j *Job) ([]byte, error) {
 		return plan.NoSandbox(predictionJob).Canonical()
 	}
 	return plan.Sandbox{
-		Version: plan.SandboxVersion, JobID: predictionJob, Image: j.plan.Image, ImageSignature: digestOfPart(j.signature),
+		Version: plan.SandboxVersion, JobID: predictionJob, Image: j.plan.Image, ImageSignature: digestOfPart(j.signature), ImageSBOM: digestOfPart(j.sbom),
 		Profile: a.Node.Profile(), Wrapper: []string{}, Trace: json.RawMessage(`{}`), Spec: json.RawMessage(`{}`),
 	}.Canonical()
 }

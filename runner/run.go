@@ -156,7 +156,7 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 		return nil, "", err
 	}
 	box, err := a.Node.Create(ctx, sandbox.Request{
-		JobID: j.id, Plan: j.plan, Image: j.image, ImageSignature: digestOfPart(j.signature), GPUs: j.place.got, Env: j.env, Binds: binds, RunDir: j.runDir,
+		JobID: j.id, Plan: j.plan, Image: j.image, ImageSignature: digestOfPart(j.signature), ImageSBOM: digestOfPart(j.sbom), GPUs: j.place.got, Env: j.env, Binds: binds, RunDir: j.runDir,
 		TraceSocket: filepath.Join(j.runDir, holdapi.TraceName),
 		Stdout:      filepath.Join(j.runDir, holdapi.StdoutName), Stderr: filepath.Join(j.runDir, holdapi.StderrName),
 		Network: network,
@@ -165,7 +165,7 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 		return nil, "", err
 	}
 	box.ReadBinaries() // beside the job's attestation
-	j.sandbox, j.record.Sandbox, j.record.ImageSignature = box, box.Description(), j.signature
+	j.sandbox, j.record.Sandbox, j.record.ImageSignature, j.record.ImageSBOM = box, box.Description(), j.signature, j.sbom
 	if err := a.Journal.Leave(ctx, j.id, string(bundle.StageSandbox), j.record); err != nil {
 		return nil, "", err
 	}

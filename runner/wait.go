@@ -201,7 +201,7 @@ func (a *Agent) complete(ctx context.Context, j *Job) error {
 			return err
 		}
 		j.admitted = true
-		j.spec, j.image, j.signature, j.env = again.spec, again.image, again.signature, again.env
+		j.spec, j.image, j.signature, j.sbom, j.env = again.spec, again.image, again.signature, again.sbom, again.env
 		return nil
 	}
 }

@@ -80,7 +80,7 @@ const (
 
 // Parts lists every part there is.
 func Parts() []Part {
-	return []Part{JobFile, Plan, Sandbox, Evidence, Result, Endorsements, VerifierKeys, BrokerKeys, Releases, Approvals, Checkpoints, ResumePart, HolderStatus, Trace, AgentPart, LogsDigest, EgressPart, AlertsPart, ImageSignaturePart, ResealPart, ReattestPart}
+	return []Part{JobFile, Plan, Sandbox, Evidence, Result, Endorsements, VerifierKeys, BrokerKeys, Releases, Approvals, Checkpoints, ResumePart, HolderStatus, Trace, AgentPart, LogsDigest, EgressPart, AlertsPart, ImageSignaturePart, ImageSBOMPart, ResealPart, ReattestPart}
 }
 
 // Stage names one step of a job's way.

@@ -80,6 +80,8 @@ func (s ImageSigners) validate() error {
 // none where it does not.
 func (s Sandbox) validateImage() error {
 	switch {
+	case s.ImageSBOM != "" && s.ImageSBOM.Bytes() == nil:
+		return errors.New("sandbox with a bill of materials that is no digest")
 	case s.Profile.ImageSigners == nil && s.ImageSignature != "":
 		return errors.New("sandbox has a signature of its image, and its profile names no signer")
 	case s.Profile.ImageSigners == nil:

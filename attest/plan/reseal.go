@@ -41,7 +41,7 @@ func (p Profile) none() bool {
 // validateNone is an error if s has a container that its profile says it has not.
 func (s Sandbox) validateNone() error {
 	absent := func(raw []byte) bool { return len(raw) == 0 || string(raw) == "null" }
-	if s.Profile.none() && (s.Image != "" || len(s.Wrapper) > 0 || !absent(s.Trace) || !absent(s.Spec)) {
+	if s.Profile.none() && (s.Image != "" || s.ImageSBOM != "" || len(s.Wrapper) > 0 || !absent(s.Trace) || !absent(s.Spec)) {
 		return errors.New("sandbox without a container describes one")
 	}
 	return nil

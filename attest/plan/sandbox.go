@@ -63,6 +63,9 @@ type Sandbox struct {
 	// ImageSignature is the digest of the image's signature (attest/bundle, part
 	// image-signature). It is there if and only if the profile names signers.
 	ImageSignature Digest `json:"imageSignature,omitempty"`
+	// ImageSBOM is the digest of the image's bill of materials (attest/bundle, part
+	// image-sbom). Absent where the agent found none.
+	ImageSBOM Digest `json:"imageSbom,omitempty"`
 	// Wrapper is the exact command line prefix with which the shim runs the
 	// runtime for this job.
 	Wrapper []string `json:"wrapper"`

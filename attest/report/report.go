@@ -59,6 +59,7 @@ type view struct {
 	Resumed    *bundle.CheckpointRecord
 	Alerts     *bundle.Alerts
 	Signer     string
+	Materials  *materials
 	Resealed   *receipt.ResealRecord
 	Logs       *bundle.Logs
 	Groups     []group
@@ -164,6 +165,9 @@ func (v *view) documents(b *bundle.Bundle) {
 	}
 	if s, err := bundle.Decode[bundle.ImageSignature](b.Parts[bundle.ImageSignaturePart]); err == nil {
 		v.Signer = s.Signer
+	}
+	if s, err := bundle.Decode[bundle.ImageSBOM](b.Parts[bundle.ImageSBOMPart]); err == nil {
+		v.Materials = materialsOf(s, plan.Sum(b.Parts[bundle.ImageSBOMPart]))
 	}
 	if r, err := bundle.Decode[bundle.Resume](b.Parts[bundle.ResumePart]); err == nil {
 		if rec, err := bundle.ParseCheckpointRecord(r.Record); err == nil {

@@ -86,11 +86,11 @@ func selfContained(t *testing.T, page string) {
 			return
 		case html.StartTagToken, html.SelfClosingTagToken:
 			tok := z.Token()
-			if slices.Contains([]string{"script", "img", "iframe", "object", "embed", "form", "base", "a"}, tok.Data) {
+			if slices.Contains([]string{"script", "img", "iframe", "object", "embed", "form", "base"}, tok.Data) {
 				t.Errorf("the page has a %s", tok)
 			}
 			for _, a := range tok.Attr {
-				fetched := a.Key == "src" || a.Key == "href" && a.Val != "data:,"
+				fetched := a.Key == "src" || a.Key == "href" && a.Val != "data:," && !(tok.Data == "a" && strings.HasPrefix(a.Val, "#"))
 				if fetched || strings.HasPrefix(a.Key, "on") {
 					t.Errorf("the page has %s", tok)
 				}
@@ -171,11 +171,11 @@ func TestWordsOfTheJobAreText(t *testing.T) {
 	}
 	selfContained(t, b.String())
 	people := view{Report: r, People: []person{{Name: evil, Did: evil, Reason: evil, Ticket: evil, Assets: evil}}, HasEgress: true, Plan: &plan.Plan{Command: []string{evil}, Inputs: []plan.Input{{Name: evil, Asset: evil, Mount: evil}}, Egress: []plan.Egress{{Host: evil}}},
-		Egress:   &bundle.Egress{Connections: []bundle.Connection{{Host: evil, Address: evil, End: evil}}, Denials: []bundle.Denial{{Host: evil, Rule: evil, Process: evil}}},
-		Agent:    &bundle.Agent{Node: evil, Submitter: evil, Runtime: evil, Containerd: evil},
-		Alerts:   &bundle.Alerts{Findings: []bundle.Finding{{Rule: evil, Severity: evil, Action: evil, Kind: evil, Process: evil, Path: evil, Address: evil}}},
-		Resumed:  &bundle.CheckpointRecord{JobID: evil, Digest: evil},
-		Signer:   evil,
+		Egress:  &bundle.Egress{Connections: []bundle.Connection{{Host: evil, Address: evil, End: evil}}, Denials: []bundle.Denial{{Host: evil, Rule: evil, Process: evil}}},
+		Agent:   &bundle.Agent{Node: evil, Submitter: evil, Runtime: evil, Containerd: evil},
+		Alerts:  &bundle.Alerts{Findings: []bundle.Finding{{Rule: evil, Severity: evil, Action: evil, Kind: evil, Process: evil, Path: evil, Address: evil}}},
+		Resumed: &bundle.CheckpointRecord{JobID: evil, Digest: evil},
+		Signer:  evil, Materials: &materials{Signer: evil, Digest: evil, Listed: []bundle.Component{{Name: evil, Version: evil, PURL: evil}}},
 		Points:   []point{{CheckpointRecord: bundle.CheckpointRecord{Name: evil}}},
 		Releases: []receipt.Release{{Asset: evil, Grant: evil}}, PlanJSON: evil,
 	}

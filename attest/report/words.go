@@ -21,6 +21,8 @@ var phrases = map[string]string{
 	"sandbox.evidence":      "Does the evidence bind this sandbox, made before any key was asked for?",
 	"sandbox.profile":       "Was the sandbox made by the rules that the plan names?",
 	"sandbox.image":         "Does the sandbox hold the image of the plan?",
+	"sandbox.image-sbom":    "Is the list of what the image is made from this image's, and by whom?",
+	"sandbox.image-content": "Does the image hold what the list says?",
 	"sandbox.":              "Does the sandbox fit the plan?",
 	"result.signature":      "Did the verifier sign this attestation result?",
 	"result.status":         "Does the verifier accept every device?",

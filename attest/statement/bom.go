@@ -35,7 +35,10 @@ func (r *reading) bom() ([]byte, error) {
 	var datasets []cyclonedx.MLDatasetChoice
 	depends := []string{}
 	if r.plan.Image != "" {
-		parts = append(parts, cyclonedx.Component{BOMRef: "image", Type: cyclonedx.ComponentTypeContainer, Name: "image", Version: r.plan.Image, Hashes: hash(cyclonedx.HashAlgoSHA256, digests(r.plan.Image)["sha256"])})
+		parts = append(parts, cyclonedx.Component{
+			BOMRef: "image", Type: cyclonedx.ComponentTypeContainer, Name: "image", Version: r.plan.Image, Hashes: hash(cyclonedx.HashAlgoSHA256, digests(r.plan.Image)["sha256"]),
+			Components: r.contents(),
+		})
 		depends = append(depends, "image")
 	}
 	for _, i := range r.plan.Inputs {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/plan"
 )
 
 // Claim is one thing that a record says, with the checks that stand behind it.
@@ -52,6 +53,10 @@ func (r *reading) claims() claims {
 	if r.plan.Image != "" {
 		add("image", r.plan.Image, and("sandbox.image", "sandbox.evidence")...)
 		add("command", r.plan.Command, bound...)
+		if len(r.sbom.Document) > 0 {
+			add("bill of materials of the image", map[string]any{"components": len(r.sbom.Components), "part": plan.Sum(r.bundle.Parts[bundle.ImageSBOMPart])}, and("sandbox.image-sbom", "sandbox.image-sbom-bound")...)
+			add("contents of the image", "as its bill of materials lists them", "sandbox.image-contents")
+		}
 	}
 	for _, i := range r.plan.Inputs {
 		add("input "+i.Name, map[string]any{"asset": i.Asset, "sealed": i.Digest}, and("release.signature", "release.asset", "release.complete")...)

@@ -154,6 +154,10 @@ type reading struct {
 	plan        plan.Plan
 	agent       bundle.Agent
 	checkpoints []bundle.CheckpointRecord
+	// sbom is the image's bill of materials, empty if the record has none, and
+	// sbomSigner who signed it.
+	sbom       bundle.SBOM
+	sbomSigner string
 }
 
 func read(in Input) (*reading, error) {
@@ -167,6 +171,16 @@ func read(in Input) (*reading, error) {
 	}
 	if r.agent, err = bundle.Decode[bundle.Agent](r.bundle.Parts[bundle.AgentPart]); err != nil {
 		return nil, err
+	}
+	if b, ok := r.bundle.Parts[bundle.ImageSBOMPart]; ok {
+		s, err := bundle.Decode[bundle.ImageSBOM](b)
+		if err != nil {
+			return nil, err
+		}
+		if r.sbom, err = s.SBOM(); err != nil {
+			return nil, err
+		}
+		r.sbomSigner = s.Signer
 	}
 	if b, ok := r.bundle.Parts[bundle.Checkpoints]; ok {
 		list, err := bundle.Decode[[]bundle.Checkpoint](b)

@@ -207,12 +207,12 @@ func TestTraining(t *testing.T) {
 		return s
 	}
 	s := read(in)
-	for _, name := range []string{"plan", "image", "command", "input data", "input model", "devices", "checkpoint epoch-2", "keys released to this job alone"} {
+	for _, name := range []string{"plan", "image", "bill of materials of the image", "command", "input data", "input model", "devices", "checkpoint epoch-2", "keys released to this job alone"} {
 		if _, ok := s.Predicate.Checked[name]; !ok {
 			t.Errorf("%q is not among what was checked: %v", name, s.Predicate.Declared[name])
 		}
 	}
-	for _, name := range []string{"node", "submitter", "runtime", "outcome", "network", "approvals", "memory scrubbed", "record in the log's tree"} {
+	for _, name := range []string{"node", "contents of the image", "submitter", "runtime", "outcome", "network", "approvals", "memory scrubbed", "record in the log's tree"} {
 		if _, ok := s.Predicate.Declared[name]; !ok {
 			t.Errorf("%q is not among what is declared", name)
 		}
@@ -292,10 +292,31 @@ func TestBOM(t *testing.T) {
 	if schema.Validate(wrong) == nil {
 		t.Error("the schema takes a hash that there is not")
 	}
-	for _, want := range []string{`"machine-learning-model"`, `"coffer:checked:plan"`, `"coffer:declared:node"`, `"coffer:simulated"`, `"input-model"`} {
+	for _, want := range []string{`"name": "numpy"`, `"pkg:deb/debian/python3@3.11.2-1"`, `"machine-learning-model"`, `"coffer:checked:plan"`, `"coffer:declared:node"`, `"coffer:simulated"`, `"input-model"`} {
 		if !strings.Contains(string(b), want) {
 			t.Errorf("the document has no %s", want)
 		}
+	}
+}
+
+// Whatever a list of an image's contents says, the document is CycloneDX.
+func TestBOMOfWhatNobodySigned(t *testing.T) {
+	image := "sha256:" + strings.Repeat("00", 32)
+	list, err := plan.Canonical(bundle.ImageSBOM{Document: []byte(`{"bomFormat":"CycloneDX","metadata":{"component":{"version":"` + image + `"}},"components":[` +
+		`{},{"type":"poem","name":"\u0000<b>","hashes":[{"alg":"CRC","content":"0"},{"alg":"SHA-256","content":"no digits"},{"alg":"MD5","content":"` + strings.Repeat("0", 32) + `"}]}]}`)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := write(t, statement.CycloneDX, input(t, bundletest.Options{ImageSBOM: list}, nil))
+	doc, err := jsonschema.UnmarshalJSON(strings.NewReader(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := schemas(t).Validate(doc); err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(string(b), "nobody who signed it") || !strings.Contains(string(b), `"coffer:declared:bill of materials of the image"`) {
+		t.Error("the document does not say that nobody signed the list")
 	}
 }
 

@@ -146,6 +146,10 @@ func (c *cli) factsOf(cmd *cobra.Command, arg, as string) ([]facts.Section, erro
 	return s, nil
 }
 
+// maxShown bounds the lines of a section for a terminal: a list of what an image is
+// made from can be long.
+const maxShown = 100
+
 func (c *cli) evidenceShow() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "show JOB|FILE",
@@ -171,8 +175,11 @@ record is true says coffer evidence verify.`,
 				continue
 			}
 			_, _ = fmt.Fprintln(w, s.Title)
-			for _, f := range s.Facts {
+			for _, f := range s.Facts[:min(len(s.Facts), maxShown)] {
 				_, _ = fmt.Fprintf(w, "  %-28s  %s\n", clean(f.Name), clean(f.Value))
+			}
+			if more := len(s.Facts) - maxShown; more > 0 {
+				_, _ = fmt.Fprintf(w, "  and %d more, which --output json has\n", more)
 			}
 			_, _ = fmt.Fprintln(w)
 		}

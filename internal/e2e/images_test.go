@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http/httptest"
 	"os"
@@ -48,7 +49,7 @@ func registry(t *testing.T) string {
 }
 
 // pushImage pushes the training image under another digest, and returns its reference.
-func pushImage(t *testing.T, host, label string) (name.Digest, v1.Image) {
+func pushImage(t *testing.T, host, label string) name.Digest {
 	t.Helper()
 	index, err := layout.ImageIndexFromPath(filepath.Join(os.Getenv("COFFER_IMAGES"), "numpy"))
 	if err != nil {
@@ -76,17 +77,24 @@ func pushImage(t *testing.T, host, label string) (name.Digest, v1.Image) {
 	if err := remote.Write(ref, img); err != nil {
 		t.Fatal(err)
 	}
-	return ref, img
+	return ref
 }
 
+const bundleType = image.BundleType + ".v0.3+json"
+
 // pushSignature adds a signature to an image in a registry.
-func pushSignature(t *testing.T, ref name.Digest, img v1.Image, key *ecdsa.PrivateKey) {
+func pushSignature(t *testing.T, ref name.Digest, key *ecdsa.PrivateKey) {
 	t.Helper()
 	b, err := sign.Image(key, ref.DigestStr())
 	if err != nil {
 		t.Fatal(err)
 	}
-	const mediaType = image.BundleType + ".v0.3+json"
+	pushReferrer(t, ref, bundleType, b)
+}
+
+// pushReferrer adds an artifact about an image.
+func pushReferrer(t *testing.T, ref name.Digest, mediaType types.MediaType, b []byte) {
+	t.Helper()
 	sig, err := mutate.AppendLayers(mutate.MediaType(empty.Image, types.OCIManifestSchema1), static.NewLayer(b, mediaType))
 	if err != nil {
 		t.Fatal(err)
@@ -167,9 +175,9 @@ func TestImagesMustBeSigned(t *testing.T) {
 			t.Errorf("%s: exit %d\n%s", what, exitCode(err), out)
 		}
 	}
-	ref, img := pushImage(t, host, "one")
+	ref := pushImage(t, host, "one")
 	refused("unsigned at its registry", ref.String(), "no signature")
-	pushSignature(t, ref, img, stranger)
+	pushSignature(t, ref, stranger)
 	refused("signed by a stranger", ref.String(), "not by key stack")
 	// The refused image is not in the node's store either: nothing of it was fetched.
 	client, err := containerd.New(filepath.Join(n.layout.Run, "containerd.sock"), containerd.WithDefaultNamespace(stack.Namespace))
@@ -183,7 +191,7 @@ func TestImagesMustBeSigned(t *testing.T) {
 	}
 
 	// Imported by hand, and signed by nobody.
-	byHand, _ := pushImage(t, host, "two")
+	byHand := pushImage(t, host, "two")
 	pulled, err := image.Registries{}.Pull(t.Context(), byHand.String())
 	if err != nil {
 		t.Fatal(err)
@@ -198,7 +206,13 @@ func TestImagesMustBeSigned(t *testing.T) {
 	}
 	refused("imported by hand", pulled.Name, "no signature")
 
-	pushSignature(t, ref, img, own)
+	pushSignature(t, ref, own)
+	list := fmt.Appendf(nil, `{"bomFormat":"CycloneDX","specVersion":"1.6","metadata":{"component":{"type":"container","name":"train","version":%q}},"components":[{"type":"library","name":"python3"}]}`, ref.DigestStr())
+	signedList, err := sign.SBOM(own, ref.DigestStr(), list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pushReferrer(t, ref, bundleType, signedList)
 	out := n.must(t, "submit", imageJob(t, ref.String()), "--watch")
 	if !strings.Contains(out, "42") {
 		t.Errorf("the job did not run:\n%s", out)
@@ -217,11 +231,18 @@ func TestImagesMustBeSigned(t *testing.T) {
 	if err != nil || s.Signer != "key stack" {
 		t.Errorf("signer %q: %v", s.Signer, err)
 	}
+	materials, err := bundle.Decode[bundle.ImageSBOM](b.Parts[bundle.ImageSBOMPart])
+	if err != nil || materials.Signer != "key stack" {
+		t.Errorf("the bill of materials is by %q: %v", materials.Signer, err)
+	}
 	box, err := plan.ParseSandbox(b.Parts[bundle.Sandbox])
 	if err != nil || box.ImageSignature != plan.Sum(b.Parts[bundle.ImageSignaturePart]) {
 		t.Errorf("the evidence speaks of signature %s: %v", box.ImageSignature, err)
 	}
-	if verdict, err := n.verify(t, file, true); err != nil || !strings.Contains(verdict, "VERIFIED") || !strings.Contains(verdict, "by key stack") {
+	if box.ImageSBOM != plan.Sum(b.Parts[bundle.ImageSBOMPart]) {
+		t.Errorf("the evidence speaks of bill of materials %s", box.ImageSBOM)
+	}
+	if verdict, err := n.verify(t, file, true); err != nil || !strings.Contains(verdict, "of this image, signed by key stack") || !strings.Contains(verdict, "VERIFIED") || !strings.Contains(verdict, "by key stack") {
 		t.Errorf("the bundle does not verify: %v\n%s", err, verdict)
 	}
 }

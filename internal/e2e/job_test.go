@@ -121,7 +121,7 @@ func TestMainJob(t *testing.T) {
 	if err != nil {
 		t.Fatalf("the bundle does not verify: %v\n%s", err, out)
 	}
-	for _, want := range []string{"VERIFIED", "simulated", "not checked"} {
+	for _, want := range []string{"VERIFIED", "simulated", "not checked", "of this image, signed by key stack"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("the verification does not say %q:\n%s", want, out)
 		}

@@ -8,11 +8,13 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 
+	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/runner/image/sign"
 )
@@ -100,11 +102,46 @@ func (l Layout) signImage(digest string) error {
 	if err != nil {
 		return err
 	}
+	return l.keepSigned(digest, imageSigner+".json", b)
+}
+
+// readSBOM reads the bill of materials that lies beside an archive, as images/build
+// writes it: NAME.cdx.json beside NAME.tar. It returns nil if there is none.
+func readSBOM(archive string) ([]byte, error) {
+	f, err := os.Open(strings.TrimSuffix(archive, ".tar") + ".cdx.json")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	return io.ReadAll(io.LimitReader(f, bundle.MaxImageSBOM+1))
+}
+
+// signSBOM puts a bill of materials, signed, beside the signature of its image. A nil
+// one leaves what is there.
+func (l Layout) signSBOM(digest string, sbom []byte) error {
+	if sbom == nil {
+		return nil
+	}
+	key, err := ReadImageSigner(l.signerKey())
+	if err != nil {
+		return err
+	}
+	b, err := sign.SBOM(key, digest, sbom)
+	if err != nil {
+		return err
+	}
+	return l.keepSigned(digest, imageSigner+".sbom.json", b)
+}
+
+func (l Layout) keepSigned(digest, name string, b []byte) error {
 	dir := filepath.Join(l.signatures(), strings.TrimPrefix(digest, "sha256:"))
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	return keyfile.Write(filepath.Join(dir, imageSigner+".json"), b)
+	return keyfile.Write(filepath.Join(dir, name), b)
 }
 
 type agentImages struct {

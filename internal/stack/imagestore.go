@@ -175,6 +175,10 @@ func (l Layout) importArchive(ctx context.Context, c *containerd.Client, archive
 	if len(images) == 0 {
 		return nil, errors.New("the archive names no image (annotation org.opencontainers.image.ref.name)")
 	}
+	sbom, err := readSBOM(archive)
+	if err != nil {
+		return nil, err
+	}
 	names := make([]string, 0, len(images))
 	for _, i := range images {
 		if err := containerd.NewImage(c, i).Unpack(ctx, snapshotter); err != nil {
@@ -182,6 +186,9 @@ func (l Layout) importArchive(ctx context.Context, c *containerd.Client, archive
 		}
 		if err := l.signImage(i.Target.Digest.String()); err != nil {
 			return nil, fmt.Errorf("sign %s: %w", i.Name, err)
+		}
+		if err := l.signSBOM(i.Target.Digest.String(), sbom); err != nil {
+			return nil, fmt.Errorf("sign the bill of materials of %s: %w", i.Name, err)
 		}
 		names = append(names, i.Name)
 	}

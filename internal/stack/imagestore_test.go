@@ -2,9 +2,11 @@ package stack
 
 import (
 	"archive/tar"
+	"bytes"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -145,4 +147,45 @@ func TestKeptArchives(t *testing.T) {
 		t.Error("an archive that is not there is kept")
 	}
 	want("second", "other")
+}
+
+func TestSignSBOM(t *testing.T) {
+	l, err := NewLayout(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.imageSigner(); err != nil {
+		t.Fatal(err)
+	}
+	digest := "sha256:" + strings.Repeat("ab", 32)
+	archive := filepath.Join(t.TempDir(), "numpy.tar")
+	if list, err := readSBOM(archive); err != nil || list != nil {
+		t.Fatalf("%q where there is none: %v", list, err)
+	}
+	list := []byte(`{"bomFormat":"CycloneDX","metadata":{"component":{"version":"` + digest + `"}}}`)
+	if err := os.WriteFile(strings.TrimSuffix(archive, ".tar")+".cdx.json", list, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	read, err := readSBOM(archive)
+	if err != nil || !bytes.Equal(read, list) {
+		t.Fatalf("%q: %v", read, err)
+	}
+	signed := filepath.Join(l.signatures(), strings.Repeat("ab", 32), "stack.sbom.json")
+	if err := l.signSBOM(digest, read); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(signed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Another image's list is refused, and none leaves what is there.
+	if err := l.signSBOM("sha256:"+strings.Repeat("cd", 32), read); err == nil {
+		t.Error("a list of another image is signed")
+	}
+	if err := l.signSBOM(digest, nil); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.ReadFile(signed); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("what was signed is gone: %v", err)
+	}
 }

@@ -15,6 +15,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/coffer-run/coffer/attest/bundle"
 )
 
 // MaxLayers bounds the layers of an image.
@@ -32,8 +34,11 @@ type Image struct {
 	Digest string
 	// Bytes is the size of the compressed content.
 	Bytes int64
-	// Signatures are Sigstore bundles, nobody having checked them.
+	// Signatures are Sigstore bundles, nobody having checked them: signatures, and
+	// other statements about the image.
 	Signatures [][]byte
+	// Documents are bills of materials (CycloneDX) that nobody signed.
+	Documents [][]byte
 
 	image v1.Image
 }
@@ -49,8 +54,8 @@ type Registries struct {
 	MaxBytes int64
 }
 
-// Pull reads the manifest of an image that is named by digest, and its signatures,
-// which are referrers of it (OCI distribution spec 1.1, "Listing Referrers").
+// Pull reads the manifest of an image that is named by digest, and its signatures and
+// bills of materials, which are referrers of it (OCI distribution spec 1.1, "Listing Referrers").
 // Layers are fetched by WriteTo.
 func (r Registries) Pull(ctx context.Context, ref string) (*Image, error) {
 	digest, err := name.NewDigest(ref, name.StrictValidation)
@@ -77,14 +82,14 @@ func (r Registries) Pull(ctx context.Context, ref string) (*Image, error) {
 		return nil, fmt.Errorf("list signatures of %s: %w", ref, err)
 	}
 	fetch := func(h v1.Hash) (v1.Image, error) { return remote.Image(digest.Digest(h.String()), options...) }
-	if out.Signatures, err = signatures(index, nil, fetch); err != nil {
+	if err := out.referrers(index, nil, fetch); err != nil {
 		return nil, fmt.Errorf("fetch signatures of %s: %w", ref, err)
 	}
 	return out, nil
 }
 
 // FromLayout reads an image from an OCI image layout on disk, with the signatures
-// that lie in it as manifests whose subject is the image.
+// and bills of materials that lie in it as manifests whose subject is the image.
 func (r Registries) FromLayout(dir, imageName, digest string) (*Image, error) {
 	hash, err := v1.NewHash(digest)
 	if err != nil {
@@ -109,7 +114,7 @@ func (r Registries) FromLayout(dir, imageName, digest string) (*Image, error) {
 	if out.Digest != digest {
 		return nil, fmt.Errorf("layout %s has %s where %s should be", dir, out.Digest, digest)
 	}
-	if out.Signatures, err = signatures(index, &hash, index.Image); err != nil {
+	if err := out.referrers(index, &hash, index.Image); err != nil {
 		return nil, fmt.Errorf("read signatures of %s in layout %s: %w", digest, dir, err)
 	}
 	return out, nil
@@ -141,15 +146,18 @@ func (r Registries) describe(ref string, img v1.Image) (*Image, error) {
 	return &Image{Name: ref, Digest: digest.String(), Bytes: size, image: img}, nil
 }
 
-// signatures reads the bundles an index lists. With a subject, those of it alone.
-func signatures(index v1.ImageIndex, subject *v1.Hash, fetch func(v1.Hash) (v1.Image, error)) ([][]byte, error) {
+// referrers reads the bundles and bills of materials that an index lists. With a
+// subject, those of it alone.
+func (i *Image) referrers(index v1.ImageIndex, subject *v1.Hash, fetch func(v1.Hash) (v1.Image, error)) error {
 	m, err := index.IndexManifest()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var out [][]byte
+	wanted := func(mediaType string) bool {
+		return strings.HasPrefix(mediaType, BundleType) || mediaType == SBOMType
+	}
 	for _, d := range m.Manifests {
-		if subject == nil && !strings.HasPrefix(d.ArtifactType, BundleType) {
+		if subject == nil && !wanted(d.ArtifactType) {
 			continue
 		}
 		if subject != nil && d.Digest == *subject {
@@ -157,34 +165,39 @@ func signatures(index v1.ImageIndex, subject *v1.Hash, fetch func(v1.Hash) (v1.I
 		}
 		img, err := fetch(d.Digest)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		manifest, err := img.Manifest()
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if subject != nil && (manifest.Subject == nil || manifest.Subject.Digest != *subject) {
 			continue
 		}
 		layers, err := img.Layers()
 		if err != nil {
-			return nil, err
+			return err
 		}
-		for i, l := range layers {
-			if !strings.HasPrefix(string(manifest.Layers[i].MediaType), BundleType) {
+		for n, l := range layers {
+			mediaType := string(manifest.Layers[n].MediaType)
+			if !wanted(mediaType) {
 				continue
 			}
-			if len(out) == MaxBundles {
-				return nil, fmt.Errorf("more than %d signatures", MaxBundles)
+			if len(i.Signatures)+len(i.Documents) == MaxBundles {
+				return fmt.Errorf("more than %d signatures", MaxBundles)
 			}
 			b, err := readLayer(l)
 			if err != nil {
-				return nil, err
+				return err
 			}
-			out = append(out, b)
+			if mediaType == SBOMType {
+				i.Documents = append(i.Documents, b)
+			} else {
+				i.Signatures = append(i.Signatures, b)
+			}
 		}
 	}
-	return out, nil
+	return nil
 }
 
 func readLayer(l v1.Layer) ([]byte, error) {
@@ -193,12 +206,12 @@ func readLayer(l v1.Layer) ([]byte, error) {
 		return nil, err
 	}
 	defer rc.Close() //nolint:errcheck // it was read to its end, and checked there
-	b, err := io.ReadAll(io.LimitReader(rc, MaxBundle+1))
+	b, err := io.ReadAll(io.LimitReader(rc, bundle.MaxImageSBOM+1))
 	if err != nil {
 		return nil, err
 	}
-	if len(b) > MaxBundle {
-		return nil, fmt.Errorf("a signature of more than %d bytes", MaxBundle)
+	if len(b) > bundle.MaxImageSBOM {
+		return nil, fmt.Errorf("a signature of more than %d bytes", bundle.MaxImageSBOM)
 	}
 	return b, nil
 }

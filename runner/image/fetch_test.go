@@ -29,6 +29,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/sirupsen/logrus"
+
+	"github.com/coffer-run/coffer/attest/bundle"
 )
 
 // registry starts a real registry in memory; spoil may change what it answers.
@@ -72,23 +74,37 @@ func push(t *testing.T, host string, img v1.Image, signatures ...[]byte) string 
 		t.Fatal(err)
 	}
 	for _, s := range signatures {
-		sig := signatureOf(t, img, s)
-		d, err := sig.Digest()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := remote.Write(repo.Digest(d.String()), sig); err != nil {
-			t.Fatal(err)
-		}
+		pushReferrer(t, ref.String(), signatureOf(t, img, s))
 	}
 	return ref.String()
+}
+
+// pushReferrer puts an artifact into the repository of an image.
+func pushReferrer(t *testing.T, ref string, artifact v1.Image) {
+	t.Helper()
+	image, err := name.NewDigest(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := artifact.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(image.Digest(d.String()), artifact); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // signatureOf is a referrer of an image that has a Sigstore bundle as its one layer.
 func signatureOf(t *testing.T, img v1.Image, bundle []byte) v1.Image {
 	t.Helper()
-	const mediaType = BundleType + ".v0.3+json"
-	sig, err := mutate.AppendLayers(mutate.MediaType(empty.Image, types.OCIManifestSchema1), static.NewLayer(bundle, mediaType))
+	return referrer(t, img, BundleType+".v0.3+json", bundle)
+}
+
+// referrer is an artifact about an image with one layer.
+func referrer(t *testing.T, img v1.Image, mediaType types.MediaType, body []byte) v1.Image {
+	t.Helper()
+	sig, err := mutate.AppendLayers(mutate.MediaType(empty.Image, types.OCIManifestSchema1), static.NewLayer(body, mediaType))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -246,7 +262,7 @@ func TestPullBounds(t *testing.T) {
 			t.Errorf("%q: taken without a digest", ref)
 		}
 	}
-	push(t, host, img, bytes.Repeat([]byte(" "), MaxBundle+1))
+	push(t, host, img, bytes.Repeat([]byte(" "), bundle.MaxImageSBOM+1))
 	if _, err := (Registries{}).Pull(t.Context(), ref); err == nil || !strings.Contains(err.Error(), "more than") {
 		t.Errorf("a signature without end: %v", err)
 	}

@@ -20,7 +20,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/sigstore/sigstore-go/pkg/bundle"
+	sigstore "github.com/sigstore/sigstore-go/pkg/bundle"
 	"github.com/sigstore/sigstore-go/pkg/root"
 	"github.com/sigstore/sigstore-go/pkg/verify"
 	"github.com/sigstore/sigstore/pkg/signature"
@@ -33,7 +33,7 @@ const (
 	// BundleType is the start of the media type of a Sigstore bundle; a version follows
 	// (Sigstore bundle format, "Media type").
 	BundleType = "application/vnd.dev.sigstore.bundle"
-	// MaxBundle bounds one signature, in bytes, and MaxBundles how many of an image are looked at.
+	// MaxBundle bounds one signature, in bytes, and MaxBundles how many bundles of an image are looked at.
 	MaxBundle, MaxBundles = 256 << 10, 16
 	// signPredicate is what cosign signs an image with, inside an in-toto statement.
 	signPredicate = "https://sigstore.dev/cosign/sign/v1"
@@ -168,7 +168,7 @@ func (t *Trust) Verify(digest string, bundles [][]byte) (Signature, error) {
 		bundles = bundles[:0]
 	}
 	for _, b := range bundles {
-		signer, err := t.verifyOne(sum, b)
+		signer, err := t.verifyOne(sum, b, MaxBundle, onlySigns)
 		if err == nil {
 			return Signature{Signer: signer, Bundle: b}, nil
 		}
@@ -194,19 +194,21 @@ func (t *Trust) names() string {
 	return strings.Join(names, ", or ")
 }
 
-func (t *Trust) verifyOne(sum, b []byte) (string, error) {
-	if len(b) > MaxBundle {
-		return "", fmt.Errorf("a signature of %d bytes: at most %d are read", len(b), MaxBundle)
+// verifyOne names who of those who are trusted signed an image. says judges what they
+// signed about it.
+func (t *Trust) verifyOne(sum, b []byte, limit int, says func(*verify.VerificationResult) error) (string, error) {
+	if len(b) > limit {
+		return "", fmt.Errorf("a signature of %d bytes: at most %d are read", len(b), limit)
 	}
-	var entity bundle.Bundle
+	var entity sigstore.Bundle
 	if err := entity.UnmarshalJSON(b); err != nil {
 		return "", fmt.Errorf("not a Sigstore bundle: %w", err)
 	}
-	return t.signer(sum, &entity)
+	return t.signer(sum, &entity, says)
 }
 
 // signer names the trusted signer of an entity.
-func (t *Trust) signer(sum []byte, entity verify.SignedEntity) (string, error) {
+func (t *Trust) signer(sum []byte, entity verify.SignedEntity, says func(*verify.VerificationResult) error) (string, error) {
 	artifact := verify.WithArtifactDigest("sha256", sum)
 	content, err := entity.VerificationContent()
 	if err != nil {
@@ -217,7 +219,7 @@ func (t *Trust) signer(sum []byte, entity verify.SignedEntity) (string, error) {
 		for _, k := range t.keys {
 			result, err := k.verifier.Verify(entity, verify.NewPolicy(artifact, verify.WithKey()))
 			if err == nil {
-				err = onlySigns(result)
+				err = says(result)
 			}
 			if err == nil {
 				return "key " + k.name, nil
@@ -241,7 +243,7 @@ func (t *Trust) signer(sum []byte, entity verify.SignedEntity) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := onlySigns(result); err != nil {
+	if err := says(result); err != nil {
 		return "", err
 	}
 	c := result.Signature.Certificate

@@ -196,7 +196,7 @@ func TestCertificateSignatures(t *testing.T) {
 		return e
 	}
 	soon := time.Now().Add(5 * time.Minute)
-	got, err := tr.signer(digest[:], signed(alice, issuer, soon))
+	got, err := tr.signer(digest[:], signed(alice, issuer, soon), onlySigns)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -230,7 +230,7 @@ func TestCertificateSignatures(t *testing.T) {
 		"a certificate where keys only are trusted": {trust(t, newSigner(t).key(t, "releases")), signed(alice, issuer, soon), digest},
 	}
 	for name, tt := range tests {
-		if signer, err := tt.trust.signer(tt.digest[:], tt.entity); err == nil {
+		if signer, err := tt.trust.signer(tt.digest[:], tt.entity, onlySigns); err == nil {
 			t.Errorf("%s: passes as signed by %s", name, signer)
 		}
 	}

@@ -181,6 +181,8 @@ type Request struct {
 	// ImageSignature is the digest of the signature by which the image was admitted,
 	// where the node has signers.
 	ImageSignature plan.Digest
+	// ImageSBOM is the digest of the image's bill of materials; empty for none.
+	ImageSBOM plan.Digest
 	// Env are the values, in the order of Plan.Env.
 	Env   []string
 	Binds []Bind
@@ -291,7 +293,7 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 	if err != nil {
 		return nil, err
 	}
-	d := plan.Sandbox{Version: plan.SandboxVersion, JobID: r.JobID, Image: r.Plan.Image, ImageSignature: r.ImageSignature, Profile: n.profile, Wrapper: argv, Trace: tc, Spec: redacted}
+	d := plan.Sandbox{Version: plan.SandboxVersion, JobID: r.JobID, Image: r.Plan.Image, ImageSignature: r.ImageSignature, ImageSBOM: r.ImageSBOM, Profile: n.profile, Wrapper: argv, Trace: tc, Spec: redacted}
 	description, err := d.Canonical()
 	if err != nil {
 		return nil, err

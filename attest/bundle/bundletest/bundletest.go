@@ -205,6 +205,10 @@ type Options struct {
 	Resume string
 	// ImageSignature takes the place of the signature by ImageKey: evidence speaks of it.
 	ImageSignature []byte
+	// ImageSBOM takes the place of the bill of materials by ImageKey: evidence speaks of
+	// it. NoImageSBOM leaves it out.
+	ImageSBOM   []byte
+	NoImageSBOM bool
 	// CC is what the plan asks of confidential computing on its GPUs.
 	CC string
 	// Reseal makes it a job without a container, which seals weights anew; Export, with
@@ -239,6 +243,7 @@ func (l *Lab) Job(o Options) (*Job, error) {
 	if o.RefuseAdmit {
 		delete(j.Parts, bundle.Sandbox)
 		delete(j.Parts, bundle.ImageSignaturePart)
+		delete(j.Parts, bundle.ImageSBOMPart)
 		j.end(bundle.StageAdmit, bundle.Outcome{State: bundle.Refused, Stage: bundle.StageAdmit, Reason: "quota"})
 		return j, j.log()
 	}
@@ -301,6 +306,14 @@ func (j *Job) documents(o Options) error {
 	if o.ImageSignature != nil {
 		j.Parts[bundle.ImageSignaturePart] = o.ImageSignature
 	}
+	if o.ImageSBOM != nil {
+		j.Parts[bundle.ImageSBOMPart] = o.ImageSBOM
+	}
+	sbom := plan.Sum(j.Parts[bundle.ImageSBOMPart])
+	if o.NoImageSBOM {
+		delete(j.Parts, bundle.ImageSBOMPart)
+		sbom = ""
+	}
 	pd, err := profile.Digest()
 	if err != nil {
 		return err
@@ -322,7 +335,7 @@ func (j *Job) documents(o Options) error {
 		profile.RuntimeFlags = append(profile.RuntimeFlags, "--allow-suid")
 	}
 	sb := plan.Sandbox{
-		Version: plan.SandboxVersion, JobID: j.ID, Image: image, ImageSignature: plan.Sum(j.Parts[bundle.ImageSignaturePart]), Profile: profile, Wrapper: []string{"runsc", profile.Egress.Flag},
+		Version: plan.SandboxVersion, JobID: j.ID, Image: image, ImageSignature: plan.Sum(j.Parts[bundle.ImageSignaturePart]), ImageSBOM: sbom, Profile: profile, Wrapper: []string{"runsc", profile.Egress.Flag},
 		Trace: json.RawMessage(`{}`), Spec: json.RawMessage(`{}`),
 	}
 	if j.Parts[bundle.Sandbox], err = sb.Canonical(); err != nil {

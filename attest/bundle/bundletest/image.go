@@ -34,13 +34,33 @@ func (j *Job) signImage(p *plan.Profile, image string) error {
 	if err != nil {
 		return err
 	}
-	return j.json(bundle.ImageSignaturePart, bundle.ImageSignature{Signer: "key releases", Bundle: b})
+	if err := j.json(bundle.ImageSignaturePart, bundle.ImageSignature{Signer: "key releases", Bundle: b}); err != nil {
+		return err
+	}
+	if b, err = SignAbout(j.lab.ImageKey, bundle.SBOMPredicate, SBOM(image), image); err != nil {
+		return err
+	}
+	return j.json(bundle.ImageSBOMPart, bundle.ImageSBOM{Signer: "key releases", Bundle: b})
 }
 
-// SignImage returns a Sigstore bundle: a statement of a type about an image.
+// SBOM is a bill of materials (CycloneDX) of an image with two components, one in the
+// other.
+func SBOM(image string) json.RawMessage {
+	return json.RawMessage(`{"bomFormat":"CycloneDX","specVersion":"1.6","metadata":{"component":{"type":"container","name":"image","version":"` + image + `"}},` +
+		`"components":[{"type":"library","name":"python3","version":"3.11.2-1","purl":"pkg:deb/debian/python3@3.11.2-1",` +
+		`"hashes":[{"alg":"SHA-256","content":"` + strings.Repeat("ab", sha256.Size) + `"}],"components":[{"type":"library","name":"numpy","version":"1.24.2"}]}]}`)
+}
+
+// SignImage returns a Sigstore bundle: a statement of a type about an image, which
+// says nothing else.
 func SignImage(key *ecdsa.PrivateKey, predicate, image string) ([]byte, error) {
+	return SignAbout(key, predicate, json.RawMessage(`{}`), image)
+}
+
+// SignAbout returns a Sigstore bundle: a statement of a type with a predicate about an image.
+func SignAbout(key *ecdsa.PrivateKey, predicate string, body json.RawMessage, image string) ([]byte, error) {
 	payload, err := json.Marshal(map[string]any{
-		"_type": "https://in-toto.io/Statement/v1", "predicateType": predicate, "predicate": map[string]any{},
+		"_type": "https://in-toto.io/Statement/v1", "predicateType": predicate, "predicate": body,
 		"subject": []any{map[string]any{"digest": map[string]string{"sha256": strings.TrimPrefix(image, "sha256:")}}},
 	})
 	if err != nil {

@@ -27,6 +27,7 @@ func (j *Job) resealPlan(export bool) error {
 	}
 	j.Plan = plan.Sum(j.Parts[bundle.Plan])
 	delete(j.Parts, bundle.ImageSignaturePart)
+	delete(j.Parts, bundle.ImageSBOMPart)
 	if j.Parts[bundle.Sandbox], err = plan.NoSandbox(j.ID).Canonical(); err != nil {
 		return err
 	}

@@ -52,7 +52,7 @@ func Of(b *bundle.Bundle) ([]Section, error) {
 		return nil, r.err
 	}
 	out := []Section{
-		r.outcome(), r.plan(), r.machine(), r.result(), r.approvals(), r.releases(), r.egress(), r.alerts(), r.outputs(), r.timeline(), r.reattestations(), r.parts(),
+		r.outcome(), r.plan(), r.machine(), r.materials(), r.result(), r.approvals(), r.releases(), r.egress(), r.alerts(), r.outputs(), r.timeline(), r.reattestations(), r.parts(),
 	}
 	return out, r.err
 }
@@ -207,6 +207,27 @@ func (r *reader) machine() Section {
 		if d := a.Devices; d != nil {
 			s.add("GPUs cleared", "%t", d.Cleared)
 		}
+	}
+	return s
+}
+
+// materials has one fact for each component. Its version is the value, so that another
+// version is one difference and not two.
+func (r *reader) materials() Section {
+	s := Section{Name: "materials", Title: "What its image is made from, as declared"}
+	var list bundle.ImageSBOM
+	if !part(r, bundle.ImageSBOMPart, &list) {
+		return s
+	}
+	read, err := list.SBOM()
+	if err != nil {
+		r.err = fmt.Errorf("part %s: %w", bundle.ImageSBOMPart, err)
+		return s
+	}
+	s.add("bill of materials", "%d components, signed by %s", len(read.Components), or(list.Signer, "nobody"))
+	for _, c := range read.Components {
+		kind, _, _ := strings.Cut(strings.TrimPrefix(c.PURL, "pkg:"), "/")
+		s.add(strings.TrimSpace(or(kind, c.Type)+" "+c.Name), "%s", or(c.Version, "no version"))
 	}
 	return s
 }

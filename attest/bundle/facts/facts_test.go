@@ -69,7 +69,9 @@ func TestOf(t *testing.T) {
 		}
 	}
 	for _, want := range []string{
-		"outcome state succeeded", "plan command python3 /app/train.py job-1", "plan egress." + bundletest.EgressHost + ".maxBytes 10000", "plan resources.memoryBytes 1073741824", "machine node node-1", "devices gpu0.gpu.feature-flag SPT",
+		"outcome state succeeded", "plan command python3 /app/train.py job-1", "plan egress." + bundletest.EgressHost + ".maxBytes 10000", "plan resources.memoryBytes 1073741824", "machine node node-1",
+		"materials bill of materials 2 components, signed by key releases", "materials deb python3 3.11.2-1", "materials library numpy 1.24.2",
+		"devices gpu0.gpu.feature-flag SPT",
 		"approvals alice approve checkpoints, dataset, weights: reviewed", "releases dataset sha384:", "egress metrics.example.com:443 1 connections, 4000 bytes sent, 9000 received",
 		"outputs checkpoint 2 epoch-2, 1000 bytes, sha384:", "timeline run done, ", "reattestations attestation 2 timer, affirmed", "parts plan ",
 	} {

@@ -86,6 +86,7 @@ func (v *verification) sandboxGroup() {
 		}
 	}
 	v.imageSignature(g)
+	v.imageSBOM(g)
 	g.Skip("sandbox.rules", "that the specification follows from the profile's rules: its digest is bound, and a reader can read it")
 	ab, ok := v.part(bundle.AgentPart)
 	if !ok {

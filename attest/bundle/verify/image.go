@@ -71,36 +71,55 @@ func (v *verification) imageSignature(g *check.List) {
 // signPredicate is what cosign signs an image with, inside an in-toto statement.
 const signPredicate = "https://sigstore.dev/cosign/sign/v1"
 
+// sigstoreBundle is what is read of a Sigstore bundle (version 0.3).
+type sigstoreBundle struct {
+	Envelope *struct {
+		Payload     []byte `json:"payload"`
+		PayloadType string `json:"payloadType"`
+		Signatures  []struct {
+			Sig []byte `json:"sig"`
+		} `json:"signatures"`
+	} `json:"dsseEnvelope"`
+	Message *struct {
+		Signature []byte `json:"signature"`
+	} `json:"messageSignature"`
+}
+
 // signedImage checks a Sigstore bundle that a key made of an image's digest: a DSSE
 // envelope with an in-toto statement of cosign's, or a signature of the manifest.
 func signedImage(body, der []byte, image string) error {
-	want, err := hex.DecodeString(strings.TrimPrefix(image, "sha256:"))
-	if err != nil || len(want) != sha256.Size {
-		return errors.New("the image's digest is none")
-	}
-	key, err := x509.ParsePKIXPublicKey(der)
-	if err != nil {
-		return fmt.Errorf("the profile's key: %w", err)
-	}
-	var b struct {
-		Envelope *struct {
-			Payload     []byte `json:"payload"`
-			PayloadType string `json:"payloadType"`
-			Signatures  []struct {
-				Sig []byte `json:"sig"`
-			} `json:"signatures"`
-		} `json:"dsseEnvelope"`
-		Message *struct {
-			Signature []byte `json:"signature"`
-		} `json:"messageSignature"`
-	}
+	var b sigstoreBundle
 	if err := json.Unmarshal(body, &b); err != nil {
 		return errors.New("not a Sigstore bundle")
 	}
-	switch {
-	case b.Message != nil && b.Envelope == nil:
-		return signedBy(key, nil, want, b.Message.Signature)
-	case b.Envelope == nil || b.Message != nil || len(b.Envelope.Signatures) != 1:
+	if b.Message == nil || b.Envelope != nil {
+		return b.states(der, image, signPredicate)
+	}
+	want, key, err := imageAndKey(image, der)
+	if err != nil {
+		return err
+	}
+	return signedBy(key, nil, want, b.Message.Signature)
+}
+
+func imageAndKey(image string, der []byte) (digest []byte, key any, err error) {
+	digest, err = hex.DecodeString(strings.TrimPrefix(image, "sha256:"))
+	if err != nil || len(digest) != sha256.Size {
+		return nil, nil, errors.New("the image's digest is none")
+	}
+	if key, err = x509.ParsePKIXPublicKey(der); err != nil {
+		return nil, nil, fmt.Errorf("the profile's key: %w", err)
+	}
+	return digest, key, nil
+}
+
+// states checks that a key signed an in-toto statement of a type about an image.
+func (b sigstoreBundle) states(der []byte, image, predicate string) error {
+	want, key, err := imageAndKey(image, der)
+	if err != nil {
+		return err
+	}
+	if b.Envelope == nil || b.Message != nil || len(b.Envelope.Signatures) != 1 {
 		return errors.New("not a Sigstore bundle with one signature")
 	}
 	pae := dsse.PAE(b.Envelope.PayloadType, b.Envelope.Payload)
@@ -114,15 +133,15 @@ func signedImage(body, der []byte, image string) error {
 			Digest map[string]string `json:"digest"`
 		} `json:"subject"`
 	}
-	if err := json.Unmarshal(b.Envelope.Payload, &st); err != nil || st.Predicate != signPredicate {
-		return errors.New("a statement that is no signature")
+	if err := json.Unmarshal(b.Envelope.Payload, &st); err != nil || st.Predicate != predicate {
+		return fmt.Errorf("a statement that is none of type %s", predicate)
 	}
 	for _, s := range st.Subject {
 		if s.Digest["sha256"] == hex.EncodeToString(want) {
 			return nil
 		}
 	}
-	return errors.New("a signature of another image")
+	return errors.New("a statement about another image")
 }
 
 // signedBy checks a signature over message, whose SHA-256 is sum. message is nil if

@@ -547,7 +547,7 @@ func TestNotLogged(t *testing.T) {
 	j.Log = nil
 	j.Outcome = bundle.Outcome{State: bundle.Cancelled, Stage: bundle.StageVerify, Reason: "cancelled"}
 	j.Timeline = j.Timeline[:4]
-	keep := []bundle.Part{bundle.JobFile, bundle.Plan, bundle.AgentPart, bundle.Sandbox, bundle.ImageSignaturePart, bundle.Evidence, bundle.VerifierKeys, bundle.BrokerKeys}
+	keep := []bundle.Part{bundle.JobFile, bundle.Plan, bundle.AgentPart, bundle.Sandbox, bundle.ImageSignaturePart, bundle.ImageSBOMPart, bundle.Evidence, bundle.VerifierKeys, bundle.BrokerKeys}
 	for _, p := range bundle.Parts() {
 		if !slices.Contains(keep, p) {
 			delete(j.Parts, p)

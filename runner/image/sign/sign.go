@@ -16,6 +16,8 @@ import (
 	"strings"
 
 	"github.com/secure-systems-lab/go-securesystemslib/dsse"
+
+	coffer "github.com/coffer-run/coffer/attest/bundle"
 )
 
 const (
@@ -24,10 +26,10 @@ const (
 )
 
 type statement struct {
-	Type          string    `json:"_type"`
-	Subject       []subject `json:"subject"`
-	PredicateType string    `json:"predicateType"`
-	Predicate     struct{}  `json:"predicate"`
+	Type          string          `json:"_type"`
+	Subject       []subject       `json:"subject"`
+	PredicateType string          `json:"predicateType"`
+	Predicate     json.RawMessage `json:"predicate"`
 }
 
 type subject struct {
@@ -62,6 +64,21 @@ type signature struct {
 // "sha256:<hex>". The key is on P-256, which is what verifiers of such bundles hash
 // for.
 func Image(key *ecdsa.PrivateKey, digest string) ([]byte, error) {
+	return state(key, digest, "https://sigstore.dev/cosign/sign/v1", json.RawMessage(`{}`))
+}
+
+// SBOM returns a Sigstore bundle as Image does, with a bill of materials of the image
+// (CycloneDX in JSON), as `cosign attest --type cyclonedx` makes it.
+func SBOM(key *ecdsa.PrivateKey, digest string, document []byte) ([]byte, error) {
+	if s, err := coffer.ParseSBOM(document); err != nil {
+		return nil, fmt.Errorf("sign: %w", err)
+	} else if !s.Of(digest) {
+		return nil, fmt.Errorf("sign: a bill of materials of %q, not of %s", s.Images, digest)
+	}
+	return state(key, digest, coffer.SBOMPredicate, document)
+}
+
+func state(key *ecdsa.PrivateKey, digest, predicate string, body json.RawMessage) ([]byte, error) {
 	sum := strings.TrimPrefix(digest, "sha256:")
 	if b, err := hex.DecodeString(sum); err != nil || len(b) != sha256.Size || sum == digest {
 		return nil, fmt.Errorf("sign image %.100q: want sha256: and 64 hex digits", digest)
@@ -70,7 +87,7 @@ func Image(key *ecdsa.PrivateKey, digest string) ([]byte, error) {
 		return nil, errors.New("sign image: want a key on P-256")
 	}
 	payload, err := json.Marshal(statement{
-		Type: "https://in-toto.io/Statement/v1", PredicateType: "https://sigstore.dev/cosign/sign/v1", Subject: []subject{{Digest: map[string]string{"sha256": sum}}},
+		Type: "https://in-toto.io/Statement/v1", PredicateType: predicate, Predicate: body, Subject: []subject{{Digest: map[string]string{"sha256": sum}}},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("sign image: %w", err)

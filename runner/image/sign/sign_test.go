@@ -55,3 +55,27 @@ func TestImage(t *testing.T) {
 		}
 	}
 }
+
+func TestSBOM(t *testing.T) {
+	k, public := key(t, elliptic.P256())
+	digest := "sha256:" + strings.Repeat("ab", 32)
+	list := func(image string) []byte {
+		return []byte(`{"bomFormat":"CycloneDX","metadata":{"component":{"version":"` + image + `"}}}`)
+	}
+	b, err := sign.SBOM(k, digest, list(digest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	trust, err := image.NewTrust([]image.Key{public}, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, err := trust.SBOM(digest, [][]byte{b}, nil); err != nil || s == nil || s.Signer != "key releases" {
+		t.Errorf("%+v: %v", s, err)
+	}
+	for name, bad := range map[string][]byte{"of another image": list("sha256:" + strings.Repeat("cd", 32)), "of no image": list(""), "no list": []byte(`{}`), "nothing": nil} {
+		if _, err := sign.SBOM(k, digest, bad); err == nil {
+			t.Errorf("%s: signed", name)
+		}
+	}
+}

@@ -1,0 +1,61 @@
+package statement
+
+import (
+	"cmp"
+	"fmt"
+	"regexp"
+	"slices"
+
+	cyclonedx "github.com/CycloneDX/cyclonedx-go"
+
+	"github.com/coffer-run/coffer/attest/bundle"
+)
+
+// contents are the components of the image's own bill of materials, which its author
+// declared; nil if the record has none. What CycloneDX 1.6 has no word for is left out.
+func (r *reading) contents() *[]cyclonedx.Component {
+	if len(r.sbom.Components) == 0 {
+		return nil
+	}
+	by := []cyclonedx.Property{{Name: "coffer:declared:by", Value: cmp.Or(r.sbomSigner, "nobody who signed it")}}
+	out := make([]cyclonedx.Component, 0, len(r.sbom.Components))
+	for i, c := range r.sbom.Components {
+		one := cyclonedx.Component{
+			BOMRef: fmt.Sprintf("image-%d", i+1), Type: cyclonedx.ComponentType(c.Type), Name: cmp.Or(c.Name, "unnamed"), Version: c.Version,
+			PackageURL: c.PURL, Hashes: hashes(c.Hashes), Properties: &by,
+		}
+		if !slices.Contains(componentTypes, one.Type) {
+			one.Type = cyclonedx.ComponentTypeLibrary
+		}
+		out = append(out, one)
+	}
+	return &out
+}
+
+// componentTypes are those of software in an image.
+var componentTypes = []cyclonedx.ComponentType{
+	cyclonedx.ComponentTypeApplication, cyclonedx.ComponentTypeFramework, cyclonedx.ComponentTypeLibrary, cyclonedx.ComponentTypeContainer,
+	cyclonedx.ComponentTypeOS, cyclonedx.ComponentTypeFirmware, cyclonedx.ComponentTypeFile, cyclonedx.ComponentTypeData,
+	cyclonedx.ComponentTypeMachineLearningModel,
+}
+
+var hexDigest = regexp.MustCompile(`^([0-9a-fA-F]{32}|[0-9a-fA-F]{40}|[0-9a-fA-F]{64}|[0-9a-fA-F]{96}|[0-9a-fA-F]{128})$`)
+
+var algorithms = []cyclonedx.HashAlgorithm{
+	cyclonedx.HashAlgoMD5, cyclonedx.HashAlgoSHA1, cyclonedx.HashAlgoSHA256, cyclonedx.HashAlgoSHA384, cyclonedx.HashAlgoSHA512,
+	cyclonedx.HashAlgoSHA3_256, cyclonedx.HashAlgoSHA3_384, cyclonedx.HashAlgoSHA3_512,
+	cyclonedx.HashAlgoBlake2b_256, cyclonedx.HashAlgoBlake2b_384, cyclonedx.HashAlgoBlake2b_512, cyclonedx.HashAlgoBlake3,
+}
+
+func hashes(l []bundle.ComponentHash) *[]cyclonedx.Hash {
+	var out []cyclonedx.Hash
+	for _, h := range l {
+		if a := cyclonedx.HashAlgorithm(h.Alg); slices.Contains(algorithms, a) && hexDigest.MatchString(h.Content) {
+			out = append(out, cyclonedx.Hash{Algorithm: a, Value: h.Content})
+		}
+	}
+	if out == nil {
+		return nil
+	}
+	return &out
+}
