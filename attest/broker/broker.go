@@ -92,6 +92,7 @@ type Broker struct {
 	simulation bool
 	now        func() time.Time
 	signatures signatures
+	turns      turns
 	// policySets counts the sets of access policies that were put into force.
 	policySets atomic.Uint64
 }
@@ -126,7 +127,7 @@ func New(c Config) (*Broker, error) {
 	}
 	return &Broker{
 		id: c.ID, signer: c.Signer, ownerKey: c.OwnerKey, keys: keys, store: c.Store, access: c.Access, directory: c.Directory, verifiers: vs,
-		simulation: c.Simulation, now: c.Now,
+		simulation: c.Simulation, now: c.Now, turns: newTurns(),
 	}, nil
 }
 

@@ -4,8 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
+	"sync"
+	"time"
 )
 
 // Watched is a KeyStore that can say whether a key-encryption key is disabled
@@ -20,42 +21,69 @@ type Watched interface {
 // reasonDisabled starts the reason of jobs that stop because a key is disabled.
 const reasonDisabled = "key-disabled"
 
+// askDisabled bounds how long one store may take to say which keys are disabled.
+const askDisabled = 2 * time.Second
+
 // StopDisabled marks the running jobs that have the key of an asset whose policy
 // says StopAtKeyDisabled and whose key-encryption key is disabled: their next
-// renewal tells them to stop. It returns their ids. A store that does not answer
-// stops nothing and is named in the error; the others are still asked.
+// renewal tells them to stop. It returns their ids. Each store is asked by itself. One
+// that does not answer within 2 s stops nothing and is named in the error.
 func (b *Broker) StopDisabled(ctx context.Context) ([]string, error) {
-	assets := map[string]Asset{}
+	of := map[string][]Asset{} // by their stores
+	seen := map[string]struct{}{}
 	if err := b.view(ctx, func(ctx context.Context, r Reader) error {
 		return eachLease(ctx, r, func(l Lease) error {
 			for _, u := range l.Uses {
-				if _, seen := assets[u.Asset]; seen || l.Stop != "" {
+				if _, again := seen[u.Asset]; again || l.Stop != "" {
 					continue
 				}
 				a, err := r.Asset(ctx, u.Asset)
 				if err != nil {
 					return err
 				}
-				assets[u.Asset] = a
+				seen[u.Asset] = struct{}{}
+				if a.Policy.StopAtKeyDisabled {
+					of[a.KeyStore] = append(of[a.KeyStore], a)
+				}
 			}
 			return nil
 		})
 	}); err != nil {
 		return nil, err
 	}
-	disabled := map[string]struct{}{}
+	var mu sync.Mutex // guards jobs and failed
+	var jobs []string
 	var failed []error
-	for _, name := range slices.Sorted(maps.Keys(assets)) {
-		a := assets[name]
-		store, ok := b.keys[a.KeyStore].(Watched)
-		if !ok || !a.Policy.StopAtKeyDisabled {
+	var wg sync.WaitGroup
+	for name, assets := range of {
+		store, ok := b.keys[name].(Watched)
+		if !ok {
 			continue
 		}
-		switch off, err := store.Disabled(ctx, a.Wrapped); {
+		wg.Go(func() {
+			stopped, err := b.stopDisabled(ctx, store, assets)
+			mu.Lock()
+			defer mu.Unlock()
+			jobs, failed = append(jobs, stopped...), append(failed, err)
+		})
+	}
+	wg.Wait()
+	slices.Sort(jobs)
+	return jobs, errors.Join(failed...)
+}
+
+// stopDisabled asks one store for the keys of assets.
+func (b *Broker) stopDisabled(ctx context.Context, store Watched, assets []Asset) ([]string, error) {
+	asking, cancel := context.WithTimeout(ctx, askDisabled)
+	defer cancel()
+	disabled := map[string]struct{}{}
+	var failed []error
+	for _, a := range assets {
+		switch off, err := store.Disabled(asking, a.Wrapped); {
 		case err != nil:
-			failed = append(failed, fmt.Errorf("key of asset %s: %w", name, err))
+			failed = append(failed, fmt.Errorf("key of asset %s: %w", a.Name, err))
 		case off:
-			disabled[name] = struct{}{}
+			disabled[a.Name] = struct{}{}
 		}
 	}
 	if len(disabled) == 0 {

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/coffer-run/coffer/attest/broker"
 	"github.com/coffer-run/coffer/attest/receipt"
@@ -15,9 +16,15 @@ import (
 type watched struct {
 	broker.KeyStore
 	disabled, away bool
+	// hangs is that it answers when nobody waits any more.
+	hangs bool
 }
 
-func (w *watched) Disabled(context.Context, []byte) (bool, error) {
+func (w *watched) Disabled(ctx context.Context, _ []byte) (bool, error) {
+	if w.hangs {
+		<-ctx.Done()
+		return false, ctx.Err()
+	}
 	if w.away {
 		return false, errInjected
 	}
@@ -64,5 +71,31 @@ func TestStopDisabled(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestStopDisabledBesideAStoreThatHangs: one owner's store keeps nobody else's job.
+func TestStopDisabledBesideAStoreThatHangs(t *testing.T) {
+	w := newWorld(t, false)
+	hangs, answers := &watched{KeyStore: w.cfg.Keys, hangs: true}, &watched{KeyStore: w.cfg.Keys, disabled: true}
+	w.cfg.KeyStores = map[string]broker.KeyStore{"hangs": hangs, "answers": answers}
+	w.Broker = must[*broker.Broker](t)(broker.New(w.cfg))
+	stops := broker.DefaultPolicy()
+	stops.StopAtKeyDisabled = true
+	for _, n := range []string{"a-hangs-1", "a-hangs-2", "b-answers"} {
+		_, store, _ := strings.Cut(n, "-")
+		store, _, _ = strings.Cut(store, "-")
+		must[broker.Asset](t)(w.CreateAsset(t.Context(), alice, broker.NewAsset{Name: n, Kind: broker.KindCheckpoints, KeyStore: store, Policy: &stops}))
+		g := w.grant(t, func(g *broker.NewGrant) { g.Assets = []string{n} })
+		j := newJob(t, w, func(r *receipt.Result) { r.JobID = "job-of-" + n })
+		must[broker.Answer](t)(j.release(t, w.Broker, g, n))
+	}
+	began := time.Now()
+	jobs, err := w.StopDisabled(t.Context())
+	if !slices.Equal(jobs, []string{"job-of-b-answers"}) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v, %v", jobs, err)
+	}
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("took %s", took)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	_ "modernc.org/sqlite" // database/sql's driver
 
 	"github.com/coffer-run/coffer/attest/broker"
+	"github.com/coffer-run/coffer/attest/receipt"
 )
 
 var errInjected = errors.New("injected")
@@ -184,6 +185,30 @@ func TestDatabaseEdited(t *testing.T) {
 			}
 			tc.found(t, w, g, newJob(t, w, nil))
 		})
+	}
+}
+
+// TestAKnownJobIsLookedAtAgain: what stops a running job is not always in the log.
+func TestAKnownJobIsLookedAtAgain(t *testing.T) {
+	w := newWorld(t, false)
+	store := &watched{KeyStore: w.cfg.Keys}
+	w.cfg.Keys = store
+	w.Broker = must[*broker.Broker](t)(broker.New(w.cfg))
+	w.policy(t, "data", func(p *broker.Policy) { p.StopAtKeyDisabled = true })
+	g := w.grant(t, nil)
+	j := newJob(t, w, nil)
+	must[broker.Answer](t)(j.release(t, w.Broker, g, "data"))
+	store.disabled = true
+	b := w.with(t, &faulty{before: func() {
+		if jobs, err := w.StopDisabled(t.Context()); len(jobs) != 1 || err != nil {
+			t.Errorf("%v, %v", jobs, err)
+		}
+	}})
+	a, err := j.release(t, b, g, "weights")
+	wantRefused(t, a, err, "job.stopped")
+	store.disabled = false
+	if l, _ := w.renew(t, j); l.State != receipt.LeaseStop {
+		t.Errorf("the job was to stop: %+v", l)
 	}
 }
 

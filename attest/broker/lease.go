@@ -178,8 +178,8 @@ func (c claim) lease(had Lease, v verdict, now time.Time) (Lease, error) {
 	if l.Submitter == "" {
 		l.Submitter = had.Submitter
 	}
-	if v.asset.Policy.StopAtExpiry && (l.StopAt.IsZero() || v.grant.NotAfter.Before(l.StopAt)) {
-		l.StopAt = v.grant.NotAfter
+	if v.asset.Policy.StopAtExpiry {
+		l.StopAt = earlier(l.StopAt, ends(v.grant, v.asset))
 	}
 	results := c.results()
 	l.Chips, l.Measurements = claims(results, "snp.chip-id"), claims(results, "snp.measurement")

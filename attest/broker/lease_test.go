@@ -430,6 +430,23 @@ func TestSubmitterStaysKnown(t *testing.T) {
 	}
 }
 
+// TestTheGrantEndsAsThePolicySays: a policy that allows less than the grant has.
+func TestTheGrantEndsAsThePolicySays(t *testing.T) {
+	w := newWorld(t, false)
+	g := w.grant(t, nil)
+	w.policy(t, "data", func(p *broker.Policy) { p.StopAtExpiry, p.MaxDurationSeconds = true, 60 })
+	j := newJob(t, w, nil)
+	must[broker.Answer](t)(j.release(t, w.Broker, g, "data"))
+	w.advance(time.Minute - time.Second)
+	if l, _ := w.renew(t, j); l.State != receipt.LeaseRunning {
+		t.Errorf("before the end: %+v", l)
+	}
+	w.advance(time.Second)
+	if l, _ := w.renew(t, j); l.State != receipt.LeaseStop || !strings.HasPrefix(l.Reason, "expired:") {
+		t.Errorf("after the end: %+v", l)
+	}
+}
+
 func TestExpiryAndRunningJobs(t *testing.T) {
 	for name, stops := range map[string]bool{"by default jobs run on": false, "the policy stops them": true} {
 		t.Run(name, func(t *testing.T) {

@@ -150,8 +150,7 @@ func (b *Broker) Reattest(ctx context.Context, agent Actor, job, result string) 
 				return err
 			}
 		} else {
-			// A release that was decided over the log as it stands may write the lease
-			// as it was. An older result is the stricter one; a refusal must not be lost.
+			// A job that waits would be in no log.
 			lease.Attested.Pauses = false
 		}
 		return b.settle(ctx, tx, agent, lease, r, refused)

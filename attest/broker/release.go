@@ -104,7 +104,11 @@ type heads struct {
 // A *check.Refusal at stage "release" is final and lists every failed check;
 // ErrUnavailable is worth the same request again.
 func (b *Broker) Release(ctx context.Context, agent Actor, ask Ask) (Answer, error) {
-	c, err := b.authenticate(agent, ask)
+	var c claim
+	err := b.turns.do(ctx, func() (err error) {
+		c, err = b.authenticate(agent, ask)
+		return err
+	})
 	if err != nil {
 		return Answer{}, err
 	}
@@ -118,7 +122,7 @@ func (b *Broker) Release(ctx context.Context, agent Actor, ask Ask) (Answer, err
 		return Answer{}, err
 	}
 	if v.prior != nil {
-		return b.answer(*v.prior)
+		return b.answer(ctx, *v.prior)
 	}
 
 	rel := Release{
@@ -135,12 +139,13 @@ func (b *Broker) Release(ctx context.Context, agent Actor, ask Ask) (Answer, err
 		// The grant may have been spent or revoked since: this look decides. What
 		// decide reads changes only together with an entry in the log, or with the set
 		// of access policies, which is logged before it is in force. So the first look
-		// holds as long as both and the clock say so.
+		// holds as long as both and the clock say so. Not so the lease of a job, which
+		// only one that the log knows can have.
 		head, err := tx.Head(ctx)
 		if err != nil {
 			return err
 		}
-		if head.Size != v.heads.log.Size || !bytes.Equal(head.Hash, v.heads.log.Hash) || b.policySets.Load() != v.heads.policySets || !b.now().Before(v.until) {
+		if v.heads.job.Size > 0 || head.Size != v.heads.log.Size || !bytes.Equal(head.Hash, v.heads.log.Hash) || b.policySets.Load() != v.heads.policySets || !b.now().Before(v.until) {
 			if v, err = b.decide(ctx, tx, c); err != nil {
 				return err
 			}
@@ -155,7 +160,7 @@ func (b *Broker) Release(ctx context.Context, agent Actor, ask Ask) (Answer, err
 	if err != nil {
 		return Answer{}, err
 	}
-	return b.answer(rel)
+	return b.answer(ctx, rel)
 }
 
 // authenticate checks what needs no state: the verifier's signature and
@@ -563,16 +568,21 @@ func (b *Broker) wrap(ctx context.Context, c claim, a Asset, leaseSeconds int64)
 		return nil, nil, nil, err
 	}
 	defer key.Destroy()
-	enc, s, err := hpke.NewSender(pub, kdf, aead, info)
+	err = b.turns.do(ctx, func() error {
+		var s *hpke.Sender
+		if enc, s, err = hpke.NewSender(pub, kdf, aead, info); err != nil {
+			// X25519 keys of small order are found here (RFC 7748, section 6.1).
+			var l check.List
+			l.Fail("release.recipient-key", "a public key that can be encrypted to", trim(err.Error()), "the job's holder makes the recipient key")
+			return check.Refuse(stage, l)
+		}
+		if ciphertext, err = s.Seal([]byte(a.Name), key.Reveal()); err != nil {
+			return fmt.Errorf("wrap key of asset %s: %w", a.Name, err)
+		}
+		return nil
+	})
 	if err != nil {
-		// X25519 keys of small order are found here (RFC 7748, section 6.1).
-		var l check.List
-		l.Fail("release.recipient-key", "a public key that can be encrypted to", trim(err.Error()), "the job's holder makes the recipient key")
-		return nil, nil, nil, check.Refuse(stage, l)
-	}
-	ciphertext, err = s.Seal([]byte(a.Name), key.Reveal())
-	if err != nil {
-		return nil, nil, nil, fmt.Errorf("wrap key of asset %s: %w", a.Name, err)
+		return nil, nil, nil, err
 	}
 	return enc, ciphertext, held, nil
 }
@@ -625,11 +635,15 @@ func (b *Broker) record(ctx context.Context, tx Tx, c claim, v verdict, rel Rele
 // answer signs the receipt of a committed release. It happens after the commit,
 // because the receipt names the log entry, and again for a repeated request:
 // the claims are the stored ones, so any copy of the receipt is as good.
-func (b *Broker) answer(r Release) (Answer, error) {
-	token, err := b.signer.Sign(receipt.TypeRelease, receipt.Release{
-		Issuer: b.id, ID: r.ID, IssuedAt: r.Time.Unix(), Grant: r.Grant, Attempt: r.Attempt, JobID: r.JobID, Plan: r.Plan, Asset: r.Asset,
-		AssetDigest: r.AssetDigest, ResultID: r.ResultID, WrappedDigest: r.wrapped(), NotAfter: r.NotAfter.Unix(), Simulated: r.Simulated,
-		LeaseSeconds: r.LeaseSeconds, LeaseKey: r.LeaseKey, ResultSeconds: r.ResultSeconds, Approvals: r.Approvals, Policy: r.Policy, Held: r.Held, LogIndex: r.LogIndex, LogHash: r.LogHash,
+func (b *Broker) answer(ctx context.Context, r Release) (Answer, error) {
+	var token string
+	err := b.turns.do(ctx, func() (err error) {
+		token, err = b.signer.Sign(receipt.TypeRelease, receipt.Release{
+			Issuer: b.id, ID: r.ID, IssuedAt: r.Time.Unix(), Grant: r.Grant, Attempt: r.Attempt, JobID: r.JobID, Plan: r.Plan, Asset: r.Asset,
+			AssetDigest: r.AssetDigest, ResultID: r.ResultID, WrappedDigest: r.wrapped(), NotAfter: r.NotAfter.Unix(), Simulated: r.Simulated,
+			LeaseSeconds: r.LeaseSeconds, LeaseKey: r.LeaseKey, ResultSeconds: r.ResultSeconds, Approvals: r.Approvals, Policy: r.Policy, Held: r.Held, LogIndex: r.LogIndex, LogHash: r.LogHash,
+		})
+		return err
 	})
 	if err != nil {
 		return Answer{}, fmt.Errorf("%w: sign receipt: %w", ErrUnavailable, err)
