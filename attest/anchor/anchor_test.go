@@ -274,3 +274,43 @@ func TestCertificatesAreRememberedByContent(t *testing.T) {
 		t.Error("a certificate that is remembered was taken for a good chain")
 	}
 }
+
+// A caller may use its memory again. What is remembered under the name of a
+// stranger's certificate must not become the certificate that lies there next: the
+// chain would be known for good, and the key the stranger's.
+func TestRememberedCertificatesAreNotTheCallersMemory(t *testing.T) {
+	s := simulation(t)
+	root, key := ca(t, "root", nil, nil)
+	good, _ := ca(t, "leaf", root, key)
+	if err := s.Path([]*x509.Certificate{good, root}); err != nil {
+		t.Fatal(err)
+	}
+	// Signatures differ in length: this one is to fill the same place.
+	strangersRoot, strangersKey := ca(t, "root", nil, nil)
+	evil, _ := ca(t, "leaf", strangersRoot, strangersKey)
+	for range 200 {
+		if len(evil.Raw) == len(good.Raw) {
+			break
+		}
+		evil, _ = ca(t, "leaf", strangersRoot, strangersKey)
+	}
+	if len(evil.Raw) != len(good.Raw) {
+		t.Fatal("no certificate of the same length")
+	}
+	memory := append(bytes.Clone(evil.Raw), make([]byte, 64<<10)...)
+	first, err := s.Certificate(memory[:len(evil.Raw)])
+	if err != nil || s.Path([]*x509.Certificate{first, root}) == nil {
+		t.Fatal("the stranger's chain is good:", err)
+	}
+	copy(memory, good.Raw)
+	again, err := s.Certificate(evil.Raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Path([]*x509.Certificate{again, root}) == nil {
+		t.Error("the stranger's key is taken for that of a chain that is known")
+	}
+	if cap(again.Raw) > 4<<10 {
+		t.Errorf("a certificate of %d bytes keeps %d", len(again.Raw), cap(again.Raw))
+	}
+}

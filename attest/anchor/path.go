@@ -46,7 +46,9 @@ func (s Set) Certificate(der []byte) (*x509.Certificate, error) {
 	if c != nil {
 		return c, nil
 	}
-	c, err := x509.ParseCertificate(der)
+	// What is read points into what it was read from. Others see it later: it must
+	// neither change with the caller's bytes nor keep all that they lie in.
+	c, err := x509.ParseCertificate(bytes.Clone(der))
 	if err != nil {
 		return nil, err
 	}

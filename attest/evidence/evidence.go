@@ -9,6 +9,7 @@ package evidence
 import (
 	"errors"
 	"fmt"
+	"strconv"
 
 	"github.com/go-json-experiment/json"
 
@@ -127,14 +128,15 @@ func (e *Envelope) Bounded() error {
 	if len(e.Failures) > MaxGPUs+2 {
 		return errors.New("too many failures")
 	}
-	parts := map[string]int{
-		"verifier": len(e.VerifierID), "nonce": len(e.Nonce), "job": len(e.JobID),
-		"recipient key": len(e.RecipientKey), "session key": len(e.SessionKey),
+	type part struct {
+		name string
+		size int
 	}
+	parts := append(make([]part, 0, 32), part{"verifier", len(e.VerifierID)}, part{"nonce", len(e.Nonce)}, part{"job", len(e.JobID)},
+		part{"recipient key", len(e.RecipientKey)}, part{"session key", len(e.SessionKey)})
 	if t := e.TPM; t != nil {
-		parts["tpm ak"], parts["tpm credential"] = len(t.AKPublic), len(t.AKCredential)
-		parts["tpm quote"], parts["tpm signature"], parts["tpm event log"] = len(t.Quote), len(t.Signature), len(t.EventLog)
-		parts["tpm firmware log"] = len(t.TCGLog)
+		parts = append(parts, part{"tpm ak", len(t.AKPublic)}, part{"tpm credential", len(t.AKCredential)}, part{"tpm quote", len(t.Quote)},
+			part{"tpm signature", len(t.Signature)}, part{"tpm event log", len(t.EventLog)}, part{"tpm firmware log", len(t.TCGLog)})
 		if len(t.PCRs) > 24 {
 			return fmt.Errorf("%d PCRs, a bank has 24", len(t.PCRs))
 		}
@@ -145,18 +147,19 @@ func (e *Envelope) Bounded() error {
 		}
 	}
 	if s := e.SNP; s != nil {
-		parts["snp report"], parts["snp certificates"], parts["snp hcl report"] = len(s.Report), len(s.Certificates), len(s.HCLReport)
+		parts = append(parts, part{"snp report", len(s.Report)}, part{"snp certificates", len(s.Certificates)}, part{"snp hcl report", len(s.HCLReport)})
 		if len(s.Report) > 0 && len(s.HCLReport) > 0 {
 			return errors.New("two SEV-SNP reports")
 		}
 	}
 	for i, g := range e.GPUs {
-		parts[fmt.Sprintf("gpu%d report", i)], parts[fmt.Sprintf("gpu%d chain", i)] = len(g.Report), len(g.Chain)
-		parts[fmt.Sprintf("gpu%d versions", i)] = len(g.UUID) + len(g.DriverVersion) + len(g.VBIOSVersion)
+		name := "gpu" + strconv.Itoa(i)
+		parts = append(parts, part{name + " report", len(g.Report)}, part{name + " chain", len(g.Chain)},
+			part{name + " versions", len(g.UUID) + len(g.DriverVersion) + len(g.VBIOSVersion)})
 	}
-	for name, n := range parts {
-		if n > MaxPart {
-			return fmt.Errorf("%s has %d bytes, at most %d are allowed", name, n, MaxPart)
+	for _, p := range parts {
+		if p.size > MaxPart {
+			return fmt.Errorf("%s has %d bytes, at most %d are allowed", p.name, p.size, MaxPart)
 		}
 	}
 	return nil

@@ -14,7 +14,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
-	"crypto/sha512"
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
@@ -131,7 +130,7 @@ func Appraise(ev Evidence, want Want, anchors anchor.Set, now time.Time) Result 
 }
 
 func appraise(ctx context.Context, ev Evidence, want Want, anchors anchor.Set, e Endorsements, now time.Time) Result {
-	res := Result{Claims: map[string]any{}, Simulated: anchors.Simulated()}
+	res := Result{Claims: make(map[string]any, 24), Checks: make(check.List, 0, 16), Simulated: anchors.Simulated()}
 	l := &res.Checks
 
 	// Nobody is asked about certificates and versions that nobody vouches for.
@@ -224,8 +223,7 @@ func (res *Result) appraiseSignature(leaf *x509.Certificate) bool {
 	key, ok := leaf.PublicKey.(*ecdsa.PublicKey)
 	ok = ok && key.Curve.Params().BitSize == 384
 	if ok {
-		sum := sha512.Sum384(res.Report.signed)
-		ok = ecdsa.Verify(key, sum[:], res.Report.r, res.Report.s)
+		ok = ecdsa.Verify(key, res.Report.digest[:], res.Report.r, res.Report.s)
 	}
 	res.Claims[ClaimSigned] = ok
 	if ok {

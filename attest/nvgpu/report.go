@@ -2,6 +2,7 @@ package nvgpu
 
 import (
 	"bytes"
+	"crypto/sha512"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
@@ -75,7 +76,7 @@ type Report struct {
 	OpaqueVersion *uint16
 	Feature       *Feature
 
-	signed []byte
+	digest [sha512.Size384]byte // of what the signature covers
 	r, s   *big.Int
 }
 
@@ -158,7 +159,7 @@ func Parse(b []byte) (*Report, error) {
 	if err := r.parseOpaque(opaque); err != nil {
 		return nil, err
 	}
-	r.signed = slices.Clone(b[:signedEnd])
+	r.digest = sha512.Sum384(b[:signedEnd])
 	r.r, r.s = new(big.Int).SetBytes(signature[:48]), new(big.Int).SetBytes(signature[48:])
 	return r, nil
 }

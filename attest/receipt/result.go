@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"math/big"
 	"reflect"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -170,6 +171,8 @@ type Signer struct {
 	// header is the first part of every token, which is the same for all.
 	header string
 	kid    string
+
+	scratch scratch
 }
 
 // NewSigner returns a signer for issuer. key must be on P-384.
@@ -202,15 +205,16 @@ func (s *Signer) JWKS() ([]byte, error) {
 // other (RFC 8725, section 3.11): it is the "coffer.type" claim that Keys.Open
 // requires.
 func (s *Signer) Sign(typ string, claims any) (string, error) {
-	body, err := encode(typ, claims)
+	body, err := appendClaims(s.scratch.get(), typ, claims)
 	if err != nil {
 		return "", err
 	}
-	// The compact form (RFC 7515, section 7.1) in one piece of memory: results are
-	// long, and the library copies them five times.
+	// The compact form (RFC 7515, section 7.1) behind the claims, in the same memory:
+	// results are long, and the library copies them five times.
 	enc := base64.RawURLEncoding
-	token := make([]byte, 0, len(s.header)+enc.EncodedLen(len(body))+enc.EncodedLen(signatureSize)+2)
-	token = append(append(token, s.header...), '.')
+	all := slices.Grow(body, len(s.header)+enc.EncodedLen(len(body))+enc.EncodedLen(signatureSize)+2)
+	defer s.scratch.put(all)
+	token := append(append(all[len(body):], s.header...), '.')
 	token = enc.AppendEncode(token, body)
 	sum := sha512.Sum384(token)
 	r, v, err := ecdsa.Sign(rand.Reader, s.key, sum[:])
@@ -227,32 +231,6 @@ func (s *Signer) Sign(typ string, claims any) (string, error) {
 
 // signatureSize is the length of an ES384 signature, in bytes.
 const signatureSize = 96
-
-// encode returns claims as JSON with the type added.
-func encode(typ string, claims any) ([]byte, error) {
-	t, err := json.Marshal(typ)
-	if err != nil {
-		return nil, err
-	}
-	// In front of the other claims: a claim of the same name would be a second
-	// one, which no reader accepts.
-	var out bytes.Buffer
-	out.WriteString(`{"coffer.type":`)
-	out.Write(t)
-	at := out.Len()
-	if err := json.NewEncoder(&out).Encode(claims); err != nil {
-		return nil, fmt.Errorf("encode claims: %w", err)
-	}
-	b := bytes.TrimSuffix(out.Bytes(), []byte{'\n'})
-	switch {
-	case b[at] != '{':
-		return nil, errors.New("claims are not an object")
-	case b[at+1] == '}':
-		return append(b[:at], '}'), nil
-	}
-	b[at] = ','
-	return b, nil
-}
 
 // Decoded are claims whose type decodes everything in them and keeps no raw JSON,
 // so that encoding them names each member once.
@@ -272,7 +250,7 @@ func decode(typ, issuer string, body []byte, claims any) error {
 	if err := jsonv2.Unmarshal(body, claims); err != nil {
 		return err
 	}
-	again, err := encode(typ, claims)
+	again, err := appendClaims(nil, typ, claims)
 	if err != nil {
 		return err
 	}

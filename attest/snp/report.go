@@ -2,6 +2,7 @@ package snp
 
 import (
 	"bytes"
+	"crypto/sha512"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -52,7 +53,7 @@ type Report struct {
 	// LaunchMitigations and CurrentMitigations are there from version 5 on.
 	LaunchMitigations, CurrentMitigations uint64
 
-	signed []byte
+	digest [sha512.Size384]byte // of what the signature covers
 	r, s   *big.Int
 }
 
@@ -191,7 +192,7 @@ func Parse(b []byte) (*Report, error) {
 	if err := r.parseKeyInfo(le.Uint32(b[0x48:])); err != nil {
 		return nil, err
 	}
-	r.signed = slices.Clone(b[:signedSize])
+	r.digest = sha512.Sum384(b[:signedSize])
 	r.r, r.s = littleEndian(b[0x2A0:0x2A0+scalarSize]), littleEndian(b[0x2E8:0x2E8+scalarSize])
 	return r, nil
 }

@@ -18,7 +18,6 @@ package snp
 
 import (
 	"crypto/ecdsa"
-	"crypto/sha512"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -86,7 +85,7 @@ func (r Result) Genuine() bool {
 // Appraise checks evidence in the order of the checks above. It goes on after a
 // failure as far as there is something to check, so that a refusal lists all.
 func Appraise(ev Evidence, want Want, anchors anchor.Set, now time.Time) Result {
-	res := Result{Claims: map[string]any{}, Simulated: anchors.Simulated()}
+	res := Result{Claims: make(map[string]any, 48), Checks: make(check.List, 0, 12), Simulated: anchors.Simulated()}
 	l := &res.Checks
 
 	report, err := Parse(ev.Report)
@@ -144,8 +143,7 @@ func Appraise(ev Evidence, want Want, anchors anchor.Set, now time.Time) Result 
 		l.Equal(CheckHWID, hex.EncodeToString(report.ChipID[:len(endorsed.hwid)]), hex.EncodeToString(endorsed.hwid), "the certificate is another chip's, or the platform masks the chip id")
 	}
 
-	sum := sha512.Sum384(report.signed)
-	if ecdsa.Verify(endorsed.key, sum[:], report.r, report.s) {
+	if ecdsa.Verify(endorsed.key, report.digest[:], report.r, report.s) {
 		l.Pass(CheckSignature, "ECDSA P-384 by the "+report.Signer.String())
 	} else {
 		l.Fail(CheckSignature, "a signature by the "+report.Signer.String()+" in the certificate", "another", "the report was changed, or the certificate is another chip's or TCB version's")

@@ -2,7 +2,6 @@ package verifier
 
 import (
 	"context"
-	"crypto/hpke"
 	"fmt"
 	"slices"
 	"strings"
@@ -44,8 +43,8 @@ func parse(b []byte) (*statement, error) {
 	if s.confirm.JWK, err = receipt.SessionJWK(e.SessionKey); err != nil {
 		return nil, err
 	}
-	if _, err := hpke.MLKEM768X25519().NewPublicKey(e.RecipientKey); err != nil {
-		return nil, fmt.Errorf("recipient key: %w", err)
+	if err := checkRecipient(e.RecipientKey); err != nil {
+		return nil, err
 	}
 	s.confirm.Recipient = e.RecipientKey
 	if s.evidence, err = composite.Open(e); err != nil {
@@ -204,7 +203,7 @@ func (t *trusted) policy(want plan.Policy, l *check.List) *rego.Policy {
 // of the device, if all of the device's checks hold, and affirming only if those
 // of the whole do too.
 func appraisal(d *composite.Device, p plan.Policy, whole bool) receipt.Appraisal {
-	checks := clipAll(slices.Concat(d.Checks, d.Accepted))
+	checks := clipAll(d.Checks, d.Accepted)
 	a := receipt.Appraisal{Status: receipt.Contraindicated, PolicyID: policyID(p), Claims: d.Claims, Checks: checks, Vector: vector(d.Kind, grades(checks))}
 	// A device on which the policy did not speak was not accepted by it.
 	accepted := d.Genuine() && len(d.Accepted) > 0
@@ -257,11 +256,12 @@ func plain(s string) bool {
 	return len(s) <= maxText
 }
 
-func clipAll(l check.List) check.List {
-	out := make(check.List, len(l))
-	for i, c := range l {
+// clipAll returns a list of its own.
+func clipAll(lists ...check.List) check.List {
+	out := slices.Concat(lists...)
+	for i := range out {
+		c := &out[i]
 		c.Expected, c.Found, c.Hint = clip(c.Expected), clip(c.Found), clip(c.Hint)
-		out[i] = c
 	}
 	return out
 }

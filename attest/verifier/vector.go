@@ -30,19 +30,24 @@ const (
 
 // grades returns a lookup of outcomes by check id.
 func grades(l check.List) func(string) grade {
-	m := map[string]grade{}
-	for _, c := range l {
-		g := failed
-		switch c.Outcome {
-		case check.Pass:
-			g = passed
-		case check.NotChecked:
-			g = skipped
-		case check.Fail:
+	return func(id string) grade {
+		worst := absent
+		for i := range l {
+			if l[i].ID != id {
+				continue
+			}
+			g := failed
+			switch l[i].Outcome {
+			case check.Pass:
+				g = passed
+			case check.NotChecked:
+				g = skipped
+			case check.Fail:
+			}
+			worst = max(worst, g)
 		}
-		m[c.ID] = max(m[c.ID], g)
+		return worst
 	}
-	return func(id string) grade { return m[id] }
 }
 
 // value is good if every check passed, bad if one failed, and says nothing

@@ -7,8 +7,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strconv"
 
-	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/go-json-experiment/json"
 )
 
 // LogVersion is the only event log version there is.
@@ -113,24 +114,43 @@ func EncodeLog(events []Event) ([]byte, error) {
 			return nil, fmt.Errorf("encode event log: %w", err)
 		}
 	}
-	if events == nil {
-		events = []Event{}
+	b := []byte(`{"events":[`)
+	for i, e := range events {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = append(hex.AppendEncode(append(b, `{"digest":"`...), e.Digest[:]), `","measuredBy":`...)
+		b = append(appendQuoted(b, e.MeasuredBy), `,"name":`...)
+		b = append(appendQuoted(b, e.Name), `,"pcr":`...)
+		b = append(strconv.AppendInt(b, int64(e.PCR), 10), '}')
 	}
-	b, err := plan.Canonical(eventLog{Version: LogVersion, Events: events})
-	if err != nil {
-		return nil, fmt.Errorf("encode event log: %w", err)
-	}
+	b = append(appendQuoted(append(b, `],"version":`...), LogVersion), '}')
 	if len(b) > MaxLog {
 		return nil, fmt.Errorf("encode event log: %d bytes, at most %d are allowed", len(b), MaxLog)
 	}
 	return b, nil
 }
 
+// appendQuoted writes printable ASCII as RFC 8785 does.
+func appendQuoted(b []byte, s string) []byte {
+	b = append(b, '"')
+	for i := range len(s) {
+		if s[i] == '"' || s[i] == '\\' {
+			b = append(b, '\\')
+		}
+		b = append(b, s[i])
+	}
+	return append(b, '"')
+}
+
 // ParseLog reads what EncodeLog wrote. Any other encoding of the same events is
 // an error, so that one list of events has one log.
 func ParseLog(b []byte) ([]Event, error) {
 	var l eventLog
-	if err := plan.Decode(b, MaxLog, &l); err != nil {
+	if len(b) > MaxLog {
+		return nil, fmt.Errorf("parse event log: %d bytes, at most %d are allowed", len(b), MaxLog)
+	}
+	if err := json.Unmarshal(b, &l, json.RejectUnknownMembers(true)); err != nil {
 		return nil, fmt.Errorf("parse event log: %w", err)
 	}
 	if l.Version != LogVersion {

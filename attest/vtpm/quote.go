@@ -124,7 +124,7 @@ type Result struct {
 
 // Appraise judges one quote at the given time.
 func Appraise(ev Evidence, want Want, now time.Time) Result {
-	r := Result{Claims: map[string]any{}}
+	r := Result{Claims: make(map[string]any, 20), Checks: make(check.List, 0, 12)}
 	l := &r.Checks
 
 	ak := parseAK(ev.AKPublic, want.Memory, l)

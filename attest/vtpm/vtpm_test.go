@@ -12,6 +12,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -547,6 +548,30 @@ func TestEventLog(t *testing.T) {
 	}
 	if _, err := vtpm.EncodeLog(make([]vtpm.Event, vtpm.MaxEvents+1)); err == nil {
 		t.Error("encoded too many events")
+	}
+}
+
+// Logs are written without a library, in the form that others read and write.
+func TestEventLogIsCanonical(t *testing.T) {
+	var all []byte
+	for c := byte('!'); c <= '~'; c++ {
+		all = append(all, c)
+	}
+	for _, events := range [][]vtpm.Event{{}, testEvents(), {
+		{PCR: vtpm.AgentPCR, Name: string(all), Digest: vtpm.Digest{1, 0xab, 31: 0xff}, MeasuredBy: vtpm.MeasuredBySelf},
+		{PCR: vtpm.AgentPCR, Name: `"\`, MeasuredBy: vtpm.MeasuredBySelf},
+	}} {
+		got, err := vtpm.EncodeLog(events)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := plan.Canonical(map[string]any{"version": vtpm.LogVersion, "events": events})
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s\nwant, %v\n%s", got, err, want)
+		}
+		if back, err := vtpm.ParseLog(got); err != nil || !slices.Equal(back, events) {
+			t.Errorf("read back %+v, %v", back, err)
+		}
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"maps"
 	"slices"
+	"strconv"
 	"sync"
 	"unicode/utf8"
 
@@ -106,7 +107,7 @@ func (w *writer) text(s string) {
 }
 
 func (w *writer) claims(m map[string]any, except string) {
-	names := make([]string, 0, len(m))
+	names := make([]string, 0, 64)
 	for name := range m {
 		if name != except {
 			names = append(names, name)
@@ -152,13 +153,19 @@ func (w *writer) value(v any) {
 	case map[string]any:
 		w.present(v != nil)
 		w.claims(v, "")
+	case int:
+		w.json(strconv.AppendInt(make([]byte, 0, 20), int64(v), 10))
 	default:
-		// Numbers above all, which rules see in this form too.
+		// Other numbers above all, which rules see in this form too.
 		b, err := json.Marshal(v)
 		w.ok = w.ok && err == nil
-		w.count('j', len(b))
-		w.b = append(w.b, b...)
+		w.json(b)
 	}
+}
+
+func (w *writer) json(b []byte) {
+	w.count('j', len(b))
+	w.b = append(w.b, b...)
 }
 
 // present keeps a list or an object that is null, which rules can tell from an
