@@ -1,6 +1,7 @@
 package runner
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,8 @@ const (
 	// reattestLook is how often the job's devices are asked whether something happened
 	// to them.
 	reattestLook = 5 * time.Second
+	// rulesAge is how old the node's knowledge of the verifier's rules may be.
+	rulesAge = 10 * time.Second
 	// collectTries is how often evidence with a failed source is collected again
 	// before the verifier is shown it as it is.
 	collectTries = 3
@@ -288,7 +291,7 @@ func (a *Agent) keepAttested(ctx context.Context, j *Job, h *holder.Holder, box 
 	ctx, cancel := context.WithCancel(ctx)
 	t := &attester{rule: rule, grace: j.grace()}
 	a.whereAttested(j, t)
-	look := a.deviceLook(j)
+	devices, rules := a.deviceLook(j), rulesLook(a.Verifier.Rules)
 	t.try = func(ctx context.Context, n int) attestedTry { return a.tryAttest(ctx, j, h, n) }
 	t.show = func(ctx context.Context, token string) error {
 		if len(j.record.Releases) == 0 {
@@ -296,7 +299,7 @@ func (a *Agent) keepAttested(ctx context.Context, j *Job, h *holder.Holder, box 
 		}
 		return a.Broker.Reattest(ctx, j.id, token)
 	}
-	t.changed = look
+	t.changed = func(ctx context.Context) string { return cmp.Or(devices(ctx), rules(ctx)) }
 	t.freeze = func(ctx context.Context, on bool) error {
 		// While it is frozen nobody asks for its lease.
 		if on {
@@ -434,6 +437,11 @@ func (a *Agent) deviceLook(j *Job) func(context.Context) string {
 		return func(context.Context) string { return "" }
 	}
 	at := *j.gpus.Launch
+	// A driver that was loaded while no agent was there is one of which there is no
+	// evidence.
+	if env, err := evidence.Parse(j.record.Evidence); err == nil && len(env.GPUs) > 0 {
+		at.Driver = env.GPUs[0].DriverVersion
+	}
 	last := ""
 	return func(ctx context.Context) string {
 		now, err := a.GPUs.State(ctx, j.place.got)
@@ -448,6 +456,23 @@ func (a *Agent) deviceLook(j *Job) func(context.Context) string {
 		}
 		last = found
 		return found
+	}
+}
+
+// rulesLook returns what says that the verifier holds evidence against other policies or
+// reference values than when it was asked before.
+func rulesLook(rules func(context.Context, time.Duration) string) func(context.Context) string {
+	last := ""
+	return func(ctx context.Context) string {
+		now := rules(ctx, rulesAge)
+		was := last
+		if now != "" {
+			last = now
+		}
+		if was == "" || now == "" || now == was {
+			return ""
+		}
+		return "policy: the verifier has other policies or reference values"
 	}
 }
 

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/device"
@@ -194,6 +196,75 @@ func TestAttestingAtAnEvent(t *testing.T) {
 	})
 }
 
+// The verifier's rules are looked at by their digest: what it does not say is no change.
+func TestAnotherPolicyAtTheVerifier(t *testing.T) {
+	says := ""
+	look := rulesLook(func(_ context.Context, age time.Duration) string {
+		if age != rulesAge {
+			t.Errorf("may be %s old", age)
+		}
+		return says
+	})
+	for i, row := range []struct {
+		says    string
+		changed bool
+	}{{"", false}, {"a", false}, {"a", false}, {"b", true}, {"b", false}, {"", false}, {"b", false}, {"", false}, {"a", true}} {
+		says = row.says
+		if got := look(t.Context()); (got != "") != row.changed {
+			t.Errorf("look %d, %q: %q", i, row.says, got)
+		}
+	}
+}
+
+// gpuStates answers as a driver that changes.
+type gpuStates struct {
+	GPUs
+	state device.State
+	err   error
+}
+
+func (g *gpuStates) State(context.Context, []string) (device.State, error) { return g.state, g.err }
+
+// What happens to a job's GPUs is told once each, from the driver of which there is
+// evidence on.
+func TestWhatHappensToGPUs(t *testing.T) {
+	began := device.State{Mode: device.On, Ready: true, Driver: "580.65.07", GPUs: []device.GPU{{UUID: "a"}}}
+	env, err := plan.Canonical(&evidence.Envelope{Version: evidence.Version, VerifierID: "v", Nonce: "n", JobID: "j", Plan: []byte("{}"), Sandbox: []byte("{}"), GPUs: []evidence.GPU{{UUID: "a", DriverVersion: "580.65.06", Report: []byte("r"), Chain: []byte("c")}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	drv := &gpuStates{state: began}
+	a := &Agent{Deps: Deps{GPUs: drv}}
+	j := newJob("a", "user/ada")
+	j.gpus, j.place = &device.Use{Launch: &began}, &place{got: []string{"a"}}
+	j.record.Evidence = env
+	look := a.deviceLook(j)
+	if got := look(t.Context()); !strings.Contains(got, "580.65.07") {
+		t.Errorf("a driver that was loaded between evidence and launch: %q", got)
+	}
+	drv.state.Driver = "580.65.06"
+	for i, row := range []struct {
+		gpu  device.GPU
+		err  error
+		want string
+	}{
+		{device.GPU{UUID: "a"}, nil, ""},
+		{device.GPU{UUID: "a", Faults: 1, LastFault: 79}, nil, "XID) 79"},
+		{device.GPU{UUID: "a", Faults: 1, LastFault: 79}, nil, ""},
+		{device.GPU{UUID: "a", Faults: 2, LastFault: 79}, nil, "2 so far"},
+		{device.GPU{UUID: "a", Faults: 2, LastFault: 79}, errors.New("the GPU is lost"), "the GPU is lost"},
+	} {
+		drv.state.GPUs, drv.err = []device.GPU{row.gpu}, row.err
+		if got := look(t.Context()); (got != "") != (row.want != "") || !strings.Contains(got, row.want) {
+			t.Errorf("look %d: %q, want %q", i, got, row.want)
+		}
+	}
+	j.gpus = nil
+	if got := a.deviceLook(j)(t.Context()); got != "" {
+		t.Errorf("a job without GPUs: %q", got)
+	}
+}
+
 func TestReattestRule(t *testing.T) {
 	for name, tc := range map[string]struct {
 		plan          *plan.Reattest
@@ -236,11 +307,13 @@ func TestDriverDiffers(t *testing.T) {
 		t.Errorf("a job that uses its GPU: %s", d)
 	}
 	for name, change := range map[string]func(*device.State){
-		"reset":        func(s *device.State) { s.Ready = false },
-		"mode":         func(s *device.State) { s.Mode = device.Off },
-		"keys":         func(s *device.State) { s.AttackerAdvantage = 60 },
-		"gone":         func(s *device.State) { s.GPUs = nil },
-		"another card": func(s *device.State) { s.GPUs = []device.GPU{{UUID: "b"}} },
+		"a driver that was loaded": func(s *device.State) { s.Driver = "580.65.06" },
+		"a critical error":         func(s *device.State) { s.GPUs = []device.GPU{{UUID: "a", Faults: 1, LastFault: 79}} },
+		"reset":                    func(s *device.State) { s.Ready = false },
+		"mode":                     func(s *device.State) { s.Mode = device.Off },
+		"keys":                     func(s *device.State) { s.AttackerAdvantage = 60 },
+		"gone":                     func(s *device.State) { s.GPUs = nil },
+		"another card":             func(s *device.State) { s.GPUs = []device.GPU{{UUID: "b"}} },
 	} {
 		now := began
 		if change(&now); device.Differs(began, now) == "" {

@@ -3,6 +3,8 @@ package verifier
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/anchor"
@@ -22,6 +24,26 @@ type trusted struct {
 	// kbs is nil if there is no policy for guests of the KBS protocol.
 	kbs    *rego.Policy
 	kbsRef plan.Policy
+	// rules is the digest of policies and reference values.
+	rules plan.Digest
+}
+
+// rulesOf is the digest of the policies and reference values of o, in whichever order
+// they come.
+func rulesOf(o Options) (plan.Digest, error) {
+	var all []string
+	for _, p := range o.Policies {
+		d, err := p.Digest()
+		if err != nil {
+			return "", err
+		}
+		all = append(all, string(d))
+	}
+	for _, r := range o.References {
+		all = append(all, string(plan.Sum([]byte(r))))
+	}
+	slices.Sort(all)
+	return plan.Sum([]byte(strings.Join(all, "\n"))), nil
 }
 
 func newTrusted(o Options, now time.Time) (*trusted, error) {
@@ -58,8 +80,16 @@ func newTrusted(o Options, now time.Time) (*trusted, error) {
 			return nil, fmt.Errorf("reference values %d: %w", i, refused[i])
 		}
 	}
+	var err error
+	if t.rules, err = rulesOf(o); err != nil {
+		return nil, err
+	}
 	return t, t.chooseKBSPolicy(o)
 }
+
+// Rules is the digest of the policies and reference values that evidence is held
+// against. It is another one when they are.
+func (v *Verifier) Rules() plan.Digest { return v.trusted.Load().rules }
 
 // Reload changes policies, reference values, anchors and keys to those of o while
 // the verifier serves, all of them or, if one is not acceptable, none. Keys change

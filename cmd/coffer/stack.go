@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/coffer-run/coffer/internal/doctor"
 	"github.com/coffer-run/coffer/internal/emulate"
 	"github.com/coffer-run/coffer/internal/stack"
 )
@@ -186,23 +187,49 @@ The stack must have been started with --faults.`,
 }
 
 func (c *cli) doctorCmd() *cobra.Command {
+	var node string
 	cmd := &cobra.Command{
-		Use:     "doctor",
-		Short:   "Check this machine: what keeps the stack from starting, what makes it slow",
-		Example: "  coffer doctor\n  coffer doctor --output json",
+		Use:   "doctor",
+		Short: "Check this machine: what jobs would fail on, what keeps the stack from starting, what makes it slow",
+		Long: `doctor looks at the machine, and at what a node's configuration names: clock,
+folders, TPM, the processor's reports, containerd, the GPUs with their driver,
+verifier, broker and registries. Each finding is ok, warn or fail, and says what
+to do.
+
+The node is that of the stack in --dir if one is up. With --node it is the one of
+a configuration of cofferd, and nothing of a stack is looked at.`,
+		Example: "  coffer doctor\n  coffer doctor --node /etc/coffer/cofferd.json --output json",
 		Args:    exactly(),
 	}
+	cmd.Flags().StringVar(&node, "node", "", "`FILE` with the configuration of a node's agent, cofferd")
 	options := stackFlags(cmd)
+	endorsements := c.folderFlag(cmd, "endorsements")
 	out := outputFlag(cmd)
-	cmd.RunE = func(*cobra.Command, []string) error {
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		o, err := options()
 		if err != nil {
 			return err
 		}
 		o.Dir = c.dir
-		list, err := stack.Doctor(o)
-		if err != nil {
-			return err
+		var list []stack.Finding
+		lost := "jobs would fail here"
+		if node != "" {
+			list = stack.Machine()
+		} else {
+			lost = "the stack does not start here, or jobs would fail in it"
+			if list, err = stack.Doctor(o); err != nil {
+				return err
+			}
+			if node, err = stack.NodeConfig(c.dir); err != nil {
+				return err
+			}
+		}
+		if node != "" {
+			config, err := doctor.ReadConfig(node)
+			if err != nil {
+				return err
+			}
+			list = append(list, doctor.Node(cmd.Context(), config, doctor.This(), endorsements())...)
 		}
 		failed := 0
 		for _, f := range list {
@@ -224,7 +251,7 @@ func (c *cli) doctorCmd() *cobra.Command {
 			err = writeJSON(c.stdout, list)
 		}
 		if err == nil && failed > 0 {
-			return &exitError{code: exitFailed, text: fmt.Sprintf("%d of %d checks failed: the stack does not start here", failed, len(list))}
+			return &exitError{code: exitFailed, text: fmt.Sprintf("%d of %d checks failed: %s", failed, len(list), lost)}
 		}
 		return err
 	}

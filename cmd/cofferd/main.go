@@ -301,7 +301,7 @@ func (g gpuSource) State(ctx context.Context, uuids []string) (device.State, err
 	if err != nil {
 		return device.State{}, err
 	}
-	out := device.State{Mode: device.Mode(st.CCMode), Ready: st.Ready, AttackerAdvantage: st.AttackerAdvantage}
+	out := device.State{Mode: device.Mode(st.CCMode), Driver: st.DriverVersion, Ready: st.Ready, AttackerAdvantage: st.AttackerAdvantage}
 	for _, d := range st.Devices {
 		out.GPUs = append(out.GPUs, device.GPU(d))
 	}

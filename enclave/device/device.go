@@ -68,6 +68,8 @@ var Defaults = Settings{UnprotectedBytes: 1 << 30, AttackerAdvantage: 58}
 type State struct {
 	Mode  Mode
 	Ready bool
+	// Driver is the version of the driver that runs.
+	Driver string
 	// AttackerAdvantage is 0 where the driver does not say.
 	AttackerAdvantage uint64
 	GPUs              []GPU
@@ -82,6 +84,9 @@ type GPU struct {
 	Processes        int
 	// NearNode is 1 more than the number of the memory node near to it; 0: none is.
 	NearNode int
+	// Faults counts the GPU's critical errors (XID) since the driver is listened to,
+	// and LastFault is the number of the newest.
+	Faults, LastFault uint64
 }
 
 // Driver is what a GPU plugin does. State answers for each of uuids, in order.

@@ -2,13 +2,15 @@ package device
 
 import "fmt"
 
-// Differs says how GPUs that a job uses stand otherwise than when it began: in mode,
-// in being ready, or in which they are. Empty is that they do not. Whether the
+// Differs says how GPUs that a job uses stand otherwise than when it began: in driver,
+// in mode, in being ready, in which they are, or in the critical errors they had. Empty is that they do not. Whether the
 // difference is harmless is for evidence to show.
 func Differs(began, now State) string {
 	switch {
 	case now.Mode != began.Mode:
 		return fmt.Sprintf("gpu: confidential computing is %.40q, was %q", now.Mode, began.Mode)
+	case now.Driver != began.Driver:
+		return fmt.Sprintf("gpu: the driver is %.40q, was %.40q", now.Driver, began.Driver)
 	case began.Ready && !now.Ready:
 		return "gpu: not ready, as after a reset or a reload of the driver"
 	case len(now.GPUs) != len(began.GPUs):
@@ -19,6 +21,9 @@ func Differs(began, now State) string {
 	for i, g := range now.GPUs {
 		if g.UUID != began.GPUs[i].UUID {
 			return fmt.Sprintf("gpu: %.80q in the place of %q", g.UUID, began.GPUs[i].UUID)
+		}
+		if g.Faults != began.GPUs[i].Faults {
+			return fmt.Sprintf("gpu: critical error (XID) %d of %.80s, %d so far", g.LastFault, g.UUID, g.Faults-began.GPUs[i].Faults)
 		}
 	}
 	return ""

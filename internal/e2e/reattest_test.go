@@ -13,7 +13,7 @@ import (
 	"github.com/coffer-run/coffer/internal/stack"
 )
 
-// attests submits a job that sleeps and attests every two seconds, and returns its id.
+// attests submits a job that sleeps and attests by a rule, and returns its id.
 func (n *node) attests(t *testing.T, name, gpus, seconds, rule string) string {
 	t.Helper()
 	job := n.jobFile(t, name, func(s string) string {
@@ -49,7 +49,11 @@ func (n *node) reattested(t *testing.T, id string) (out []string) {
 		if a.Verdict != bundle.ReattestNone && (a.Result == "" || len(a.Evidence) == 0 || !a.Shown) {
 			t.Errorf("number %d lacks something: shown: %t, evidence of %d bytes", a.Number, a.Shown, len(a.Evidence))
 		}
-		out = append(out, a.Verdict+" "+a.Then)
+		said := a.Verdict + " " + a.Then
+		if a.Cause != "timer" {
+			said = a.Cause + " " + said
+		}
+		out = append(out, said)
 		if a.Message != "" {
 			t.Logf("number %d: %s", a.Number, a.Message)
 		}
@@ -61,9 +65,9 @@ func (n *node) reattested(t *testing.T, id string) (out []string) {
 	return out
 }
 
-// TestReattest runs three jobs that attest every two seconds. One has ended when the
-// chip's firmware is rolled back; of the others one is stopped for that, and one is
-// paused until the chip is itself again.
+// TestReattest runs three jobs. One attests because its GPU had a critical error, and has
+// ended when the chip's firmware is rolled back; of the others, which attest every two
+// seconds, one is stopped for that, and one is paused until the chip is itself again.
 func TestReattest(t *testing.T) {
 	n := need(t)
 	ep, err := stack.OpenEndpoint(n.dir)
@@ -76,9 +80,17 @@ func TestReattest(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	short := n.attests(t, "attests-twice", "1", "5", "{every: 2s}")
+	short := n.attests(t, "attests-at-an-error", "1", "8", "{every: 1m}")
 	stops := n.attests(t, "attests-and-stops", "0", "600", "{every: 2s}")
 	pauses := n.attests(t, "attests-and-pauses", "0", "8", "{every: 2s, within: 5m, onFailure: pause}")
+	n.wait(t, short, "running", running)
+	gpus, err := emulate.Dial(ep.Emulator()).Do(t.Context(), emulate.Request{Op: emulate.OpGPUs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := emulate.Dial(ep.Emulator()).Do(t.Context(), emulate.Request{Op: emulate.OpXID, UUID: gpus.GPUs.Devices[0].UUID, XID: 79}); err != nil {
+		t.Fatal(err)
+	}
 	if s := n.wait(t, short, "done", ended); s.State != "succeeded" {
 		t.Fatalf("%+v", s)
 	}
@@ -94,7 +106,7 @@ func TestReattest(t *testing.T) {
 	if s := n.wait(t, pauses, "done", ended); s.State != "succeeded" {
 		t.Errorf("%+v", s)
 	}
-	if got := n.reattested(t, short); len(got) < 2 || slices.ContainsFunc(got, func(s string) bool { return s != "affirmed goes-on" }) {
+	if got := n.reattested(t, short); len(got) != 1 || !strings.HasPrefix(got[0], "gpu: critical error (XID) 79 of ") || !strings.HasSuffix(got[0], " affirmed goes-on") {
 		t.Errorf("%v", got)
 	}
 	if got := n.reattested(t, stops); len(got) < 2 || got[len(got)-1] != "refused stopped" {

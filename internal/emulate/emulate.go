@@ -47,6 +47,10 @@ const (
 	// OpRollback has the chip report older firmware than its certificate is for, or
 	// its own again. It is an attack too.
 	OpRollback = "rollback"
+	// OpXID has a GPU tell of a critical error. OpDriver has the machine's driver be
+	// another version, as after a reload. Both are faults.
+	OpXID    = "xid"
+	OpDriver = "driver"
 )
 
 // Request asks the emulator for one thing.
@@ -66,6 +70,9 @@ type Request struct {
 	Advantage uint64 `json:"advantage,omitempty"`
 	// Rollback is for OpRollback.
 	Rollback bool `json:"rollback,omitempty"`
+	// XID, with UUID, is for OpXID, Driver for OpDriver; empty is its own again.
+	XID    uint64 `json:"xid,omitempty"`
+	Driver string `json:"driver,omitempty"`
 	// Bit is for OpFlip: bit Bit%8 of byte Bit/8.
 	Bit int `json:"bit,omitempty"`
 }
@@ -100,6 +107,8 @@ type GPU struct {
 	// the GPU, until it is cleared.
 	UnprotectedBytes uint64 `json:"unprotectedBytes"`
 	UsedBytes        uint64 `json:"usedBytes"`
+	// XIDs are the critical errors that the GPU told of, oldest first.
+	XIDs []uint64 `json:"xids,omitempty"`
 	// Chain is the device's certificates as PEM, leaf first.
 	Chain []byte `json:"chain"`
 }

@@ -13,8 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
 // Outcome is how one finding about this machine came out.
@@ -105,8 +103,10 @@ func (t tools) check() []Finding {
 	return append(out, f)
 }
 
-func checkRoot() Finding {
-	if uid := os.Geteuid(); uid != 0 {
+func checkRoot() Finding { return thisMachine().checkRoot() }
+
+func (m machine) checkRoot() Finding {
+	if uid := m.uid; uid != 0 {
 		return Finding{Name: "root", Outcome: Fail, Found: "running as user " + strconv.Itoa(uid), Advice: "the node agent mounts and isolates: run as root"}
 	}
 	return Finding{Name: "root", Outcome: OK, Found: "yes"}
@@ -202,8 +202,8 @@ func memField(meminfo []byte, name string) (int64, bool) {
 	return 0, false
 }
 
-func checkMemory() Finding {
-	b, err := os.ReadFile("/proc/meminfo")
+func (m machine) checkMemory() Finding {
+	b, err := os.ReadFile(m.at("/proc/meminfo"))
 	if err != nil {
 		return Finding{Name: "memory", Outcome: Fail, Found: err.Error(), Advice: "coffer needs /proc"}
 	}
@@ -217,7 +217,7 @@ func checkMemory() Finding {
 	return Finding{Name: "memory", Outcome: OK, Found: Bytes(n) + " free"}
 }
 
-func checkDisk(dir string) Finding {
+func (m machine) checkDisk(dir string) Finding {
 	at := dir
 	for {
 		if _, err := os.Stat(at); err == nil || at == "/" {
@@ -225,19 +225,18 @@ func checkDisk(dir string) Finding {
 		}
 		at = filepath.Dir(at)
 	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(at, &st); err != nil {
+	n, err := m.free(at)
+	if err != nil {
 		return Finding{Name: "disk", Outcome: Fail, Found: err.Error(), Advice: "choose another folder with --dir"}
 	}
-	n := int64(st.Bavail) * st.Bsize
 	if n < MinDisk {
 		return Finding{Name: "disk", Outcome: Fail, Found: Bytes(n) + " free at " + at, Advice: "free some, or choose another folder with --dir: " + Bytes(MinDisk) + " are needed"}
 	}
 	return Finding{Name: "disk", Outcome: OK, Found: Bytes(n) + " free at " + at}
 }
 
-func checkSwap() Finding {
-	b, err := os.ReadFile("/proc/swaps")
+func (m machine) checkSwap() Finding {
+	b, err := os.ReadFile(m.at("/proc/swaps"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return Finding{Name: "swap", Outcome: OK, Found: "none in this kernel"}
 	}
@@ -260,8 +259,8 @@ func swapAreas(swaps string) []string {
 	return out
 }
 
-func checkFuse() Finding {
-	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+func (m machine) checkFuse() Finding {
+	f, err := os.OpenFile(m.at("/dev/fuse"), os.O_RDWR, 0)
 	if err != nil {
 		return Finding{Name: "fuse", Outcome: Fail, Found: err.Error(), Advice: "load the fuse module: `modprobe fuse`"}
 	}
@@ -307,14 +306,14 @@ func (l Layout) isUp() bool {
 }
 
 // preflight makes the checks without which nothing is started.
-func preflight(l Layout, t tools, p Ports) []Finding {
-	out := []Finding{checkRoot(), l.checkUp()}
+func (m machine) preflight(l Layout, t tools, p Ports) []Finding {
+	out := []Finding{m.checkRoot(), l.checkUp()}
 	out = append(out, t.check()...)
 	// A stack that is up in this folder explains its ports being taken.
 	if out[1].Outcome == OK {
 		out = append(out, checkPorts(p))
 	}
-	return append(out, l.checkKeyStores(), checkMemory(), checkDisk(l.Dir), checkSwap(), checkFuse())
+	return append(out, l.checkKeyStores(), m.checkMemory(), m.checkDisk(l.Dir), m.checkSwap(), m.checkFuse())
 }
 
 // PreflightError lists what keeps the stack from starting.

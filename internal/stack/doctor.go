@@ -5,6 +5,8 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -17,30 +19,94 @@ func Doctor(o Options) ([]Finding, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := preflight(l, o.tools(), o.Ports)
+	m := thisMachine()
+	out := m.preflight(l, o.tools(), o.Ports)
 	for i := range out {
 		// A stack that is up keeps another from starting, and is no fault.
 		if out[i].Name == folderCheck && l.isUp() {
 			out[i].Outcome, out[i].Advice = OK, ""
 		}
 	}
-	return append(out, checkMemlock(), checkShmemTHP(), checkInitOnFree(), checkOverlay(), checkCgroups(), checkKVM(), checkPassthrough(), checkResourceCap(), checkConfidential()), nil
+	return append(append(out, m.quality()...), m.checkConfidential()), nil
 }
 
-func checkMemlock() Finding {
-	var r unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &r); err != nil {
-		return Finding{Name: "memlock", Outcome: Warn, Found: err.Error(), Advice: "regions may not be lockable"}
+// NodeConfig returns the configuration of the agent of a stack of which something runs,
+// and nothing if nothing does in dir.
+func NodeConfig(dir string) (string, error) {
+	l, err := NewLayout(dir)
+	if err != nil {
+		return "", err
 	}
-	if r.Max == unix.RLIM_INFINITY || hasCapability(unix.CAP_IPC_LOCK) {
+	if r, err := l.readRecord(); err != nil || !slices.ContainsFunc(r.Processes, process.alive) {
+		// Why a record cannot be read is a finding of its own.
+		return "", nil //nolint:nilerr // see above
+	}
+	return l.config(agentName), nil
+}
+
+// Machine makes the checks that any node's machine is to pass, whatever runs on it.
+func Machine() []Finding {
+	m := thisMachine()
+	return append([]Finding{m.checkRoot(), m.checkMemory(), m.checkSwap(), m.checkFuse()}, m.quality()...)
+}
+
+// quality are the checks of what only costs speed, or limits.
+func (m machine) quality() []Finding {
+	return []Finding{m.checkMemlock(), m.checkShmemTHP(), m.checkInitOnFree(), m.checkOverlay(), m.checkCgroups(), m.checkKVM(), m.checkPassthrough(), m.checkResourceCap()}
+}
+
+// machine is where the checks look.
+type machine struct {
+	// root is put before every path.
+	root string
+	// uid is who asks, release the kernel's, memlock the limit on locked memory in bytes.
+	uid     int
+	release string
+	memlock uint64
+	// unified: the control groups are those of version 2.
+	unified bool
+	// free is how many bytes of a folder's disk are free.
+	free func(dir string) (int64, error)
+}
+
+// thisMachine is the one that the program runs on. What cannot be asked is zero, which
+// passes no check.
+func thisMachine() machine {
+	m := machine{uid: os.Geteuid(), free: freeBytes}
+	var r unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &r) == nil {
+		m.memlock = r.Max
+	}
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		m.release = unix.ByteSliceToString(u.Release[:])
+	}
+	var st unix.Statfs_t
+	m.unified = unix.Statfs(cgroupRoot, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
+	return m
+}
+
+func freeBytes(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, err
+	}
+	return int64(st.Bavail) * st.Bsize, nil //nolint:gosec // a disk's size fits
+}
+
+// at is where a file of the machine is.
+func (m machine) at(path string) string { return filepath.Join(m.root, path) }
+
+func (m machine) checkMemlock() Finding {
+	if m.memlock == unix.RLIM_INFINITY || m.hasCapability(unix.CAP_IPC_LOCK) {
 		return Finding{Name: "memlock", Outcome: OK, Found: "unlimited"}
 	}
-	return Finding{Name: "memlock", Outcome: Warn, Found: Bytes(int64(r.Max)), Advice: "raise it with `ulimit -l unlimited`: opened data is locked in memory"}
+	return Finding{Name: "memlock", Outcome: Warn, Found: Bytes(int64(m.memlock)), Advice: "raise it with `ulimit -l unlimited`: opened data is locked in memory"}
 }
 
-func checkShmemTHP() Finding {
+func (m machine) checkShmemTHP() Finding {
 	const file = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
-	b, err := os.ReadFile(file)
+	b, err := os.ReadFile(m.at(file))
 	if err != nil {
 		return Finding{Name: "shmem huge pages", Outcome: Warn, Found: "not in this kernel", Advice: "opening large inputs is slower without"}
 	}
@@ -62,32 +128,28 @@ func chosen(s string) string {
 	return word
 }
 
-func checkOverlay() Finding {
-	b, err := os.ReadFile("/proc/filesystems")
+func (m machine) checkOverlay() Finding {
+	b, err := os.ReadFile(m.at("/proc/filesystems"))
 	if err == nil && bytes.Contains(b, []byte("\toverlay\n")) {
 		return Finding{Name: "overlayfs", Outcome: OK, Found: "yes"}
 	}
 	return Finding{Name: "overlayfs", Outcome: Warn, Found: "not registered", Advice: "load it with `modprobe overlay`: images cannot be unpacked without"}
 }
 
-func checkCgroups() Finding {
-	var st unix.Statfs_t
-	if err := unix.Statfs(cgroupRoot, &st); err != nil {
-		return Finding{Name: "cgroups", Outcome: Warn, Found: err.Error(), Advice: "limits of jobs need cgroups"}
-	}
-	if st.Type == unix.CGROUP2_SUPER_MAGIC {
+func (m machine) checkCgroups() Finding {
+	if m.unified {
 		return Finding{Name: "cgroups", Outcome: OK, Found: "version 2"}
 	}
 	for _, c := range []string{"cpu", "memory", "pids"} {
-		if _, err := os.Stat(cgroupRoot + "/" + c); err != nil {
+		if _, err := os.Stat(m.at(filepath.Join(cgroupRoot, c))); err != nil {
 			return Finding{Name: "cgroups", Outcome: Warn, Found: "version 1 without " + c, Advice: "jobs run without that limit"}
 		}
 	}
 	return Finding{Name: "cgroups", Outcome: OK, Found: "version 1"}
 }
 
-func checkKVM() Finding {
-	if _, err := os.Stat("/dev/kvm"); err != nil {
+func (m machine) checkKVM() Finding {
+	if _, err := os.Stat(m.at("/dev/kvm")); err != nil {
 		return Finding{Name: "kvm", Outcome: OK, Found: "none: gVisor uses systrap"}
 	}
 	return Finding{Name: "kvm", Outcome: OK, Found: "present; gVisor uses systrap all the same"}
@@ -96,12 +158,8 @@ func checkKVM() Finding {
 // FUSE passthrough came with Linux 6.9.
 const passthroughMajor, passthroughMinor = 6, 9
 
-func checkPassthrough() Finding {
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		return Finding{Name: "fuse passthrough", Outcome: Warn, Found: err.Error(), Advice: "inputs are read through the holder"}
-	}
-	release := unix.ByteSliceToString(u.Release[:])
+func (m machine) checkPassthrough() Finding {
+	release := m.release
 	major, minor := kernelVersion(release)
 	if major > passthroughMajor || (major == passthroughMajor && minor >= passthroughMinor) {
 		return Finding{Name: "fuse passthrough", Outcome: OK, Found: "Linux " + release}
@@ -119,15 +177,15 @@ func kernelVersion(release string) (major, minor int) {
 	return major, minor
 }
 
-func checkResourceCap() Finding {
-	if hasCapability(unix.CAP_SYS_RESOURCE) {
+func (m machine) checkResourceCap() Finding {
+	if m.hasCapability(unix.CAP_SYS_RESOURCE) {
 		return Finding{Name: "resource capability", Outcome: OK, Found: "yes"}
 	}
 	return Finding{Name: "resource capability", Outcome: Warn, Found: "CAP_SYS_RESOURCE missing", Advice: "jobs cannot raise limits above the hard ones of this shell"}
 }
 
-func hasCapability(c int) bool {
-	b, err := os.ReadFile("/proc/self/status")
+func (m machine) hasCapability(c int) bool {
+	b, err := os.ReadFile(m.at("/proc/self/status"))
 	if err != nil {
 		return false
 	}
@@ -140,9 +198,9 @@ func hasCapability(c int) bool {
 	return false
 }
 
-func checkConfidential() Finding {
+func (m machine) checkConfidential() Finding {
 	f := Finding{Name: "confidential machine", Outcome: Warn, Found: "no SEV-SNP guest device", Advice: "evidence is simulated on this machine, and everything says so"}
-	if _, err := os.Stat("/dev/sev-guest"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(m.at("/dev/sev-guest")); !errors.Is(err, fs.ErrNotExist) {
 		f.Found = "/dev/sev-guest is there"
 		f.Advice = "`coffer up` simulates all the same: run cofferd on its own to use the hardware"
 	}

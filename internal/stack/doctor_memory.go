@@ -8,18 +8,16 @@ import (
 	"os"
 	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // checkInitOnFree asks whether the kernel zeroes pages that come back to it. A
 // holder zeroes its own; those of a holder that was killed go back as they are.
-func checkInitOnFree() Finding {
-	cmdline, err := os.ReadFile("/proc/cmdline")
+func (m machine) checkInitOnFree() Finding {
+	cmdline, err := os.ReadFile(m.at("/proc/cmdline"))
 	if err != nil {
 		return Finding{Name: "init on free", Outcome: Warn, Found: err.Error(), Advice: "coffer needs /proc"}
 	}
-	on, found := initOnFree(string(cmdline), kernelConfig())
+	on, found := initOnFree(string(cmdline), m.kernelConfig())
 	if on {
 		return Finding{Name: "init on free", Outcome: OK, Found: found}
 	}
@@ -58,8 +56,8 @@ func initOnFree(cmdline string, config []byte) (on bool, found string) {
 const maxConfig = 4 << 20
 
 // kernelConfig is how the running kernel was built, empty if it does not say.
-func kernelConfig() []byte {
-	if f, err := os.Open("/proc/config.gz"); err == nil {
+func (m machine) kernelConfig() []byte {
+	if f, err := os.Open(m.at("/proc/config.gz")); err == nil {
 		defer f.Close()
 		if z, err := gzip.NewReader(bufio.NewReader(f)); err == nil {
 			if b, err := io.ReadAll(io.LimitReader(z, maxConfig)); err == nil {
@@ -67,11 +65,7 @@ func kernelConfig() []byte {
 			}
 		}
 	}
-	var u unix.Utsname
-	if unix.Uname(&u) != nil {
-		return nil
-	}
-	b, err := os.ReadFile("/boot/config-" + unix.ByteSliceToString(u.Release[:]))
+	b, err := os.ReadFile(m.at("/boot/config-" + m.release))
 	if err != nil {
 		return nil
 	}

@@ -348,7 +348,7 @@ func TestPreflightNamesEveryFailure(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", t.TempDir())
-	err = failures(preflight(l, tools{binDir: t.TempDir()}, Ports{Verifier: 1, Broker: 2, Agent: 3}))
+	err = failures(thisMachine().preflight(l, tools{binDir: t.TempDir()}, Ports{Verifier: 1, Broker: 2, Agent: 3}))
 	var pre *PreflightError
 	if !errors.As(err, &pre) {
 		t.Fatalf("got %v", err)

@@ -75,7 +75,7 @@ func Up(ctx context.Context, o Options) (Endpoint, error) {
 		return Endpoint{}, err
 	}
 	t := o.tools()
-	if err := failures(preflight(l, t, o.Ports)); err != nil {
+	if err := failures(thisMachine().preflight(l, t, o.Ports)); err != nil {
 		return Endpoint{}, err
 	}
 	for _, image := range o.Images {

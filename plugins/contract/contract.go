@@ -90,6 +90,8 @@ type Device struct {
 	VBIOSVersion         string
 	MemoryBytes          int64
 	ProtectedMemoryBytes int64
+	// Persistent: the driver keeps the device when nobody uses it.
+	Persistent bool
 }
 
 // Evidence is one GPU's answer to a nonce.
@@ -171,7 +173,7 @@ func (s *server) Inventory(ctx context.Context, _ *gpuv1.InventoryRequest) (*gpu
 	for _, d := range inv.Devices {
 		out.Devices = append(out.Devices, &gpuv1.Device{
 			Uuid: d.UUID, Name: d.Name, VbiosVersion: d.VBIOSVersion,
-			MemoryBytes: d.MemoryBytes, ProtectedMemoryBytes: d.ProtectedMemoryBytes,
+			MemoryBytes: d.MemoryBytes, ProtectedMemoryBytes: d.ProtectedMemoryBytes, Persistent: d.Persistent,
 		})
 	}
 	return out, nil
@@ -242,7 +244,7 @@ func (c *client) Inventory(ctx context.Context) (*Inventory, error) {
 		}
 		inv.Devices = append(inv.Devices, Device{
 			UUID: d.GetUuid(), Name: d.GetName(), VBIOSVersion: d.GetVbiosVersion(),
-			MemoryBytes: d.GetMemoryBytes(), ProtectedMemoryBytes: d.GetProtectedMemoryBytes(),
+			MemoryBytes: d.GetMemoryBytes(), ProtectedMemoryBytes: d.GetProtectedMemoryBytes(), Persistent: d.GetPersistent(),
 		})
 	}
 	if len(uuids) == 0 {

@@ -36,7 +36,7 @@ func (f *fake) Collect(ctx context.Context, nonce [32]byte, uuids []string) ([]c
 
 func (f *fake) State(_ context.Context, uuids []string) (*contract.State, error) {
 	out := f.state
-	out.CCMode, out.Ready = f.inventory.CCMode, f.inventory.Ready
+	out.CCMode, out.Ready, out.DriverVersion = f.inventory.CCMode, f.inventory.Ready, f.inventory.DriverVersion
 	if len(out.Devices) == 0 {
 		for _, u := range uuids {
 			if u != "a" && u != "b" {
@@ -158,6 +158,7 @@ func TestEvidenceThatIsRefused(t *testing.T) {
 func TestStatesThatAreRefused(t *testing.T) {
 	for name, change := range map[string]func(*fake){
 		"a state of confidential computing not known": func(f *fake) { f.inventory.CCMode = "very on" },
+		"no driver":              func(f *fake) { f.inventory.DriverVersion = "" },
 		"of another GPU":         func(f *fake) { f.state.Devices = []contract.DeviceState{{UUID: "a"}, {UUID: "c"}} },
 		"in another order":       func(f *fake) { f.state.Devices = []contract.DeviceState{{UUID: "b"}, {UUID: "a"}} },
 		"of fewer GPUs":          func(f *fake) { f.state.Devices = []contract.DeviceState{{UUID: "a"}} },

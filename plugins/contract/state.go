@@ -21,6 +21,8 @@ const (
 // State is how the driver and some of its devices stand.
 type State struct {
 	CCMode CCMode
+	// DriverVersion is that of the driver that runs.
+	DriverVersion string
 	// Ready: the GPUs take work. False without confidential computing, where there
 	// is no such state.
 	Ready bool
@@ -41,6 +43,10 @@ type DeviceState struct {
 	// NearNode is the number of the memory node that is near to the device, and 1
 	// more than Linux calls it; 0: none is.
 	NearNode int
+	// Faults counts the device's critical errors (XID) since the plugin began to
+	// listen, and LastFault is the number of the newest. A driver that tells of none
+	// leaves both 0.
+	Faults, LastFault uint64
 }
 
 // maxNodes bounds memory nodes (Linux, CONFIG_NODES_SHIFT).
@@ -74,11 +80,11 @@ func (s *server) State(ctx context.Context, req *gpuv1.StateRequest) (*gpuv1.Sta
 	if err != nil {
 		return nil, failed(ctx, err)
 	}
-	out := &gpuv1.StateResponse{CcMode: string(st.CCMode), Ready: st.Ready, AttackerAdvantage: st.AttackerAdvantage}
+	out := &gpuv1.StateResponse{CcMode: string(st.CCMode), DriverVersion: st.DriverVersion, Ready: st.Ready, AttackerAdvantage: st.AttackerAdvantage}
 	for _, d := range st.Devices {
 		out.Devices = append(out.Devices, &gpuv1.DeviceState{
 			Uuid: d.UUID, UsedMemoryBytes: d.UsedBytes, ProtectedMemoryBytes: d.ProtectedBytes, UnprotectedMemoryBytes: d.UnprotectedBytes,
-			Processes: int32(min(d.Processes, 1<<20)), NearNode: int32(min(d.NearNode, maxNodes)), // #nosec G115 -- bounded
+			Processes: int32(min(d.Processes, 1<<20)), NearNode: int32(min(d.NearNode, maxNodes)), Faults: d.Faults, LastFault: d.LastFault, // #nosec G115 -- bounded
 		})
 	}
 	return out, nil
@@ -113,8 +119,8 @@ func (c *client) State(ctx context.Context, uuids []string) (*State, error) {
 	if err != nil {
 		return nil, fmt.Errorf("GPU state: %w", err)
 	}
-	out := &State{CCMode: CCMode(resp.GetCcMode()), Ready: resp.GetReady(), AttackerAdvantage: resp.GetAttackerAdvantage()}
-	if err := out.CCMode.check(); err != nil {
+	out := &State{CCMode: CCMode(resp.GetCcMode()), DriverVersion: resp.GetDriverVersion(), Ready: resp.GetReady(), AttackerAdvantage: resp.GetAttackerAdvantage()}
+	if err := errors.Join(out.CCMode.check(), checkText("driver version", out.DriverVersion)); err != nil {
 		return nil, fmt.Errorf("GPU state: %w", err)
 	}
 	if len(resp.GetDevices()) != len(uuids) {
@@ -129,7 +135,7 @@ func (c *client) State(ctx context.Context, uuids []string) (*State, error) {
 		}
 		out.Devices = append(out.Devices, DeviceState{
 			UUID: d.GetUuid(), UsedBytes: d.GetUsedMemoryBytes(), ProtectedBytes: d.GetProtectedMemoryBytes(),
-			UnprotectedBytes: d.GetUnprotectedMemoryBytes(), Processes: int(d.GetProcesses()), NearNode: int(d.GetNearNode()),
+			UnprotectedBytes: d.GetUnprotectedMemoryBytes(), Processes: int(d.GetProcesses()), NearNode: int(d.GetNearNode()), Faults: d.GetFaults(), LastFault: d.GetLastFault(),
 		})
 	}
 	return out, nil

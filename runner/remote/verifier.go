@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -30,7 +31,14 @@ type Verifier struct {
 	keys   receipt.Keys
 	id     string
 	jwks   []byte
+
+	mu    sync.Mutex // guards what follows
+	rules string
+	heard time.Time
 }
+
+// rulesTimeout bounds the wait for a hint.
+const rulesTimeout = 2 * time.Second
 
 // NewVerifier returns a client. It calls nothing yet.
 func NewVerifier(s Service) (*Verifier, error) {
@@ -61,7 +69,32 @@ func (v *Verifier) Challenge(ctx context.Context) (string, error) {
 	if r.Msg.GetVerifierId() != v.id {
 		return "", fmt.Errorf("ask for a nonce: the verifier calls itself %.80q, configured is %q", r.Msg.GetVerifierId(), v.id)
 	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.rules, v.heard = r.Msg.GetRulesDigest(), time.Now()
 	return r.Msg.GetNonce(), nil
+}
+
+// Rules is the digest of what the verifier holds evidence against, as it said not
+// longer ago than maxAge, or when it was last asked if it is away. It is a hint: nobody
+// signs it. Empty is that it never said.
+func (v *Verifier) Rules(ctx context.Context, maxAge time.Duration) string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if time.Since(v.heard) < maxAge {
+		return v.rules
+	}
+	// Whoever asks besides is answered by this.
+	v.heard = time.Now()
+	ctx, cancel := context.WithTimeout(ctx, rulesTimeout)
+	defer cancel()
+	r, err := once(ctx, "verifier", "ask for its rules", func(ctx context.Context) (*connect.Response[verifierv1.ChallengeResponse], error) {
+		return v.client.Challenge(ctx, connect.NewRequest(&verifierv1.ChallengeRequest{}))
+	})
+	if err == nil && r.Msg.GetVerifierId() == v.id {
+		v.rules = r.Msg.GetRulesDigest()
+	}
+	return v.rules
 }
 
 // Activate opens a credential in the TPM that holds the keys it is for.

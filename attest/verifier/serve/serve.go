@@ -322,7 +322,7 @@ func (s *service) Challenge(context.Context, *connect.Request[verifierv1.Challen
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&verifierv1.ChallengeResponse{Nonce: nonce, VerifierId: s.v.ID(), ExpiresUnix: expires.Unix()}), nil
+	return connect.NewResponse(&verifierv1.ChallengeResponse{Nonce: nonce, VerifierId: s.v.ID(), ExpiresUnix: expires.Unix(), RulesDigest: string(s.v.Rules())}), nil
 }
 
 func (s *service) BeginEnrolment(_ context.Context, req *connect.Request[verifierv1.BeginEnrolmentRequest]) (*connect.Response[verifierv1.BeginEnrolmentResponse], error) {

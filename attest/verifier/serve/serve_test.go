@@ -318,7 +318,7 @@ func TestChallengeOverTheWire(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n.Msg.GetNonce() == "" || n.Msg.GetVerifierId() != "verifier" || n.Msg.GetExpiresUnix() <= time.Now().Unix() {
+	if n.Msg.GetNonce() == "" || n.Msg.GetVerifierId() != "verifier" || n.Msg.GetExpiresUnix() <= time.Now().Unix() || n.Msg.GetRulesDigest() == "" || n.Msg.GetRulesDigest() != string(f.verifier.Rules()) {
 		t.Errorf("challenge %+v", n.Msg)
 	}
 }

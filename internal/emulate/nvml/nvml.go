@@ -111,7 +111,36 @@ func New(ctx context.Context, c *emulate.Client) nvml.Interface {
 		}
 		return device(ctx, c, g.Devices[i]), nvml.SUCCESS
 	}
+	m.EventSetCreateFunc = func() (nvml.EventSet, nvml.Return) { return events(ctx, c, gpus), nvml.SUCCESS }
 	return m
+}
+
+// events is a set of events whose registrations begin with what a device told last:
+// what it tells after that is handed out once, in order.
+func events(ctx context.Context, c *emulate.Client, gpus func() (*emulate.GPUs, nvml.Return)) nvml.EventSet {
+	seen := map[string]int{}
+	s := &eventSet{register: func(g emulate.GPU) { seen[g.UUID] = len(g.XIDs) }}
+	s.FreeFunc = func() nvml.Return { return nvml.SUCCESS }
+	s.WaitFunc = func(uint32) (nvml.EventData, nvml.Return) {
+		now, ret := gpus()
+		if ret != nvml.SUCCESS {
+			return nvml.EventData{}, ret
+		}
+		for _, g := range now.Devices {
+			if n, registered := seen[g.UUID]; registered && n < len(g.XIDs) {
+				seen[g.UUID]++
+				return nvml.EventData{Device: device(ctx, c, g), EventType: nvml.EventTypeXidCriticalError, EventData: g.XIDs[n]}, nvml.SUCCESS
+			}
+		}
+		return nvml.EventData{}, nvml.ERROR_TIMEOUT
+	}
+	return s
+}
+
+// eventSet is a mock that knows who registers.
+type eventSet struct {
+	mock.EventSet
+	register func(emulate.GPU)
 }
 
 // library is a mock that the plugin can reset devices of: there is no bus.
@@ -132,6 +161,14 @@ func device(ctx context.Context, c *emulate.Client, g emulate.GPU) nvml.Device {
 	d.GetUUIDFunc = func() (string, nvml.Return) { return g.UUID, nvml.SUCCESS }
 	d.GetNameFunc = func() (string, nvml.Return) { return g.Name, nvml.SUCCESS }
 	d.GetVbiosVersionFunc = func() (string, nvml.Return) { return g.VBIOSVersion, nvml.SUCCESS }
+	d.RegisterEventsFunc = func(_ uint64, s nvml.EventSet) nvml.Return {
+		set, ok := s.(*eventSet)
+		if !ok {
+			return nvml.ERROR_INVALID_ARGUMENT
+		}
+		set.register(g)
+		return nvml.SUCCESS
+	}
 	d.GetPersistenceModeFunc = func() (nvml.EnableState, nvml.Return) { return nvml.FEATURE_ENABLED, nvml.SUCCESS }
 	d.GetMemoryInfoFunc = func() (nvml.Memory, nvml.Return) {
 		return nvml.Memory{Total: g.MemoryBytes, Free: g.MemoryBytes}, nvml.SUCCESS

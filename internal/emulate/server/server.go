@@ -3,12 +3,14 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -54,6 +56,8 @@ type Server struct {
 	flip int
 	// rollback is that the chip reports older firmware than it has.
 	rollback bool
+	// driver replaces the configured version; empty does not.
+	driver string
 	// advantage and devices are what was set, devices by UUID.
 	advantage uint64
 	devices   map[string]*deviceState
@@ -202,6 +206,17 @@ func (s *Server) answer(req emulate.Request) (*emulate.Response, error) {
 		defer s.mu.Unlock()
 		s.rollback = req.Rollback
 		return &emulate.Response{}, nil
+	case emulate.OpXID, emulate.OpDriver:
+		if !s.cfg.Faults {
+			return nil, errors.New("faults are not allowed by the configuration")
+		}
+		if req.Op == emulate.OpXID {
+			return s.changeGPU(req)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.driver = req.Driver
+		return &emulate.Response{}, nil
 	case emulate.OpFlip:
 		if !s.cfg.Faults {
 			return nil, errors.New("faults are not allowed by the configuration")
@@ -219,7 +234,13 @@ func (s *Server) answer(req emulate.Request) (*emulate.Response, error) {
 }
 
 // deviceState is what changes about one GPU.
-type deviceState struct{ unprotected, used uint64 }
+type deviceState struct {
+	unprotected, used uint64
+	xids              []uint64
+}
+
+// maxXIDs bounds the errors that a GPU remembers.
+const maxXIDs = 64
 
 // jobBytes is what a job leaves in a GPU's memory, defaultAdvantage the driver's
 // threshold until it is set (nvml.h).
@@ -245,10 +266,17 @@ func (s *Server) changeGPU(req emulate.Request) (*emulate.Response, error) {
 		if g.UUID() != req.UUID {
 			continue
 		}
-		if req.Op == emulate.OpClear {
-			s.device(req.UUID).used = 0
-		} else {
-			s.device(req.UUID).unprotected = req.Bytes
+		d := s.device(req.UUID)
+		switch req.Op {
+		case emulate.OpClear:
+			d.used = 0
+		case emulate.OpXID:
+			if len(d.xids) == maxXIDs {
+				return nil, fmt.Errorf("GPU %s had %d errors already", req.UUID, maxXIDs)
+			}
+			d.xids = append(d.xids, req.XID)
+		default:
+			d.unprotected = req.Bytes
 		}
 		return &emulate.Response{}, nil
 	}
@@ -266,7 +294,7 @@ func (s *Server) gpuReport(req emulate.Request) (*emulate.Response, error) {
 		if g.UUID() != req.UUID {
 			continue
 		}
-		report, err := g.Report([32]byte(req.Nonce), simulate.GPUOptions{Driver: s.cfg.DriverVersion})
+		report, err := g.Report([32]byte(req.Nonce), simulate.GPUOptions{Driver: s.driverVersion()})
 		if err != nil {
 			return nil, err
 		}
@@ -285,10 +313,17 @@ func (s *Server) gpuReport(req emulate.Request) (*emulate.Response, error) {
 	return nil, fmt.Errorf("no GPU %.80q", req.UUID)
 }
 
+// driverVersion is that of the driver, empty for the one that GPUs were minted with.
+func (s *Server) driverVersion() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return cmp.Or(s.driver, s.cfg.DriverVersion)
+}
+
 func (s *Server) inventory() *emulate.GPUs {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := &emulate.GPUs{DriverVersion: s.cfg.DriverVersion, CCMode: s.cfg.CCMode, Ready: s.ready, Advantage: s.advantage}
+	out := &emulate.GPUs{DriverVersion: cmp.Or(s.driver, s.cfg.DriverVersion), CCMode: s.cfg.CCMode, Ready: s.ready, Advantage: s.advantage}
 	for _, g := range s.gpus {
 		if out.DriverVersion == "" {
 			out.DriverVersion = g.DriverVersion()
@@ -301,7 +336,7 @@ func (s *Server) inventory() *emulate.GPUs {
 			d.UnprotectedBytes = s.device(d.UUID).unprotected
 			d.ProtectedMemoryBytes = hopperMemory - d.UnprotectedBytes
 		}
-		d.UsedBytes = s.device(d.UUID).used
+		d.UsedBytes, d.XIDs = s.device(d.UUID).used, slices.Clone(s.device(d.UUID).xids)
 		out.Devices = append(out.Devices, d)
 	}
 	return out

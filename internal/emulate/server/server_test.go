@@ -15,7 +15,9 @@ import (
 	"github.com/coffer-run/coffer/attest/simulate"
 	"github.com/coffer-run/coffer/internal/emulate"
 	"github.com/coffer-run/coffer/internal/emulate/emulatetest"
+	"github.com/coffer-run/coffer/internal/emulate/nvml"
 	"github.com/coffer-run/coffer/internal/emulate/server"
+	"github.com/coffer-run/coffer/plugins/gpu/nvidia"
 )
 
 func gpuReport(t *testing.T, c *emulate.Client, v *simulate.Vendor) ([]byte, error) {
@@ -89,6 +91,45 @@ func TestRollback(t *testing.T) {
 			t.Errorf("rollback %t: the report says %x, want %x", on, r.Report[0x180:0x188], enc)
 		}
 	}
+}
+
+// What happens to GPUs reaches the plugin above, through NVML's own calls.
+func TestGPUEvents(t *testing.T) {
+	v := emulatetest.Vendor(t)
+	gpu := v.GPUs()[0].UUID()
+	for _, r := range []emulate.Request{{Op: emulate.OpXID, UUID: gpu, XID: 79}, {Op: emulate.OpDriver, Driver: "1.2.3"}} {
+		if _, err := emulate.Dial(emulatetest.Devices(t, v, server.Config{})).Do(t.Context(), r); err == nil || !strings.Contains(err.Error(), "not allowed") {
+			t.Errorf("%s: %v", r.Op, err)
+		}
+	}
+	c := emulate.Dial(emulatetest.Devices(t, v, server.Config{Faults: true}))
+	do := func(r emulate.Request) {
+		t.Helper()
+		if _, err := c.Do(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	do(emulate.Request{Op: emulate.OpXID, UUID: gpu, XID: 31})
+	p, err := nvidia.Open(nvml.New(t.Context(), c), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	look := func(faults, last uint64, driver string) {
+		t.Helper()
+		st, err := p.State(t.Context(), []string{gpu})
+		if err != nil || st.Devices[0].Faults != faults || st.Devices[0].LastFault != last || st.DriverVersion != driver {
+			t.Errorf("%+v, %v; want %d errors, the last %d, driver %s", st, err, faults, last, driver)
+		}
+	}
+	own := v.GPUs()[0].DriverVersion()
+	look(0, 0, own) // what was before is nobody's
+	do(emulate.Request{Op: emulate.OpXID, UUID: gpu, XID: 79})
+	do(emulate.Request{Op: emulate.OpXID, UUID: gpu, XID: 48})
+	look(2, 48, own)
+	do(emulate.Request{Op: emulate.OpDriver, Driver: "1.2.3"})
+	look(2, 48, "1.2.3")
+	do(emulate.Request{Op: emulate.OpDriver})
+	look(2, 48, own)
 }
 
 func TestRequestsThatAreRefused(t *testing.T) {

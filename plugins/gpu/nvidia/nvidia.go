@@ -25,6 +25,11 @@ type Plugin struct {
 	// a time, and answers a second one with an error. Unlike a mutex it can be
 	// waited for with a context, for a call into a wedged driver never returns.
 	slot chan struct{}
+
+	// What follows is used with slot held. events is nil where the driver tells of
+	// none.
+	events nvml.EventSet
+	faults map[string]fault // by UUID
 }
 
 var _ contract.GPU = (*Plugin)(nil)
@@ -39,7 +44,11 @@ func Open(lib nvml.Interface, simulated bool) (*Plugin, error) {
 		// Not lib.ErrorString: without a library there is none to ask.
 		return nil, fmt.Errorf("open NVML: %w", ret)
 	}
-	return &Plugin{lib: lib, simulated: simulated, slot: make(chan struct{}, 1)}, nil
+	p := &Plugin{lib: lib, simulated: simulated, slot: make(chan struct{}, 1), faults: map[string]fault{}}
+	if err := p.listen(); err != nil {
+		return nil, errors.Join(err, failed("close NVML", lib.Shutdown()))
+	}
+	return p, nil
 }
 
 func (p *Plugin) take(ctx context.Context) (release func(), err error) {
@@ -57,7 +66,7 @@ func (p *Plugin) take(ctx context.Context) (release func(), err error) {
 // Close ends the use of NVML after the last call.
 func (p *Plugin) Close() error {
 	p.slot <- struct{}{}
-	return failed("close NVML", p.lib.Shutdown())
+	return errors.Join(p.unlisten(), failed("close NVML", p.lib.Shutdown()))
 }
 
 // failed makes an error of a return code; nil for success.
@@ -152,6 +161,11 @@ func device(d nvml.Device, mode contract.CCMode) (contract.Device, error) {
 	if out.VBIOSVersion, ret = d.GetVbiosVersion(); ret != nvml.SUCCESS {
 		return out, failed("VBIOS version", ret)
 	}
+	on, ret := d.GetPersistenceMode()
+	if ret != nvml.SUCCESS {
+		return out, failed("persistence mode", ret)
+	}
+	out.Persistent = on == nvml.FEATURE_ENABLED
 	m, ret := d.GetMemoryInfo()
 	if ret != nvml.SUCCESS {
 		return out, failed("memory", ret)

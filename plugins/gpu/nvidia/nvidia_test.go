@@ -28,6 +28,9 @@ type machine struct {
 	// advantage, unprotected and used are what was set, or left behind.
 	advantage, unprotected, used uint64
 	processes                    int
+	events                       *mock.EventSet
+	// told are the events that wait to be heard.
+	told []nvml.EventData
 	// calls are those that change something, in order.
 	calls []string
 }
@@ -45,7 +48,7 @@ func (r resettable) Reset(string) error {
 }
 
 func newMachine() *machine {
-	m := &machine{lib: &mock.Interface{}, dev: &mock.Device{}, state: nvml.ConfComputeSystemState{CcFeature: nvml.CC_SYSTEM_FEATURE_ENABLED}}
+	m := &machine{lib: &mock.Interface{}, dev: &mock.Device{}, events: &mock.EventSet{}, state: nvml.ConfComputeSystemState{CcFeature: nvml.CC_SYSTEM_FEATURE_ENABLED}}
 	m.lib.InitFunc = func() nvml.Return { return nvml.SUCCESS }
 	m.lib.ShutdownFunc = func() nvml.Return { return nvml.SUCCESS }
 	m.lib.SystemGetDriverVersionFunc = func() (string, nvml.Return) { return "580.65.06", nvml.SUCCESS }
@@ -60,6 +63,17 @@ func newMachine() *machine {
 		}
 		return m.dev, nvml.SUCCESS
 	}
+	m.lib.EventSetCreateFunc = func() (nvml.EventSet, nvml.Return) { return m.events, nvml.SUCCESS }
+	m.events.FreeFunc = func() nvml.Return { m.calls = append(m.calls, "free"); return nvml.SUCCESS }
+	m.events.WaitFunc = func(ms uint32) (nvml.EventData, nvml.Return) {
+		if len(m.told) == 0 || ms != 0 {
+			return nvml.EventData{}, nvml.ERROR_TIMEOUT
+		}
+		e := m.told[0]
+		m.told = m.told[1:]
+		return e, nvml.SUCCESS
+	}
+	m.dev.RegisterEventsFunc = func(uint64, nvml.EventSet) nvml.Return { return nvml.SUCCESS }
 	m.dev.GetUUIDFunc = func() (string, nvml.Return) { return uuid, nvml.SUCCESS }
 	m.dev.GetNameFunc = func() (string, nvml.Return) { return "NVIDIA H100", nvml.SUCCESS }
 	m.dev.GetVbiosVersionFunc = func() (string, nvml.Return) { return "96.00.9F.00.01", nvml.SUCCESS }
@@ -124,7 +138,7 @@ func TestConformance(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := contract.Device{UUID: uuid, Name: "NVIDIA H100", VBIOSVersion: "96.00.9F.00.01", MemoryBytes: 80 << 30, ProtectedMemoryBytes: 79 << 30}
+		want := contract.Device{UUID: uuid, Name: "NVIDIA H100", VBIOSVersion: "96.00.9F.00.01", MemoryBytes: 80 << 30, ProtectedMemoryBytes: 79 << 30, Persistent: true}
 		if len(inv.Devices) != 1 || inv.Devices[0] != want {
 			t.Errorf("devices %+v", inv.Devices)
 		}
@@ -243,7 +257,7 @@ func TestCallsThatFail(t *testing.T) {
 		}, "protected memory", true, false},
 		"persistence mode cannot be read": {func(m *machine) {
 			m.dev.GetPersistenceModeFunc = func() (nvml.EnableState, nvml.Return) { return nvml.FEATURE_ENABLED, bad }
-		}, "persistence mode", false, true},
+		}, "persistence mode", true, true},
 		"persistence mode is off": {func(m *machine) {
 			m.dev.GetPersistenceModeFunc = func() (nvml.EnableState, nvml.Return) { return nvml.FEATURE_DISABLED, nvml.SUCCESS }
 		}, "persistence mode is off", false, true},

@@ -42,7 +42,14 @@ func (p *Plugin) state(ctx context.Context, uuids []string) (*contract.State, er
 	if err != nil {
 		return nil, err
 	}
-	out := &contract.State{CCMode: mode}
+	driver, ret := p.lib.SystemGetDriverVersion()
+	if err := failed("driver version", ret); err != nil {
+		return nil, err
+	}
+	if err := p.hear(); err != nil {
+		return nil, err
+	}
+	out := &contract.State{CCMode: mode, DriverVersion: driver}
 	cc := mode == contract.CCOn || mode == contract.CCDevtools
 	if cc {
 		accepting, ret := p.lib.SystemGetConfComputeGpusReadyState()
@@ -72,6 +79,7 @@ func (p *Plugin) state(ctx context.Context, uuids []string) (*contract.State, er
 		if err != nil {
 			return nil, fmt.Errorf("GPU %s: %w", uuid, err)
 		}
+		s.Faults, s.LastFault = p.faults[uuid].count, p.faults[uuid].last
 		out.Devices = append(out.Devices, s)
 	}
 	return out, nil
@@ -209,7 +217,7 @@ func (p *Plugin) Clear(ctx context.Context, uuids []string) error {
 // resetOnBus writes to each function's reset file (sysfs-bus-pci), which must not
 // be in use: NVML lets go of its devices first.
 func (p *Plugin) resetOnBus(at []string) error {
-	if err := failed("close NVML", p.lib.Shutdown()); err != nil {
+	if err := errors.Join(p.unlisten(), failed("close NVML", p.lib.Shutdown())); err != nil {
 		return err
 	}
 	var err error
@@ -222,7 +230,10 @@ func (p *Plugin) resetOnBus(at []string) error {
 			err = errors.Join(err, fmt.Errorf("clear: reset: %w", werr))
 		}
 	}
-	return errors.Join(err, failed("open NVML", p.lib.Init()))
+	if ierr := failed("open NVML", p.lib.Init()); ierr != nil {
+		return errors.Join(err, ierr)
+	}
+	return errors.Join(err, p.listen())
 }
 
 // nearNode is 1 more than the memory node of a PCI function (sysfs-bus-pci,

@@ -64,8 +64,11 @@ type ChallengeResponse struct {
 	// Authenticated token; its bytes are the nonce that evidence binds.
 	Nonce string `protobuf:"bytes,1,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	// Name of the verifier, which evidence binds too.
-	VerifierId    string `protobuf:"bytes,2,opt,name=verifier_id,json=verifierId,proto3" json:"verifier_id,omitempty"`
-	ExpiresUnix   int64  `protobuf:"varint,3,opt,name=expires_unix,json=expiresUnix,proto3" json:"expires_unix,omitempty"`
+	VerifierId  string `protobuf:"bytes,2,opt,name=verifier_id,json=verifierId,proto3" json:"verifier_id,omitempty"`
+	ExpiresUnix int64  `protobuf:"varint,3,opt,name=expires_unix,json=expiresUnix,proto3" json:"expires_unix,omitempty"`
+	// SHA-384 over the policies and reference values that evidence is held against. A
+	// hint that nobody signed: who has it twice, and not alike, attests anew.
+	RulesDigest   string `protobuf:"bytes,4,opt,name=rules_digest,json=rulesDigest,proto3" json:"rules_digest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -119,6 +122,13 @@ func (x *ChallengeResponse) GetExpiresUnix() int64 {
 		return x.ExpiresUnix
 	}
 	return 0
+}
+
+func (x *ChallengeResponse) GetRulesDigest() string {
+	if x != nil {
+		return x.RulesDigest
+	}
+	return ""
 }
 
 type BeginEnrolmentRequest struct {
@@ -1024,12 +1034,13 @@ var File_attest_api_verifier_v1_verifier_proto protoreflect.FileDescriptor
 const file_attest_api_verifier_v1_verifier_proto_rawDesc = "" +
 	"\n" +
 	"%attest/api/verifier/v1/verifier.proto\x12\x12coffer.verifier.v1\"\x12\n" +
-	"\x10ChallengeRequest\"m\n" +
+	"\x10ChallengeRequest\"\x90\x01\n" +
 	"\x11ChallengeResponse\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\tR\x05nonce\x12\x1f\n" +
 	"\vverifier_id\x18\x02 \x01(\tR\n" +
 	"verifierId\x12!\n" +
-	"\fexpires_unix\x18\x03 \x01(\x03R\vexpiresUnix\"O\n" +
+	"\fexpires_unix\x18\x03 \x01(\x03R\vexpiresUnix\x12!\n" +
+	"\frules_digest\x18\x04 \x01(\tR\vrulesDigest\"O\n" +
 	"\x15BeginEnrolmentRequest\x12\x19\n" +
 	"\bek_chain\x18\x01 \x03(\fR\aekChain\x12\x1b\n" +
 	"\tak_public\x18\x02 \x01(\fR\bakPublic\"\x8a\x01\n" +

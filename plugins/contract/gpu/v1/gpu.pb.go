@@ -144,8 +144,10 @@ type Device struct {
 	VbiosVersion         string                 `protobuf:"bytes,3,opt,name=vbios_version,json=vbiosVersion,proto3" json:"vbios_version,omitempty"`
 	MemoryBytes          int64                  `protobuf:"varint,4,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
 	ProtectedMemoryBytes int64                  `protobuf:"varint,5,opt,name=protected_memory_bytes,json=protectedMemoryBytes,proto3" json:"protected_memory_bytes,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// Persistence mode is on: the driver keeps the device when nobody uses it.
+	Persistent    bool `protobuf:"varint,6,opt,name=persistent,proto3" json:"persistent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Device) Reset() {
@@ -211,6 +213,13 @@ func (x *Device) GetProtectedMemoryBytes() int64 {
 		return x.ProtectedMemoryBytes
 	}
 	return 0
+}
+
+func (x *Device) GetPersistent() bool {
+	if x != nil {
+		return x.Persistent
+	}
+	return false
 }
 
 type CollectRequest struct {
@@ -521,6 +530,7 @@ type StateResponse struct {
 	// advantage reaches 2^this. 0: the driver does not say.
 	AttackerAdvantage uint64         `protobuf:"varint,3,opt,name=attacker_advantage,json=attackerAdvantage,proto3" json:"attacker_advantage,omitempty"`
 	Devices           []*DeviceState `protobuf:"bytes,4,rep,name=devices,proto3" json:"devices,omitempty"`
+	DriverVersion     string         `protobuf:"bytes,5,opt,name=driver_version,json=driverVersion,proto3" json:"driver_version,omitempty"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -583,6 +593,13 @@ func (x *StateResponse) GetDevices() []*DeviceState {
 	return nil
 }
 
+func (x *StateResponse) GetDriverVersion() string {
+	if x != nil {
+		return x.DriverVersion
+	}
+	return ""
+}
+
 type DeviceState struct {
 	state                  protoimpl.MessageState `protogen:"open.v1"`
 	Uuid                   string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
@@ -592,7 +609,11 @@ type DeviceState struct {
 	// Processes with a compute context on the device.
 	Processes int32 `protobuf:"varint,5,opt,name=processes,proto3" json:"processes,omitempty"`
 	// The memory node that is near to the device, counted from 1; 0: none is.
-	NearNode      int32 `protobuf:"varint,6,opt,name=near_node,json=nearNode,proto3" json:"near_node,omitempty"`
+	NearNode int32 `protobuf:"varint,6,opt,name=near_node,json=nearNode,proto3" json:"near_node,omitempty"`
+	// Critical errors of the device (XID) since the plugin began to listen, and the
+	// number of the newest. Both are 0 where the driver tells of none.
+	Faults        uint64 `protobuf:"varint,7,opt,name=faults,proto3" json:"faults,omitempty"`
+	LastFault     uint64 `protobuf:"varint,8,opt,name=last_fault,json=lastFault,proto3" json:"last_fault,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -665,6 +686,20 @@ func (x *DeviceState) GetProcesses() int32 {
 func (x *DeviceState) GetNearNode() int32 {
 	if x != nil {
 		return x.NearNode
+	}
+	return 0
+}
+
+func (x *DeviceState) GetFaults() uint64 {
+	if x != nil {
+		return x.Faults
+	}
+	return 0
+}
+
+func (x *DeviceState) GetLastFault() uint64 {
+	if x != nil {
+		return x.LastFault
 	}
 	return 0
 }
@@ -858,13 +893,16 @@ const file_plugins_contract_gpu_v1_gpu_proto_rawDesc = "" +
 	"\acc_mode\x18\x02 \x01(\tR\x06ccMode\x12\x14\n" +
 	"\x05ready\x18\x03 \x01(\bR\x05ready\x126\n" +
 	"\adevices\x18\x04 \x03(\v2\x1c.coffer.plugin.gpu.v1.DeviceR\adevices\x12\x1c\n" +
-	"\tsimulated\x18\x05 \x01(\bR\tsimulated\"\xae\x01\n" +
+	"\tsimulated\x18\x05 \x01(\bR\tsimulated\"\xce\x01\n" +
 	"\x06Device\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
 	"\rvbios_version\x18\x03 \x01(\tR\fvbiosVersion\x12!\n" +
 	"\fmemory_bytes\x18\x04 \x01(\x03R\vmemoryBytes\x124\n" +
-	"\x16protected_memory_bytes\x18\x05 \x01(\x03R\x14protectedMemoryBytes\"<\n" +
+	"\x16protected_memory_bytes\x18\x05 \x01(\x03R\x14protectedMemoryBytes\x12\x1e\n" +
+	"\n" +
+	"persistent\x18\x06 \x01(\bR\n" +
+	"persistent\"<\n" +
 	"\x0eCollectRequest\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\fR\x05nonce\x12\x14\n" +
 	"\x05uuids\x18\x02 \x03(\tR\x05uuids\"M\n" +
@@ -880,19 +918,23 @@ const file_plugins_contract_gpu_v1_gpu_proto_rawDesc = "" +
 	"\x05ready\x18\x01 \x01(\bR\x05ready\"\x12\n" +
 	"\x10SetReadyResponse\"$\n" +
 	"\fStateRequest\x12\x14\n" +
-	"\x05uuids\x18\x01 \x03(\tR\x05uuids\"\xaa\x01\n" +
+	"\x05uuids\x18\x01 \x03(\tR\x05uuids\"\xd1\x01\n" +
 	"\rStateResponse\x12\x17\n" +
 	"\acc_mode\x18\x01 \x01(\tR\x06ccMode\x12\x14\n" +
 	"\x05ready\x18\x02 \x01(\bR\x05ready\x12-\n" +
 	"\x12attacker_advantage\x18\x03 \x01(\x04R\x11attackerAdvantage\x12;\n" +
-	"\adevices\x18\x04 \x03(\v2!.coffer.plugin.gpu.v1.DeviceStateR\adevices\"\xf8\x01\n" +
+	"\adevices\x18\x04 \x03(\v2!.coffer.plugin.gpu.v1.DeviceStateR\adevices\x12%\n" +
+	"\x0edriver_version\x18\x05 \x01(\tR\rdriverVersion\"\xaf\x02\n" +
 	"\vDeviceState\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12*\n" +
 	"\x11used_memory_bytes\x18\x02 \x01(\x03R\x0fusedMemoryBytes\x124\n" +
 	"\x16protected_memory_bytes\x18\x03 \x01(\x03R\x14protectedMemoryBytes\x128\n" +
 	"\x18unprotected_memory_bytes\x18\x04 \x01(\x03R\x16unprotectedMemoryBytes\x12\x1c\n" +
 	"\tprocesses\x18\x05 \x01(\x05R\tprocesses\x12\x1b\n" +
-	"\tnear_node\x18\x06 \x01(\x05R\bnearNode\"\x96\x01\n" +
+	"\tnear_node\x18\x06 \x01(\x05R\bnearNode\x12\x16\n" +
+	"\x06faults\x18\a \x01(\x04R\x06faults\x12\x1d\n" +
+	"\n" +
+	"last_fault\x18\b \x01(\x04R\tlastFault\"\x96\x01\n" +
 	"\x0ePrepareRequest\x12\x14\n" +
 	"\x05uuids\x18\x01 \x03(\tR\x05uuids\x128\n" +
 	"\x18unprotected_memory_bytes\x18\x02 \x01(\x03R\x16unprotectedMemoryBytes\x124\n" +
