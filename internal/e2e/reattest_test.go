@@ -82,7 +82,7 @@ func TestReattest(t *testing.T) {
 	}
 	short := n.attests(t, "attests-at-an-error", "1", "8", "{every: 1m}")
 	stops := n.attests(t, "attests-and-stops", "0", "600", "{every: 2s}")
-	pauses := n.attests(t, "attests-and-pauses", "0", "8", "{every: 2s, within: 5m, onFailure: pause}")
+	pauses := n.attests(t, "attests-and-pauses", "0", "14", "{every: 2s, within: 5m, onFailure: pause}")
 	n.wait(t, short, "running", running)
 	gpus, err := emulate.Dial(ep.Emulator()).Do(t.Context(), emulate.Request{Op: emulate.OpGPUs})
 	if err != nil {
