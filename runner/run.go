@@ -17,6 +17,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -155,7 +157,7 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	box, err := a.Node.Create(ctx, sandbox.Request{
+	box, err := a.createSandbox(ctx, sandbox.Request{
 		JobID: j.id, Plan: j.plan, Image: j.image, ImageSignature: digestOfPart(j.signature), ImageSBOM: digestOfPart(j.sbom), GPUs: j.place.got, Env: j.env, Binds: binds, RunDir: j.runDir,
 		TraceSocket: filepath.Join(j.runDir, holdapi.TraceName),
 		Stdout:      filepath.Join(j.runDir, holdapi.StdoutName), Stderr: filepath.Join(j.runDir, holdapi.StderrName),
@@ -170,6 +172,20 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 		return nil, "", err
 	}
 	return &created{sandbox: box, holder: h}, a.Node.Profile().Runtime, nil
+}
+
+// createTries bounds how often one job creates its sandbox while containerd comes
+// and goes. Nothing has run, and what a try made is gone, when the next begins.
+const createTries = 5
+
+func (a *Agent) createSandbox(ctx context.Context, r sandbox.Request) (*sandbox.Sandbox, error) {
+	for try := 1; ; try++ {
+		box, err := a.Node.Create(ctx, r)
+		if !errdefs.IsUnavailable(err) || try == createTries || ctx.Err() != nil {
+			return box, err
+		}
+		a.log.WarnContext(ctx, "creating the sandbox again", "job", r.JobID, "error", err)
+	}
 }
 
 func (a *Agent) handInput(ctx context.Context, job string, h *holder.Holder, uri string, in plan.Input) error {

@@ -122,4 +122,23 @@ func TestStartsThatWereCutOff(t *testing.T) {
 	if err := other.Recheck(ctx, other.plan); err != nil {
 		t.Errorf("the other job is not what it was: %v", err)
 	}
+
+	// An order to start that the runtime carried out, and nobody heard of.
+	if began, err := other.began(ctx); began || err != nil {
+		t.Errorf("before it was started, it began: %v, %v", began, err)
+	}
+	if out, err := exec.Command(filepath.Join(other.runDir, wrapperName), "--root", filepath.Join(other.runDir, runscRoot, Namespace), "start", other.id).CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	if err := other.begin(ctx); err == nil {
+		t.Error("a start that nobody lost succeeds twice")
+	}
+	if err := other.beginAgain(ctx); err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-other.Exited():
+	case <-time.After(10 * time.Second):
+		t.Error("its end is not seen")
+	}
 }

@@ -441,8 +441,11 @@ func (s *Sandbox) Recheck(ctx context.Context, p plan.Plan) error {
 	if err != nil {
 		return err
 	}
-	held, err := s.container.Spec(ctx)
-	if err != nil {
+	var held *specs.Spec
+	if err := patient(ctx, awayFor, func() (err error) {
+		held, err = s.container.Spec(ctx)
+		return err
+	}); err != nil {
 		return fmt.Errorf("recheck sandbox: %w", err)
 	}
 	bundle, err := s.bundleSpec()
@@ -532,7 +535,7 @@ func (s *Sandbox) Pid() int { return int(s.task.Pid()) }
 
 // Start lets the container's first process run.
 func (s *Sandbox) Start(ctx context.Context) error {
-	if err := s.task.Start(ctx); err != nil {
+	if err := s.begin(ctx); err != nil {
 		return fmt.Errorf("start container: %w", err)
 	}
 	return nil
