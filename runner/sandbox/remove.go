@@ -76,11 +76,7 @@ func (n *Node) Forget(ctx context.Context, jobID, runDir string) error {
 		errs = append(errs, patient(ctx, awayFor, func() error { return remove(ctx, c) }))
 	}
 	errs = append(errs, n.forgetSnapshots(ctx, jobID), n.endShims(ctx, jobID))
-	// With --network=none runsc keeps a network namespace mounted in its root.
-	ns := filepath.Join(runDir, runscRoot, Namespace, "null-netns")
-	if err := unix.Unmount(ns, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-		errs = append(errs, fmt.Errorf("unmount %s: %w", ns, err))
-	}
+	errs = append(errs, dropSpec(runDir))
 	return errors.Join(errs...)
 }
 

@@ -7,7 +7,6 @@
 package sandbox
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha512"
 	"encoding/hex"
@@ -27,7 +26,6 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -43,7 +41,6 @@ const (
 	snapshotter = "overlayfs"
 	wrapperName = "runsc"
 	traceName   = "trace.json"
-	runscRoot   = "runsc-root"
 
 	// killTimeout is how long a killed sandbox may take to be gone.
 	killTimeout = 10 * time.Second
@@ -285,13 +282,14 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 	argv := append([]string{n.cfg.Runsc}, flags...)
 	argv = append(argv, "--pod-init-config="+traceFile)
 	wrapper := filepath.Join(r.RunDir, wrapperName)
-	if err := os.WriteFile(wrapper, wrapperScript(argv), 0o700); err != nil { //nolint:gosec // the shim executes it
+	if err := os.WriteFile(wrapper, wrapperScript(argv, configOf(r.RunDir)), 0o700); err != nil { //nolint:gosec // the shim executes it
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
 
-	redacted, err := redactEnv(spec, r.Plan)
+	shown := redactEnv(spec, r.Plan)
+	redacted, err := json.Marshal(shown)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("encode sandbox specification: %w", err)
 	}
 	d := plan.Sandbox{Version: plan.SandboxVersion, JobID: r.JobID, Image: r.Plan.Image, ImageSignature: r.ImageSignature, ImageSBOM: r.ImageSBOM, Profile: n.profile, Wrapper: argv, Trace: tc, Spec: redacted}
 	description, err := d.Canonical()
@@ -304,13 +302,16 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 			err = errors.Join(err, s.Remove(context.WithoutCancel(ctx)))
 		}
 	}()
+	if err = keepSpec(r.RunDir, spec); err != nil {
+		return nil, err
+	}
 	s.container, err = n.client.NewContainer(ctx, s.id,
 		containerd.WithImage(image), containerd.WithSnapshotter(snapshotter),
 		// A writable layer, because the runtime makes the mount points in it
 		// before the root becomes read-only to the job.
 		containerd.WithNewSnapshot(s.id, image),
-		containerd.WithRuntime(Shim, &options.Options{BinaryName: wrapper, Root: filepath.Join(r.RunDir, runscRoot)}),
-		containerd.WithSpec(spec))
+		containerd.WithRuntime(Shim, &options.Options{BinaryName: wrapper, Root: runtimeRoot(r.RunDir)}),
+		containerd.WithSpec(shown))
 	if err != nil {
 		return nil, fmt.Errorf("create container: %w", err)
 	}
@@ -364,19 +365,6 @@ func (s *Sandbox) watch(ctx context.Context) error {
 	return nil
 }
 
-// wrapperScript runs the runtime with the job's flags: containerd's runc shim
-// knows a binary's name, not its flags, and the runtime must not take flags from
-// the specification (--allow-flag-override stays off).
-func wrapperScript(argv []string) []byte {
-	var b bytes.Buffer
-	b.WriteString("#!/bin/sh\nexec")
-	for _, a := range argv {
-		b.WriteString(" '" + strings.ReplaceAll(a, "'", `'\''`) + "'")
-	}
-	b.WriteString(" \"$@\"\n")
-	return b.Bytes()
-}
-
 // pipes hands the holder's pipes to the shim. The agent reads neither: the
 // holder keeps the logs, and keeps them when the agent is gone.
 func pipes(stdout, stderr string) cio.Creator {
@@ -415,7 +403,7 @@ func (s *Sandbox) Recheck(ctx context.Context, p plan.Plan) error {
 	if err != nil {
 		return fmt.Errorf("recheck sandbox: %w", err)
 	}
-	equal("sandbox.flags", plan.Sum(wrapperScript(d.Wrapper)), plan.Sum(wrapper))
+	equal("sandbox.flags", plan.Sum(wrapperScript(d.Wrapper, configOf(s.runDir))), plan.Sum(wrapper))
 	tc, err := os.ReadFile(filepath.Join(s.runDir, traceName))
 	if err != nil {
 		return fmt.Errorf("recheck sandbox: %w", err)
@@ -452,82 +440,20 @@ func (s *Sandbox) Recheck(ctx context.Context, p plan.Plan) error {
 	if err != nil {
 		return err
 	}
-	for id, spec := range map[string]*specs.Spec{"sandbox.spec": held, "sandbox.bundle": bundle} {
-		got, err := describeSpec(spec, p)
-		if err != nil {
-			return err
-		}
-		equal(id, plan.Sum(wantSpec), got)
+	gotHeld, err := canonicalSpec(held)
+	if err != nil {
+		return err
 	}
+	equal("sandbox.spec", plan.Sum(wantSpec), plan.Sum(gotHeld))
+	gotBundle, err := describeSpec(bundle, p)
+	if err != nil {
+		return err
+	}
+	equal("sandbox.bundle", plan.Sum(wantSpec), gotBundle)
 	if len(l.Failed()) > 0 {
 		return check.Refuse("start", l)
 	}
 	return nil
-}
-
-func describeSpec(spec *specs.Spec, p plan.Plan) (plan.Digest, error) {
-	if spec.Process == nil || len(spec.Process.Env) < len(p.Env) {
-		return plan.Sum(nil), nil
-	}
-	values := spec.Process.Env[len(spec.Process.Env)-len(p.Env):]
-	for i, kv := range values {
-		name, value, _ := strings.Cut(kv, "=")
-		if name != p.Env[i].Name || plan.Sum([]byte(value)) != p.Env[i].ValueDigest {
-			return plan.Sum(nil), nil
-		}
-	}
-	redacted, err := redactEnv(spec, p)
-	if err != nil {
-		return "", err
-	}
-	c, err := plan.Canonical(redacted)
-	if err != nil {
-		return "", err
-	}
-	return plan.Sum(c), nil
-}
-
-// bundleSpec reads config.json of the runtime bundle, by way of the task's
-// working directory, which the shim makes its own.
-func (s *Sandbox) bundleSpec() (*specs.Spec, error) {
-	dir, err := s.bundleDir()
-	if err != nil {
-		return nil, err
-	}
-	b, err := os.ReadFile(filepath.Join(dir, "config.json"))
-	if err != nil {
-		return nil, fmt.Errorf("recheck sandbox: %w", err)
-	}
-	var spec specs.Spec
-	if err := json.Unmarshal(b, &spec); err != nil {
-		return nil, fmt.Errorf("recheck sandbox: runtime bundle: %w", err)
-	}
-	// containerd writes the snapshot's place into the bundle.
-	if spec.Root != nil {
-		spec.Root.Path = "rootfs"
-	}
-	return &spec, nil
-}
-
-// bundleDir finds the bundle from runsc's own record of the container, which
-// names the folder that it was created from.
-func (s *Sandbox) bundleDir() (string, error) {
-	root := filepath.Join(s.runDir, runscRoot, Namespace)
-	matches, err := filepath.Glob(filepath.Join(root, s.id+"*.state"))
-	if err != nil || len(matches) != 1 {
-		return "", fmt.Errorf("recheck sandbox: %d state files of the runtime in %s, want 1", len(matches), root)
-	}
-	b, err := os.ReadFile(matches[0])
-	if err != nil {
-		return "", fmt.Errorf("recheck sandbox: %w", err)
-	}
-	var state struct {
-		BundleDir string `json:"bundleDir"`
-	}
-	if err := json.Unmarshal(b, &state); err != nil || state.BundleDir == "" {
-		return "", errors.New("recheck sandbox: the runtime's state names no bundle")
-	}
-	return state.BundleDir, nil
 }
 
 // Pid returns the process of the sandbox.

@@ -1,11 +1,13 @@
 package sandbox
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -17,6 +19,7 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"golang.org/x/sys/unix"
 
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -260,6 +263,7 @@ func TestJobSeesOnlyWhatItWasGiven(t *testing.T) {
 	if err := j.Recheck(t.Context(), j.plan); err != nil {
 		t.Fatalf("an untouched sandbox does not pass: %v", err)
 	}
+	valueOnlyInMemory(t, n, j)
 	select {
 	case <-j.traced:
 		t.Error("the trace shows a start before the start")
@@ -325,6 +329,47 @@ func TestJobSeesOnlyWhatItWasGiven(t *testing.T) {
 	t.Logf("inside: %s", out)
 }
 
+// valueOnlyInMemory looks for the variable's value in all that containerd and the job
+// have on a disk, and finds it where the runtime has it.
+func valueOnlyInMemory(t *testing.T, n *Node, j *job) {
+	t.Helper()
+	var st unix.Statfs_t
+	if err := unix.Statfs(memoryOf(j.runDir), &st); err != nil || st.Type != unix.RAMFS_MAGIC {
+		t.Errorf("the runtime's folder is on a file system of type %#x, %v", st.Type, err)
+	}
+	files, inside := 0, 0
+	for _, dir := range []string{filepath.Dir(n.cfg.Containerd), j.runDir} {
+		if err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			switch {
+			case err != nil:
+				return err
+			case d.IsDir() && (d.Name() == "io.containerd.snapshotter.v1.overlayfs" || d.Name() == "io.containerd.content.v1.content" || d.Name() == "rootfs"):
+				return fs.SkipDir // the image
+			case !d.Type().IsRegular() || d.Name() == "null-netns":
+				return nil
+			}
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			files++
+			if !bytes.Contains(b, []byte("value-of-the-variable")) {
+				return nil
+			}
+			if !strings.HasPrefix(path, memoryOf(j.runDir)+"/") {
+				t.Errorf("the variable's value lies in %s", path)
+			}
+			inside++
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if inside == 0 || files < 10 {
+		t.Errorf("of %d files %d have the value: the search proves nothing", files, inside)
+	}
+}
+
 func TestRecheckNamesWhatChanged(t *testing.T) {
 	n := startContainerd(t)
 	j := n.testJob(t, "recheck", "/usr/bin/python3", "-c", "pass")
@@ -355,7 +400,8 @@ func TestRecheckNamesWhatChanged(t *testing.T) {
 	}{
 		{"network switched on", "sandbox.flags", swap(filepath.Join(j.runDir, wrapperName), "--network=none", "--network=host")},
 		{"a trace point taken out", "sandbox.trace", swap(filepath.Join(j.runDir, traceName), "sentry/execve", "sentry/other")},
-		{"another user in the runtime's bundle", "sandbox.bundle", swap(filepath.Join(bundle, "config.json"), "65532", "0")},
+		{"another user in the runtime's bundle", "sandbox.bundle", swap(filepath.Join(bundle, configName), "65532", "0")},
+		{"another value in the runtime's bundle", "sandbox.bundle", swap(filepath.Join(bundle, configName), "value-of-the-variable", "value-of-my-own")},
 		{"another runtime", "sandbox.runtime", func(t *testing.T) {
 			old := n.cfg.Runsc
 			n.cfg.Runsc = "/bin/true"

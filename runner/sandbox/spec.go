@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -92,23 +91,6 @@ func buildSpec(p plan.Plan, env []string, binds []Bind, network *Network, cgroup
 		network.enter(s)
 	}
 	return s, nil
-}
-
-// redactEnv returns the specification with environment values replaced by their
-// digests: the description of a sandbox is evidence and is shown to people.
-func redactEnv(spec *specs.Spec, p plan.Plan) (json.RawMessage, error) {
-	c := *spec
-	proc := *spec.Process
-	proc.Env = slices.Clone(proc.Env[:len(proc.Env)-len(p.Env)])
-	for _, e := range p.Env {
-		proc.Env = append(proc.Env, e.Name+"="+string(e.ValueDigest))
-	}
-	c.Process = &proc
-	b, err := json.Marshal(c)
-	if err != nil {
-		return nil, fmt.Errorf("encode sandbox specification: %w", err)
-	}
-	return b, nil
 }
 
 // traceConfig is runsc's --pod-init-config: what the holder is told of.
