@@ -247,7 +247,7 @@ func (j *Journal) Keep(ctx context.Context, id, name string, data any) error {
 		return fmt.Errorf("journal %s: %w", name, err)
 	}
 	err = j.update(ctx, j.db, id, `UPDATE entries SET at = ?, data = ? WHERE stage = ? AND job = ?`, time.Now().UnixNano(), b, name, id)
-	if errors.Is(err, ErrNotFound) {
+	if errors.Is(err, ErrConflict) {
 		return j.Leave(ctx, id, name, data)
 	}
 	return err

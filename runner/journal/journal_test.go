@@ -32,6 +32,28 @@ func job(id, key, file string) Job {
 	}
 }
 
+func TestKeepTakesThePlaceOfWhatWasKept(t *testing.T) {
+	j, ctx := open(t, filepath.Join(t.TempDir(), "j")), t.Context()
+	if _, _, err := j.Submit(ctx, job("1", "", "f")); err != nil {
+		t.Fatal(err)
+	}
+	var got int
+	if err := j.Entry(ctx, "1", "x", &got); !errors.Is(err, ErrNotFound) {
+		t.Errorf("before: %v", err)
+	}
+	for want := range 3 {
+		if err := j.Keep(ctx, "1", "x", want); err != nil {
+			t.Fatal(err)
+		}
+		if err := j.Entry(ctx, "1", "x", &got); err != nil || got != want {
+			t.Errorf("kept %d, got %d, %v", want, got, err)
+		}
+	}
+	if err := j.Keep(ctx, "9", "x", 1); !errors.Is(err, ErrConflict) {
+		t.Errorf("of an unknown job: %v", err)
+	}
+}
+
 func TestSubmitIsIdempotentPerSubmitter(t *testing.T) {
 	j, ctx := open(t, filepath.Join(t.TempDir(), "j")), t.Context()
 	if _, created, err := j.Submit(ctx, job("1", "k", "f")); err != nil || !created {
