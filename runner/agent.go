@@ -223,6 +223,7 @@ type Job struct {
 	anchors     *anchors
 	metrics     metrics
 	watching    watching
+	reported    reported
 	traceLost   chan struct{} // closed by the event pump, also when it fails
 	finished    chan struct{} // closed by conclude
 }

@@ -124,8 +124,8 @@ func (f *feed) add(ctx context.Context, e *agentv1.WatchResponse) error {
 	f.mu.Lock()
 	f.put(e, now)
 	f.mu.Unlock()
-	// What passes is not written down: log lines, and where a job waits.
-	if e.GetQueue() != nil {
+	// What passes is not written down: log lines, where a job waits, and numbers.
+	if e.GetQueue() != nil || e.GetMetrics() != nil {
 		return nil
 	}
 	b, err := proto.Marshal(e)
@@ -168,7 +168,7 @@ const (
 	maxFeedBytes = 16 << 20
 )
 
-// trim drops the oldest log lines when there is too much; the journal has
+// trim drops the oldest log lines and numbers when there is too much; the journal has
 // everything else. Watchers hold parts of the old slice, so it makes a new one.
 // f.mu is held.
 func (f *feed) trim() {
@@ -178,7 +178,7 @@ func (f *feed) trim() {
 	kept := make([]*agentv1.WatchResponse, 0, len(f.events))
 	events, bytes := len(f.events), f.bytes
 	for _, e := range f.events {
-		if l := e.GetLog(); l != nil && (events > maxFeed*3/4 || bytes > maxFeedBytes*3/4) {
+		if l := e.GetLog(); (l != nil || e.GetMetrics() != nil) && (events > maxFeed*3/4 || bytes > maxFeedBytes*3/4) {
 			events--
 			bytes -= len(l.GetData())
 			delete(f.refs, e.GetSequence())

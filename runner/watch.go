@@ -167,6 +167,13 @@ func (a *Agent) pump(j *Job) {
 			follow()
 		})
 	}
+	if j.plan.Output.Metrics != nil {
+		j.pumps.Go(func() {
+			if err := a.pumpReported(ctx, j); err != nil && ctx.Err() == nil {
+				a.log.WarnContext(ctx, "follow the metrics", slog.String("job", j.id), slog.Any("error", err))
+			}
+		})
+	}
 	j.pumps.Go(func() {
 		if err := a.pumpEvents(ctx, j); err != nil && ctx.Err() == nil {
 			a.log.WarnContext(ctx, "follow events", slog.String("job", j.id), slog.Any("error", err))

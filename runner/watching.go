@@ -43,6 +43,8 @@ type watching struct {
 	seen uint64 // number of the last event of the trace that was looked at
 	// skip counts output that an earlier agent looked at, and cut what was cut.
 	skip, cut int64
+	// told of what was cut, of the output in bytes and of the metrics in values.
+	cutTold, metricsCutTold int64
 	// sent is what each connection had sent when it was looked at; nil for a job that
 	// was taken up and whose gateway has not been asked.
 	sent []int64
@@ -116,6 +118,13 @@ func (j *Job) restoreFinding(e *agentv1.AlertEvent, unixNano int64) {
 	if e.GetTraceSequence() != 0 {
 		w.told[findingKey(e.GetRule(), e.GetTraceSequence())] = true
 	}
+	switch rules.Kind(e.GetKind()) {
+	case rules.OutputCut:
+		w.cutTold = e.GetBytes()
+	case rules.MetricsCut:
+		w.metricsCutTold = e.GetBytes()
+	default:
+	}
 	if e.GetAction() == string(rules.Stop) && e.GetKind() != string(rules.TraceLost) && w.stop == nil {
 		w.stop = &ruleError{id: e.GetRule(), says: e.GetSays()}
 	}
@@ -153,6 +162,22 @@ func (a *Agent) lookAtOutput(ctx context.Context, j *Job, n int, cut int64) {
 	w.mu.Unlock()
 	if bytes > 0 {
 		a.find(ctx, j, rules.Event{Kind: rules.Output, At: time.Now(), Bytes: bytes}, 0)
+	}
+	a.lookAtCut(ctx, j, rules.OutputCut, &w.cutTold, cut)
+}
+
+// lookAtCut holds it against the rules that something was cut. told is where w keeps how
+// much of it the rules know.
+func (a *Agent) lookAtCut(ctx context.Context, j *Job, kind rules.Kind, told *int64, cut int64) {
+	w := &j.watching
+	w.mu.Lock()
+	more := cut > 0 && cut >= 2**told
+	if more {
+		*told = cut
+	}
+	w.mu.Unlock()
+	if more {
+		a.find(ctx, j, rules.Event{Kind: kind, At: time.Now(), Bytes: cut}, 0)
 	}
 }
 

@@ -3,8 +3,10 @@ package runner
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -165,8 +167,79 @@ func TestOutputThatWasCutCounts(t *testing.T) {
 	a, j, _ := watched(t)
 	a.lookAtOutput(t.Context(), j, 1000, 4<<20)
 	a.lookAtOutput(t.Context(), j, 1000, 4<<20)
-	if n := len(j.watching.found.Findings); n != 1 || j.watching.found.Findings[0].Rule != "burst-of-output" {
-		t.Errorf("%+v", j.watching.found.Findings)
+	if got := foundBy(j); got != "burst-of-output 4195304, output-cut 4194304" {
+		t.Errorf("%s", got)
+	}
+	// Again when it has doubled, by whichever agent.
+	j.watching.cut = 5 << 20
+	a.lookAtOutput(t.Context(), j, 0, 5<<20)
+	_, k, _ := watched(t)
+	k.watching = watching{adopted: true}
+	told, _, _ := j.feed.after(0)
+	for _, e := range told {
+		k.restoreFinding(e.GetAlert(), e.GetTimeUnixNano())
+	}
+	a.beginWatching(t.Context(), k)
+	k.watching.cut = 5 << 20
+	a.lookAtOutput(t.Context(), k, 0, 5<<20)
+	if got := foundBy(k); got != foundBy(j) || got != "burst-of-output 4195304, output-cut 4194304" {
+		t.Errorf("told anew: %s", got)
+	}
+	k.watching.cut = 8 << 20
+	a.lookAtOutput(t.Context(), k, 0, 8<<20)
+	if got := foundBy(k); got != foundBy(j)+", output-cut 8388608" {
+		t.Errorf("%s", got)
+	}
+}
+
+func foundBy(j *Job) string {
+	var out []string
+	for _, f := range j.watching.found.Findings {
+		out = append(out, fmt.Sprintf("%s %d", f.Rule, f.Bytes))
+	}
+	return strings.Join(out, ", ")
+}
+
+func TestNumbersAreToldWhileTheJobRuns(t *testing.T) {
+	a, j, ctx := watched(t)
+	loss := bundle.Metric{Name: "loss", Count: 2, Last: 1, Min: 1, Max: 2}
+	for range 2 {
+		a.sawReported(t.Context(), j, bundle.Metrics{Values: []bundle.Metric{loss}})
+	}
+	events, _, _ := j.feed.after(0)
+	if len(events) != 1 || len(events[0].GetMetrics().GetMetrics()) != 1 || events[0].GetMetrics().GetMetrics()[0].GetLast() != 1 {
+		t.Fatalf("%v", events)
+	}
+	for _, cut := range []int64{3, 3, 5, 6} {
+		a.sawReported(t.Context(), j, bundle.Metrics{Values: []bundle.Metric{loss}, Cut: cut})
+	}
+	if got := foundBy(j); got != "metrics-cut 3, metrics-cut 6" || ctx.Err() != nil {
+		t.Errorf("%s, %v", got, context.Cause(ctx))
+	}
+	a.live = map[string]*Job{j.id: j}
+	if m, err := a.Reported(t.Context(), j.id); err != nil || m.Cut != 6 || len(m.Values) != 1 {
+		t.Errorf("%+v, %v", m, err)
+	}
+	// Numbers pass: the journal has the two alerts. It knows no such job, so they are owed.
+	if n := len(j.feed.owed); n != 2 {
+		t.Errorf("%d events are for the journal", n)
+	}
+	a.live = nil
+	if m, err := a.Reported(t.Context(), j.id); err != nil || len(m.Values) != 0 {
+		t.Errorf("%+v, %v", m, err)
+	}
+}
+
+// What passes gives way to what is kept.
+func TestNumbersAreTrimmed(t *testing.T) {
+	_, j, _ := watched(t)
+	for range maxFeed + 10 {
+		j.feed.mu.Lock()
+		j.feed.put(&agentv1.WatchResponse{Event: &agentv1.WatchResponse_Metrics{Metrics: &agentv1.MetricsEvent{}}}, time.Unix(1, 0))
+		j.feed.mu.Unlock()
+	}
+	if n := len(j.feed.events); n > maxFeed {
+		t.Errorf("%d events are kept in memory", n)
 	}
 }
 

@@ -140,8 +140,15 @@ type eventView struct {
 	Queue      map[string]any `json:"queue,omitempty"`
 	Egress     map[string]any `json:"egress,omitempty"`
 	Alert      map[string]any `json:"alert,omitempty"`
+	Metrics    *metricsView   `json:"metrics,omitempty"`
 	// Dropped is what a job printed beyond its plan so far, in bytes.
 	Dropped int64 `json:"dropped,omitempty"`
+}
+
+type metricsView struct {
+	Values []metricView `json:"values"`
+	// Cut is how many more were reported than the plan allows.
+	Cut int64 `json:"cut"`
 }
 
 type stageView struct {
@@ -191,6 +198,8 @@ func viewEvent(e *agentv1.WatchResponse) eventView {
 		}
 	case e.GetQueue() != nil:
 		v.Kind, v.Queue = "queue", map[string]any{"position": e.GetQueue().GetPosition(), "waitsFor": e.GetQueue().GetWaitsFor()}
+	case e.GetMetrics() != nil:
+		v.Kind, v.Metrics = "metrics", &metricsView{viewMetrics(e.GetMetrics().GetMetrics()), e.GetMetrics().GetCut()}
 	case e.GetLogCut() != nil:
 		v.Kind, v.Dropped = "logCut", e.GetLogCut().GetBytes()
 	case e.GetAlert() != nil:

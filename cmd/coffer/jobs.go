@@ -79,6 +79,26 @@ type jobView struct {
 	// Stopping is why a running job was told to stop.
 	Stopping string     `json:"stopping,omitempty"`
 	Failed   check.List `json:"failedChecks,omitempty"`
+	// Metrics are the numbers that the job reported, in the plan's order; MetricsCut is
+	// how many more it reported than the plan allows.
+	Metrics    []metricView `json:"metrics,omitempty"`
+	MetricsCut int64        `json:"metricsCut,omitempty"`
+}
+
+type metricView struct {
+	Name  string  `json:"name"`
+	Count int64   `json:"count"`
+	Last  float64 `json:"last"`
+	Min   float64 `json:"min"`
+	Max   float64 `json:"max"`
+}
+
+func viewMetrics(ms []*agentv1.Metric) []metricView {
+	var out []metricView
+	for _, m := range ms {
+		out = append(out, metricView{m.GetName(), m.GetCount(), m.GetLast(), m.GetMin(), m.GetMax()})
+	}
+	return out
 }
 
 func stamp(unix int64) *time.Time {
@@ -96,6 +116,7 @@ func viewJob(j *agentv1.Job) jobView {
 		ExitCode: j.GetExitCode(), Submitter: j.GetSubmitter(), LeaseUntil: stamp(j.GetLeaseUntilUnix()), Attested: stamp(j.GetAttestedUnix()), Attests: stamp(j.GetAttestsUnix()), Paused: j.GetPaused(), Stopping: j.GetStopping(), Failed: failedChecks(j),
 		Attempt: j.GetAttempt(), RetryOf: j.GetRetryOf(), RetriedAs: j.GetRetriedAs(), Priority: j.GetPriority(),
 		QueuePosition: j.GetQueuePosition(), WaitsFor: j.GetWaitsFor(), NotBefore: stamp(j.GetNotBeforeUnix()),
+		Metrics: viewMetrics(j.GetMetrics()), MetricsCut: j.GetMetricsCut(),
 	}
 }
 
@@ -182,6 +203,12 @@ func (c *cli) statusCmd() *cobra.Command {
 		rows = append(rows, []string{"submitter", orDash(j.GetSubmitter())}, []string{"submitted", clock(j.GetSubmittedUnix())}, []string{"ended", clock(j.GetEndedUnix())})
 		if s := j.GetState(); s == stateSucceeded || s == stateFailed {
 			rows = append(rows, []string{"exit code", strconv.Itoa(int(j.GetExitCode()))})
+		}
+		for _, m := range j.GetMetrics() {
+			rows = append(rows, []string{"metric", fmt.Sprintf("%s %.6g, least %.6g, most %.6g, of %d", clean(m.GetName()), m.GetLast(), m.GetMin(), m.GetMax(), m.GetCount())})
+		}
+		if n := j.GetMetricsCut(); n > 0 {
+			rows = append(rows, []string{"metrics cut", fmt.Sprintf("%d values beyond what the plan allows", n)})
 		}
 		if err := table(c.stdout, rows...); err != nil {
 			return err

@@ -608,6 +608,10 @@ func TestAttacks(t *testing.T) {
 	for _, row := range extraRows {
 		fmt.Fprintf(&table, "| %s | %s | %s | `%s` |\n", row[0], row[1], row[2], row[3])
 	}
+	table.WriteString(insideHead)
+	for _, row := range insideRows {
+		fmt.Fprintf(&table, "| %s | %s | %s |\n", row[0], row[1], row[2])
+	}
 	const doc = "../../docs/attacks.md"
 	if *update {
 		if err := os.WriteFile(doc, []byte(table.String()), 0o644); err != nil {
@@ -643,4 +647,22 @@ var extraRows = [][4]string{
 	{"broker cut off", "keeps a running job's renewals from the broker (TestBrokerAwayLongerThanTheLease)", "run", "lease-lapsed"},
 	{"holder paused", "stops the holder for longer than the lease and lets it go on, with a read and an open waiting (TestPausedHolder)", "run", "lease-lapsed"},
 	{"operator's exec into the job", "is recorded by the trace and fails the bundle (TestOperatorExecIsSeen)", "bundle", "trace.operator"},
+}
+
+// insideHead and insideRows are what a job tries that has its keys, and what somebody
+// tries who has the disk. Each names the test that tries it.
+const insideHead = `
+## From inside a job, and on the disk
+
+| attack | what comes of it | tried in |
+|---|---|---|
+`
+
+var insideRows = [][3]string{
+	{"a job prints its weights, 814,421 bytes, to its log", "65,536 bytes get out, which is `logBytes` of its plan; the rest is cut, counted and alerted (`output-cut`)", "`TestJobPrintsItsWeights`"},
+	{"the same job puts them into its metrics, 6 bytes a number", "50 numbers get out, which is `maxValues` of its plan; the rest is cut, counted and alerted (`metrics-cut`)", "`TestJobPrintsItsWeights`"},
+	{"the same job puts them into its exit code", "1 bit gets out, with `exitCodes: pass-fail`", "`TestJobPrintsItsWeights`"},
+	{"whoever has the disk looks for the value of a variable, while the job runs and after it", "it is in the runtime's memory alone", "`TestValuesStayWithTheJob`"},
+	{"whoever has the disk looks for a secret or for weights", "they are nowhere", "`TestValuesStayWithTheJob`, `TestNoPlaintextAtRest`"},
+	{"a job fills shared memory", "it gets the bytes of `resources.shm` and no more", "`TestJobSeesOnlyWhatItWasGiven`"},
 }

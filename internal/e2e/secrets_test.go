@@ -3,11 +3,13 @@ package e2e
 import (
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -34,7 +36,7 @@ time.sleep(2)
 sys.exit(75)
 `
 
-// A variable's value and a secret are with the job and nowhere else, the plan's
+// A variable's value and a secret are with the job, in memory, and nowhere else, the plan's
 // metrics are in its record, and of the exit code whether it is 0.
 func TestValuesStayWithTheJob(t *testing.T) {
 	n := need(t)
@@ -66,10 +68,10 @@ output: {exitCodes: pass-fail, metrics: {names: [loss, step], maxValues: 50, val
 		return strings.Contains(path, "io.containerd.snapshotter") || strings.Contains(path, "io.containerd.content") || filepath.Base(path) == "rootfs" ||
 			strings.HasPrefix(path, n.layout.Jobs()) && (filepath.Base(path) == "inputs" || filepath.Base(path) == "checkpoints")
 	}
-	// The runtime has variables in the specification that it starts from.
+	// The runtime has variables in the specification that it starts from, in memory.
 	outside := func(hits []string) (out []string) {
 		for _, h := range hits {
-			if !strings.Contains(h, "containerd") && !strings.Contains(h, "/runsc-root/") {
+			if !strings.Contains(h, n.layout.Jobs()) || !strings.Contains(h, "/runtime/") {
 				out = append(out, h)
 			}
 		}
@@ -95,7 +97,7 @@ output: {exitCodes: pass-fail, metrics: {names: [loss, step], maxValues: 50, val
 	if want := "env " + sum(variable) + " secret " + sum(secret) + " mode 0o400\n"; !strings.HasPrefix(printed, want) {
 		t.Errorf("the job has %q, want %q", printed[:min(len(printed), 200)], want)
 	}
-	if hits := append(n.scan(t, everywhere, secretAt, skip), outside(n.scan(t, everywhere, variableAt, skip))...); len(hits) > 0 {
+	if hits := append(n.scan(t, everywhere, secretAt, skip), n.scan(t, everywhere, variableAt, skip)...); len(hits) > 0 {
 		t.Errorf("after the job, there is %v", hits)
 	}
 
@@ -129,8 +131,62 @@ output: {exitCodes: pass-fail, metrics: {names: [loss, step], maxValues: 50, val
 	if m := status.Metrics; m == nil || m.Cut != 10 || len(m.Values) != 2 || m.Values[0].Name != "loss" || m.Values[0].Max != 3 || m.Values[0].Count+m.Values[1].Count != 50 || m.Values[1].Last != 24 {
 		t.Errorf("the record has the metrics %+v", status.Metrics)
 	}
+	if got := n.must(t, "status", id); !strings.Contains(got, "step 24, least 0, most 24, of 25") || !strings.Contains(got, "10 values beyond what the plan allows") || !strings.Contains(events, `"kind":"metrics"`) {
+		t.Errorf("the numbers are not shown:\n%s", got)
+	}
 	// A job that failed has a record that holds.
 	if out, err := n.verify(t, file, true); err != nil || !strings.Contains(out, "metrics.budget") || !strings.Contains(out, "outcome.exit-code") {
 		t.Errorf("the record does not verify: %v\n%s", err, out)
 	}
+}
+
+const printing = `
+import base64, json, struct, sys
+weights = open("/inputs/model/model.safetensors", "rb").read()
+sys.stdout.write(base64.b64encode(weights).decode() + "\n")
+for i in range(0, 800, 8):
+    print(json.dumps({"w": struct.unpack("<d", weights[i:i+6] + b"\xf0\x3f")[0]}))
+sys.exit(weights[0] or 2)
+`
+
+// A job that means to give away its weights does so within the bounds that people
+// approved, and not beyond: the row of the attacks.
+func TestJobPrintsItsWeights(t *testing.T) {
+	n := need(t)
+	job := n.small(t, "printing", printing, "output: {logBytes: 65536, logBytesPerSecond: 65536, exitCodes: pass-fail, metrics: {names: [w], maxValues: 50, valuesPerSecond: 50}}\n")
+	b, err := os.ReadFile(job)
+	if err != nil {
+		t.Fatal(err)
+	}
+	with := strings.Replace(string(b), "inputs: []\n", fmt.Sprintf("inputs: [{name: model, asset: model, uri: %q, mount: /inputs/model}]\n", "file://"+n.model), 1)
+	if err := os.WriteFile(job, []byte(with), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.must(t, "grant", "create", "--plan", n.planDigest(t, job), "--asset", "model", "--allow-simulated", "--releases", "1")
+	id := n.submit(t, job)
+	n.wait(t, id, "ended", ended)
+	out, encoded := n.log(t, id, 0, false), base64.StdEncoding.EncodeToString(n.weights)
+	record, _ := n.bundleOf(t, id)
+	status, err := bundle.Decode[bundle.Status](record.Parts[bundle.HolderStatus])
+	if err != nil {
+		t.Fatal(err)
+	}
+	printed := int64(len(encoded)) + 1
+	if size := fmt.Sprintf("%d,%03d bytes", len(n.weights)/1000, len(n.weights)%1000); !strings.Contains(insideRows[0][0], size) {
+		t.Errorf("the row of the attacks is not about %s", size)
+	}
+	if out != encoded[:min(len(out), len(encoded))] || len(out) != 65536 || status.LogBytes != 65536 || status.LogBytes+status.LogCut < printed {
+		t.Errorf("of %d bytes of weights the log has %d, %d kept and %d cut", len(n.weights), len(out), status.LogBytes, status.LogCut)
+	}
+	if m := status.Metrics; m == nil || len(m.Values) != 1 || m.Values[0].Count != 50 || m.Cut != 50 {
+		t.Errorf("as numbers: %+v", status.Metrics)
+	}
+	if code := n.job(t, id).GetExitCode(); code != 1 {
+		t.Errorf("by the exit code: %d", code)
+	}
+	a, _ := n.alertsOf(t, id)
+	if got := rulesOf(a); !slices.Contains(got, "output-cut") || !slices.Contains(got, "metrics-cut") {
+		t.Errorf("people are alerted of %v", got)
+	}
+	t.Logf("of %d bytes of weights %d got out by the log, %d by metrics, and 1 bit by the exit code", len(n.weights), status.LogBytes, 8*status.Metrics.Values[0].Count)
 }

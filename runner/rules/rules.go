@@ -52,11 +52,16 @@ const (
 	Sent Kind = "sent"
 	// Output is what the job printed: Bytes.
 	Output Kind = "output"
+	// OutputCut is output beyond the plan's bounds, MetricsCut numbers beyond them: Bytes
+	// is how much, or how many, were cut so far. Both come when it begins and each time
+	// it has doubled.
+	OutputCut  Kind = "output-cut"
+	MetricsCut Kind = "metrics-cut"
 	// TraceLost is the end of the trace before the end of the job.
 	TraceLost Kind = "trace-lost"
 )
 
-var kinds = []Kind{Exec, OperatorExec, Open, Connect, Ptrace, Sent, Output, TraceLost}
+var kinds = []Kind{Exec, OperatorExec, Open, Connect, Ptrace, Sent, Output, OutputCut, MetricsCut, TraceLost}
 
 // Action is what a rule asks for. They are ordered: later is stronger.
 type Action string

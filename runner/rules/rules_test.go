@@ -65,6 +65,8 @@ func TestShippedRules(t *testing.T) {
 		{"a large upload", Event{Kind: Sent, Bytes: 300 << 20, At: at}, "burst-to-network", Alert},
 		{"a small upload", Event{Kind: Sent, Bytes: 200 << 20, At: at}, "", ""},
 		{"much output", Event{Kind: Output, Bytes: 5 << 20, At: at}, "burst-of-output", Alert},
+		{"output beyond the plan", Event{Kind: OutputCut, Bytes: 1, At: at}, "output-cut", Alert},
+		{"numbers beyond the plan", Event{Kind: MetricsCut, Bytes: 1, At: at}, "metrics-cut", Alert},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

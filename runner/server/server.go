@@ -261,7 +261,16 @@ func (s *server) Get(ctx context.Context, r *connect.Request[agentv1.GetRequest]
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&agentv1.GetResponse{Job: s.describe(row)}), nil
+	j := s.describe(row)
+	// What a job reports is its output.
+	if c := callerOf(ctx); !c.ofOwnOnly(agentv1connect.AgentServiceWatchProcedure) || c.Principal == row.Submitter {
+		m, err := s.agent.Reported(ctx, row.ID)
+		if err != nil {
+			return nil, err
+		}
+		j.Metrics, j.MetricsCut = runner.Metrics(m), m.Cut
+	}
+	return connect.NewResponse(&agentv1.GetResponse{Job: j}), nil
 }
 
 func (s *server) List(ctx context.Context, r *connect.Request[agentv1.ListRequest]) (*connect.Response[agentv1.ListResponse], error) {

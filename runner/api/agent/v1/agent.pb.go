@@ -365,7 +365,12 @@ type Job struct {
 	AttestedUnix int64 `protobuf:"varint,40,opt,name=attested_unix,json=attestedUnix,proto3" json:"attested_unix,omitempty"`
 	AttestsUnix  int64 `protobuf:"varint,41,opt,name=attests_unix,json=attestsUnix,proto3" json:"attests_unix,omitempty"`
 	// Whether it is frozen because its last attestation was refused.
-	Paused        bool `protobuf:"varint,42,opt,name=paused,proto3" json:"paused,omitempty"`
+	Paused bool `protobuf:"varint,42,opt,name=paused,proto3" json:"paused,omitempty"`
+	// Of a running job whose plan has metrics: the numbers that it reported so far, in the
+	// plan's order, and how many more it reported than the plan allows. Of one that has
+	// ended its record has them.
+	Metrics       []*Metric `protobuf:"bytes,50,rep,name=metrics,proto3" json:"metrics,omitempty"`
+	MetricsCut    int64     `protobuf:"varint,51,opt,name=metrics_cut,json=metricsCut,proto3" json:"metrics_cut,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -575,6 +580,97 @@ func (x *Job) GetPaused() bool {
 	return false
 }
 
+func (x *Job) GetMetrics() []*Metric {
+	if x != nil {
+		return x.Metrics
+	}
+	return nil
+}
+
+func (x *Job) GetMetricsCut() int64 {
+	if x != nil {
+		return x.MetricsCut
+	}
+	return 0
+}
+
+// Metric is what a job reported under one name of its plan's metrics.
+type Metric struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Count         int64                  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	Last          float64                `protobuf:"fixed64,3,opt,name=last,proto3" json:"last,omitempty"`
+	Min           float64                `protobuf:"fixed64,4,opt,name=min,proto3" json:"min,omitempty"`
+	Max           float64                `protobuf:"fixed64,5,opt,name=max,proto3" json:"max,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Metric) Reset() {
+	*x = Metric{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Metric) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Metric) ProtoMessage() {}
+
+func (x *Metric) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Metric.ProtoReflect.Descriptor instead.
+func (*Metric) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Metric) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Metric) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *Metric) GetLast() float64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+func (x *Metric) GetMin() float64 {
+	if x != nil {
+		return x.Min
+	}
+	return 0
+}
+
+func (x *Metric) GetMax() float64 {
+	if x != nil {
+		return x.Max
+	}
+	return 0
+}
+
 // Check is something that was looked at and did not hold.
 type Check struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -592,7 +688,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -604,7 +700,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[6]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -617,7 +713,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Check) GetId() string {
@@ -664,7 +760,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -676,7 +772,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -689,7 +785,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *GetRequest) GetId() string {
@@ -708,7 +804,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -720,7 +816,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -733,7 +829,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetResponse) GetJob() *Job {
@@ -758,7 +854,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -770,7 +866,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -783,7 +879,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListRequest) GetPageSize() int32 {
@@ -818,7 +914,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -830,7 +926,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -843,7 +939,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListResponse) GetJobs() []*Job {
@@ -871,7 +967,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -883,7 +979,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -896,7 +992,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WatchRequest) GetId() string {
@@ -931,6 +1027,7 @@ type WatchResponse struct {
 	//	*WatchResponse_Egress
 	//	*WatchResponse_Alert
 	//	*WatchResponse_Reattest
+	//	*WatchResponse_Metrics
 	Event         isWatchResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -938,7 +1035,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -950,7 +1047,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,7 +1060,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchResponse) GetSequence() uint64 {
@@ -1077,6 +1174,15 @@ func (x *WatchResponse) GetReattest() *ReattestEvent {
 	return nil
 }
 
+func (x *WatchResponse) GetMetrics() *MetricsEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Metrics); ok {
+			return x.Metrics
+		}
+	}
+	return nil
+}
+
 type isWatchResponse_Event interface {
 	isWatchResponse_Event()
 }
@@ -1121,6 +1227,10 @@ type WatchResponse_Reattest struct {
 	Reattest *ReattestEvent `protobuf:"bytes,16,opt,name=reattest,proto3,oneof"`
 }
 
+type WatchResponse_Metrics struct {
+	Metrics *MetricsEvent `protobuf:"bytes,17,opt,name=metrics,proto3,oneof"`
+}
+
 func (*WatchResponse_Stage) isWatchResponse_Event() {}
 
 func (*WatchResponse_Log) isWatchResponse_Event() {}
@@ -1141,6 +1251,8 @@ func (*WatchResponse_Alert) isWatchResponse_Event() {}
 
 func (*WatchResponse_Reattest) isWatchResponse_Event() {}
 
+func (*WatchResponse_Metrics) isWatchResponse_Event() {}
+
 // StageEvent says that a stage of a job's way began or ended (docs/ARCHITECTURE.md).
 type StageEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1155,7 +1267,7 @@ type StageEvent struct {
 
 func (x *StageEvent) Reset() {
 	*x = StageEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1167,7 +1279,7 @@ func (x *StageEvent) String() string {
 func (*StageEvent) ProtoMessage() {}
 
 func (x *StageEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1180,7 +1292,7 @@ func (x *StageEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageEvent.ProtoReflect.Descriptor instead.
 func (*StageEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StageEvent) GetStage() string {
@@ -1226,7 +1338,7 @@ type LogEvent struct {
 
 func (x *LogEvent) Reset() {
 	*x = LogEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1238,7 +1350,7 @@ func (x *LogEvent) String() string {
 func (*LogEvent) ProtoMessage() {}
 
 func (x *LogEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1251,7 +1363,7 @@ func (x *LogEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEvent.ProtoReflect.Descriptor instead.
 func (*LogEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *LogEvent) GetStream() string {
@@ -1291,7 +1403,7 @@ type CheckpointEvent struct {
 
 func (x *CheckpointEvent) Reset() {
 	*x = CheckpointEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1415,7 @@ func (x *CheckpointEvent) String() string {
 func (*CheckpointEvent) ProtoMessage() {}
 
 func (x *CheckpointEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1428,7 @@ func (x *CheckpointEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointEvent.ProtoReflect.Descriptor instead.
 func (*CheckpointEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CheckpointEvent) GetSequence() uint64 {
@@ -1369,7 +1481,7 @@ type LeaseEvent struct {
 
 func (x *LeaseEvent) Reset() {
 	*x = LeaseEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +1493,7 @@ func (x *LeaseEvent) String() string {
 func (*LeaseEvent) ProtoMessage() {}
 
 func (x *LeaseEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +1506,7 @@ func (x *LeaseEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseEvent.ProtoReflect.Descriptor instead.
 func (*LeaseEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *LeaseEvent) GetCode() string {
@@ -1440,7 +1552,7 @@ type ReattestEvent struct {
 
 func (x *ReattestEvent) Reset() {
 	*x = ReattestEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +1564,7 @@ func (x *ReattestEvent) String() string {
 func (*ReattestEvent) ProtoMessage() {}
 
 func (x *ReattestEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +1577,7 @@ func (x *ReattestEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReattestEvent.ProtoReflect.Descriptor instead.
 func (*ReattestEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReattestEvent) GetNumber() int32 {
@@ -1529,7 +1641,7 @@ type QueueEvent struct {
 
 func (x *QueueEvent) Reset() {
 	*x = QueueEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1541,7 +1653,7 @@ func (x *QueueEvent) String() string {
 func (*QueueEvent) ProtoMessage() {}
 
 func (x *QueueEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1554,7 +1666,7 @@ func (x *QueueEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueEvent.ProtoReflect.Descriptor instead.
 func (*QueueEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *QueueEvent) GetPosition() int32 {
@@ -1571,6 +1683,61 @@ func (x *QueueEvent) GetWaitsFor() string {
 	return ""
 }
 
+// MetricsEvent has the numbers that a job reported so far, where they have changed: at
+// most once a second, and once when it has ended.
+type MetricsEvent struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Metrics []*Metric              `protobuf:"bytes,1,rep,name=metrics,proto3" json:"metrics,omitempty"`
+	// Values beyond what the plan allows, which nobody sees.
+	Cut           int64 `protobuf:"varint,2,opt,name=cut,proto3" json:"cut,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MetricsEvent) Reset() {
+	*x = MetricsEvent{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MetricsEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MetricsEvent) ProtoMessage() {}
+
+func (x *MetricsEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MetricsEvent.ProtoReflect.Descriptor instead.
+func (*MetricsEvent) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *MetricsEvent) GetMetrics() []*Metric {
+	if x != nil {
+		return x.Metrics
+	}
+	return nil
+}
+
+func (x *MetricsEvent) GetCut() int64 {
+	if x != nil {
+		return x.Cut
+	}
+	return 0
+}
+
 // LogCutEvent says that the job printed more than its plan allows.
 type LogCutEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1582,7 +1749,7 @@ type LogCutEvent struct {
 
 func (x *LogCutEvent) Reset() {
 	*x = LogCutEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1594,7 +1761,7 @@ func (x *LogCutEvent) String() string {
 func (*LogCutEvent) ProtoMessage() {}
 
 func (x *LogCutEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1607,7 +1774,7 @@ func (x *LogCutEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogCutEvent.ProtoReflect.Descriptor instead.
 func (*LogCutEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *LogCutEvent) GetBytes() int64 {
@@ -1630,7 +1797,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1642,7 +1809,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1655,7 +1822,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *LogsRequest) GetId() string {
@@ -1703,7 +1870,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1715,7 +1882,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1728,7 +1895,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *LogsResponse) GetLog() *LogEvent {
@@ -1782,7 +1949,7 @@ type EgressEvent struct {
 
 func (x *EgressEvent) Reset() {
 	*x = EgressEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1794,7 +1961,7 @@ func (x *EgressEvent) String() string {
 func (*EgressEvent) ProtoMessage() {}
 
 func (x *EgressEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1807,7 +1974,7 @@ func (x *EgressEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EgressEvent.ProtoReflect.Descriptor instead.
 func (*EgressEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *EgressEvent) GetHost() string {
@@ -1902,7 +2069,7 @@ type AlertEvent struct {
 
 func (x *AlertEvent) Reset() {
 	*x = AlertEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1914,7 +2081,7 @@ func (x *AlertEvent) String() string {
 func (*AlertEvent) ProtoMessage() {}
 
 func (x *AlertEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1927,7 +2094,7 @@ func (x *AlertEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlertEvent.ProtoReflect.Descriptor instead.
 func (*AlertEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AlertEvent) GetSequence() uint64 {
@@ -2030,7 +2197,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2042,7 +2209,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2055,7 +2222,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -2074,7 +2241,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2086,7 +2253,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2099,7 +2266,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CancelResponse) GetJob() *Job {
@@ -2118,7 +2285,7 @@ type BundleRequest struct {
 
 func (x *BundleRequest) Reset() {
 	*x = BundleRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2130,7 +2297,7 @@ func (x *BundleRequest) String() string {
 func (*BundleRequest) ProtoMessage() {}
 
 func (x *BundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2143,7 +2310,7 @@ func (x *BundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleRequest.ProtoReflect.Descriptor instead.
 func (*BundleRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *BundleRequest) GetId() string {
@@ -2163,7 +2330,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2175,7 +2342,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2188,7 +2355,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *BundleResponse) GetBundle() []byte {
@@ -2206,7 +2373,7 @@ type CapacityRequest struct {
 
 func (x *CapacityRequest) Reset() {
 	*x = CapacityRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2218,7 +2385,7 @@ func (x *CapacityRequest) String() string {
 func (*CapacityRequest) ProtoMessage() {}
 
 func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2231,7 +2398,7 @@ func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityRequest.ProtoReflect.Descriptor instead.
 func (*CapacityRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 type CapacityResponse struct {
@@ -2269,7 +2436,7 @@ type CapacityResponse struct {
 
 func (x *CapacityResponse) Reset() {
 	*x = CapacityResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2281,7 +2448,7 @@ func (x *CapacityResponse) String() string {
 func (*CapacityResponse) ProtoMessage() {}
 
 func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2294,7 +2461,7 @@ func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityResponse.ProtoReflect.Descriptor instead.
 func (*CapacityResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CapacityResponse) GetCpuMillis() int32 {
@@ -2424,7 +2591,7 @@ type Queue struct {
 
 func (x *Queue) Reset() {
 	*x = Queue{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2436,7 +2603,7 @@ func (x *Queue) String() string {
 func (*Queue) ProtoMessage() {}
 
 func (x *Queue) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2449,7 +2616,7 @@ func (x *Queue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Queue.ProtoReflect.Descriptor instead.
 func (*Queue) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Queue) GetName() string {
@@ -2533,7 +2700,7 @@ type Attested struct {
 
 func (x *Attested) Reset() {
 	*x = Attested{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +2712,7 @@ func (x *Attested) String() string {
 func (*Attested) ProtoMessage() {}
 
 func (x *Attested) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2558,7 +2725,7 @@ func (x *Attested) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attested.ProtoReflect.Descriptor instead.
 func (*Attested) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Attested) GetAtUnix() int64 {
@@ -2621,7 +2788,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12'\n" +
 	"\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"8\n" +
 	"\x0eSubmitResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\x8a\x06\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\xde\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n" +
@@ -2651,7 +2818,16 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x12expected_approvals\x18\x1e \x03(\tR\x11expectedApprovals\x12#\n" +
 	"\rattested_unix\x18( \x01(\x03R\fattestedUnix\x12!\n" +
 	"\fattests_unix\x18) \x01(\x03R\vattestsUnix\x12\x16\n" +
-	"\x06paused\x18* \x01(\bR\x06paused\"w\n" +
+	"\x06paused\x18* \x01(\bR\x06paused\x121\n" +
+	"\ametrics\x182 \x03(\v2\x17.coffer.agent.v1.MetricR\ametrics\x12\x1f\n" +
+	"\vmetrics_cut\x183 \x01(\x03R\n" +
+	"metricsCut\"j\n" +
+	"\x06Metric\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x03R\x05count\x12\x12\n" +
+	"\x04last\x18\x03 \x01(\x01R\x04last\x12\x10\n" +
+	"\x03min\x18\x04 \x01(\x01R\x03min\x12\x10\n" +
+	"\x03max\x18\x05 \x01(\x01R\x03max\"w\n" +
 	"\x05Check\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aoutcome\x18\x02 \x01(\tR\aoutcome\x12\x1a\n" +
@@ -2673,7 +2849,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"E\n" +
 	"\fWatchRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
-	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"\xfa\x04\n" +
+	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"\xb5\x05\n" +
 	"\rWatchResponse\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12$\n" +
 	"\x0etime_unix_nano\x18\x02 \x01(\x03R\ftimeUnixNano\x123\n" +
@@ -2689,7 +2865,8 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x06egress\x18\n" +
 	" \x01(\v2\x1c.coffer.agent.v1.EgressEventH\x00R\x06egress\x123\n" +
 	"\x05alert\x18\v \x01(\v2\x1b.coffer.agent.v1.AlertEventH\x00R\x05alert\x12<\n" +
-	"\breattest\x18\x10 \x01(\v2\x1e.coffer.agent.v1.ReattestEventH\x00R\breattestB\a\n" +
+	"\breattest\x18\x10 \x01(\v2\x1e.coffer.agent.v1.ReattestEventH\x00R\breattest\x129\n" +
+	"\ametrics\x18\x11 \x01(\v2\x1d.coffer.agent.v1.MetricsEventH\x00R\ametricsB\a\n" +
 	"\x05event\"w\n" +
 	"\n" +
 	"StageEvent\x12\x14\n" +
@@ -2723,7 +2900,10 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"QueueEvent\x12\x1a\n" +
 	"\bposition\x18\x01 \x01(\x05R\bposition\x12\x1b\n" +
-	"\twaits_for\x18\x02 \x01(\tR\bwaitsFor\"#\n" +
+	"\twaits_for\x18\x02 \x01(\tR\bwaitsFor\"S\n" +
+	"\fMetricsEvent\x121\n" +
+	"\ametrics\x18\x01 \x03(\v2\x17.coffer.agent.v1.MetricR\ametrics\x12\x10\n" +
+	"\x03cut\x18\x02 \x01(\x03R\x03cut\"#\n" +
 	"\vLogCutEvent\x12\x14\n" +
 	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\"\x7f\n" +
 	"\vLogsRequest\x12\x0e\n" +
@@ -2832,7 +3012,7 @@ func file_runner_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_runner_api_agent_v1_agent_proto_rawDescData
 }
 
-var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*PlanRequest)(nil),      // 0: coffer.agent.v1.PlanRequest
 	(*PlanResponse)(nil),     // 1: coffer.agent.v1.PlanResponse
@@ -2840,77 +3020,82 @@ var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*SubmitRequest)(nil),    // 3: coffer.agent.v1.SubmitRequest
 	(*SubmitResponse)(nil),   // 4: coffer.agent.v1.SubmitResponse
 	(*Job)(nil),              // 5: coffer.agent.v1.Job
-	(*Check)(nil),            // 6: coffer.agent.v1.Check
-	(*GetRequest)(nil),       // 7: coffer.agent.v1.GetRequest
-	(*GetResponse)(nil),      // 8: coffer.agent.v1.GetResponse
-	(*ListRequest)(nil),      // 9: coffer.agent.v1.ListRequest
-	(*ListResponse)(nil),     // 10: coffer.agent.v1.ListResponse
-	(*WatchRequest)(nil),     // 11: coffer.agent.v1.WatchRequest
-	(*WatchResponse)(nil),    // 12: coffer.agent.v1.WatchResponse
-	(*StageEvent)(nil),       // 13: coffer.agent.v1.StageEvent
-	(*LogEvent)(nil),         // 14: coffer.agent.v1.LogEvent
-	(*CheckpointEvent)(nil),  // 15: coffer.agent.v1.CheckpointEvent
-	(*LeaseEvent)(nil),       // 16: coffer.agent.v1.LeaseEvent
-	(*ReattestEvent)(nil),    // 17: coffer.agent.v1.ReattestEvent
-	(*QueueEvent)(nil),       // 18: coffer.agent.v1.QueueEvent
-	(*LogCutEvent)(nil),      // 19: coffer.agent.v1.LogCutEvent
-	(*LogsRequest)(nil),      // 20: coffer.agent.v1.LogsRequest
-	(*LogsResponse)(nil),     // 21: coffer.agent.v1.LogsResponse
-	(*EgressEvent)(nil),      // 22: coffer.agent.v1.EgressEvent
-	(*AlertEvent)(nil),       // 23: coffer.agent.v1.AlertEvent
-	(*CancelRequest)(nil),    // 24: coffer.agent.v1.CancelRequest
-	(*CancelResponse)(nil),   // 25: coffer.agent.v1.CancelResponse
-	(*BundleRequest)(nil),    // 26: coffer.agent.v1.BundleRequest
-	(*BundleResponse)(nil),   // 27: coffer.agent.v1.BundleResponse
-	(*CapacityRequest)(nil),  // 28: coffer.agent.v1.CapacityRequest
-	(*CapacityResponse)(nil), // 29: coffer.agent.v1.CapacityResponse
-	(*Queue)(nil),            // 30: coffer.agent.v1.Queue
-	(*Attested)(nil),         // 31: coffer.agent.v1.Attested
+	(*Metric)(nil),           // 6: coffer.agent.v1.Metric
+	(*Check)(nil),            // 7: coffer.agent.v1.Check
+	(*GetRequest)(nil),       // 8: coffer.agent.v1.GetRequest
+	(*GetResponse)(nil),      // 9: coffer.agent.v1.GetResponse
+	(*ListRequest)(nil),      // 10: coffer.agent.v1.ListRequest
+	(*ListResponse)(nil),     // 11: coffer.agent.v1.ListResponse
+	(*WatchRequest)(nil),     // 12: coffer.agent.v1.WatchRequest
+	(*WatchResponse)(nil),    // 13: coffer.agent.v1.WatchResponse
+	(*StageEvent)(nil),       // 14: coffer.agent.v1.StageEvent
+	(*LogEvent)(nil),         // 15: coffer.agent.v1.LogEvent
+	(*CheckpointEvent)(nil),  // 16: coffer.agent.v1.CheckpointEvent
+	(*LeaseEvent)(nil),       // 17: coffer.agent.v1.LeaseEvent
+	(*ReattestEvent)(nil),    // 18: coffer.agent.v1.ReattestEvent
+	(*QueueEvent)(nil),       // 19: coffer.agent.v1.QueueEvent
+	(*MetricsEvent)(nil),     // 20: coffer.agent.v1.MetricsEvent
+	(*LogCutEvent)(nil),      // 21: coffer.agent.v1.LogCutEvent
+	(*LogsRequest)(nil),      // 22: coffer.agent.v1.LogsRequest
+	(*LogsResponse)(nil),     // 23: coffer.agent.v1.LogsResponse
+	(*EgressEvent)(nil),      // 24: coffer.agent.v1.EgressEvent
+	(*AlertEvent)(nil),       // 25: coffer.agent.v1.AlertEvent
+	(*CancelRequest)(nil),    // 26: coffer.agent.v1.CancelRequest
+	(*CancelResponse)(nil),   // 27: coffer.agent.v1.CancelResponse
+	(*BundleRequest)(nil),    // 28: coffer.agent.v1.BundleRequest
+	(*BundleResponse)(nil),   // 29: coffer.agent.v1.BundleResponse
+	(*CapacityRequest)(nil),  // 30: coffer.agent.v1.CapacityRequest
+	(*CapacityResponse)(nil), // 31: coffer.agent.v1.CapacityResponse
+	(*Queue)(nil),            // 32: coffer.agent.v1.Queue
+	(*Attested)(nil),         // 33: coffer.agent.v1.Attested
 }
 var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: coffer.agent.v1.PlanResponse.prediction:type_name -> coffer.agent.v1.Prediction
-	6,  // 1: coffer.agent.v1.Prediction.failed:type_name -> coffer.agent.v1.Check
+	7,  // 1: coffer.agent.v1.Prediction.failed:type_name -> coffer.agent.v1.Check
 	5,  // 2: coffer.agent.v1.SubmitResponse.job:type_name -> coffer.agent.v1.Job
-	6,  // 3: coffer.agent.v1.Job.checks:type_name -> coffer.agent.v1.Check
-	5,  // 4: coffer.agent.v1.GetResponse.job:type_name -> coffer.agent.v1.Job
-	5,  // 5: coffer.agent.v1.ListResponse.jobs:type_name -> coffer.agent.v1.Job
-	13, // 6: coffer.agent.v1.WatchResponse.stage:type_name -> coffer.agent.v1.StageEvent
-	14, // 7: coffer.agent.v1.WatchResponse.log:type_name -> coffer.agent.v1.LogEvent
-	5,  // 8: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
-	15, // 9: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
-	16, // 10: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
-	18, // 11: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
-	19, // 12: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
-	22, // 13: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
-	23, // 14: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
-	17, // 15: coffer.agent.v1.WatchResponse.reattest:type_name -> coffer.agent.v1.ReattestEvent
-	14, // 16: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
-	5,  // 17: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
-	31, // 18: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
-	30, // 19: coffer.agent.v1.CapacityResponse.queues:type_name -> coffer.agent.v1.Queue
-	0,  // 20: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
-	3,  // 21: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
-	7,  // 22: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
-	9,  // 23: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
-	11, // 24: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
-	24, // 25: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
-	20, // 26: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
-	26, // 27: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
-	28, // 28: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
-	1,  // 29: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
-	4,  // 30: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
-	8,  // 31: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
-	10, // 32: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
-	12, // 33: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
-	25, // 34: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
-	21, // 35: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
-	27, // 36: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
-	29, // 37: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
-	29, // [29:38] is the sub-list for method output_type
-	20, // [20:29] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	7,  // 3: coffer.agent.v1.Job.checks:type_name -> coffer.agent.v1.Check
+	6,  // 4: coffer.agent.v1.Job.metrics:type_name -> coffer.agent.v1.Metric
+	5,  // 5: coffer.agent.v1.GetResponse.job:type_name -> coffer.agent.v1.Job
+	5,  // 6: coffer.agent.v1.ListResponse.jobs:type_name -> coffer.agent.v1.Job
+	14, // 7: coffer.agent.v1.WatchResponse.stage:type_name -> coffer.agent.v1.StageEvent
+	15, // 8: coffer.agent.v1.WatchResponse.log:type_name -> coffer.agent.v1.LogEvent
+	5,  // 9: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
+	16, // 10: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
+	17, // 11: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
+	19, // 12: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
+	21, // 13: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
+	24, // 14: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
+	25, // 15: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
+	18, // 16: coffer.agent.v1.WatchResponse.reattest:type_name -> coffer.agent.v1.ReattestEvent
+	20, // 17: coffer.agent.v1.WatchResponse.metrics:type_name -> coffer.agent.v1.MetricsEvent
+	6,  // 18: coffer.agent.v1.MetricsEvent.metrics:type_name -> coffer.agent.v1.Metric
+	15, // 19: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
+	5,  // 20: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
+	33, // 21: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
+	32, // 22: coffer.agent.v1.CapacityResponse.queues:type_name -> coffer.agent.v1.Queue
+	0,  // 23: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
+	3,  // 24: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
+	8,  // 25: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
+	10, // 26: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
+	12, // 27: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
+	26, // 28: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
+	22, // 29: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
+	28, // 30: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
+	30, // 31: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
+	1,  // 32: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
+	4,  // 33: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
+	9,  // 34: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
+	11, // 35: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
+	13, // 36: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
+	27, // 37: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
+	23, // 38: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
+	29, // 39: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
+	31, // 40: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
+	32, // [32:41] is the sub-list for method output_type
+	23, // [23:32] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_runner_api_agent_v1_agent_proto_init() }
@@ -2918,7 +3103,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 	if File_runner_api_agent_v1_agent_proto != nil {
 		return
 	}
-	file_runner_api_agent_v1_agent_proto_msgTypes[12].OneofWrappers = []any{
+	file_runner_api_agent_v1_agent_proto_msgTypes[13].OneofWrappers = []any{
 		(*WatchResponse_Stage)(nil),
 		(*WatchResponse_Log)(nil),
 		(*WatchResponse_Job)(nil),
@@ -2929,6 +3114,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 		(*WatchResponse_Egress)(nil),
 		(*WatchResponse_Alert)(nil),
 		(*WatchResponse_Reattest)(nil),
+		(*WatchResponse_Metrics)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2936,7 +3122,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_runner_api_agent_v1_agent_proto_rawDesc), len(file_runner_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
