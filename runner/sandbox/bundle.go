@@ -34,6 +34,10 @@ func runtimeRoot(runDir string) string { return filepath.Join(memoryOf(runDir), 
 // keepSpec mounts the folder and writes the specification into it. It is a ramfs:
 // pages of a tmpfs go where memory is swapped to.
 func keepSpec(runDir string, spec *specs.Spec) error {
+	// A start that was cut off while containerd was away has left it.
+	if err := dropSpec(runDir); err != nil {
+		return err
+	}
 	if err := os.Mkdir(memoryOf(runDir), 0o700); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
