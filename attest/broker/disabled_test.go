@@ -16,14 +16,21 @@ import (
 type watched struct {
 	broker.KeyStore
 	disabled, away bool
-	// hangs is that it answers when nobody waits any more.
-	hangs bool
+	// hangs is what it waits for before it answers, and waits how long it may.
+	hangs chan struct{}
+	waits time.Duration
 }
 
 func (w *watched) Disabled(ctx context.Context, _ []byte) (bool, error) {
-	if w.hangs {
-		<-ctx.Done()
-		return false, ctx.Err()
+	if w.hangs != nil {
+		if end, ok := ctx.Deadline(); ok {
+			w.waits = time.Until(end)
+		}
+		select {
+		case <-w.hangs:
+		case <-ctx.Done():
+		}
+		return false, errInjected
 	}
 	if w.away {
 		return false, errInjected
@@ -77,25 +84,40 @@ func TestStopDisabled(t *testing.T) {
 // TestStopDisabledBesideAStoreThatHangs: one owner's store keeps nobody else's job.
 func TestStopDisabledBesideAStoreThatHangs(t *testing.T) {
 	w := newWorld(t, false)
-	hangs, answers := &watched{KeyStore: w.cfg.Keys, hangs: true}, &watched{KeyStore: w.cfg.Keys, disabled: true}
+	hangs, answers := &watched{KeyStore: w.cfg.Keys, hangs: make(chan struct{})}, &watched{KeyStore: w.cfg.Keys, disabled: true}
 	w.cfg.KeyStores = map[string]broker.KeyStore{"hangs": hangs, "answers": answers}
 	w.Broker = must[*broker.Broker](t)(broker.New(w.cfg))
 	stops := broker.DefaultPolicy()
 	stops.StopAtKeyDisabled = true
-	for _, n := range []string{"a-hangs-1", "a-hangs-2", "b-answers"} {
-		_, store, _ := strings.Cut(n, "-")
-		store, _, _ = strings.Cut(store, "-")
+	jobs := map[string]*job{}
+	for n, store := range map[string]string{"a": "hangs", "b": "answers"} {
 		must[broker.Asset](t)(w.CreateAsset(t.Context(), alice, broker.NewAsset{Name: n, Kind: broker.KindCheckpoints, KeyStore: store, Policy: &stops}))
 		g := w.grant(t, func(g *broker.NewGrant) { g.Assets = []string{n} })
-		j := newJob(t, w, func(r *receipt.Result) { r.JobID = "job-of-" + n })
-		must[broker.Answer](t)(j.release(t, w.Broker, g, n))
+		jobs[store] = newJob(t, w, func(r *receipt.Result) { r.JobID = "job-" + store })
+		must[broker.Answer](t)(jobs[store].release(t, w.Broker, g, n))
 	}
-	began := time.Now()
-	jobs, err := w.StopDisabled(t.Context())
-	if !slices.Equal(jobs, []string{"job-of-b-answers"}) || !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("%v, %v", jobs, err)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		stopped, err := w.StopDisabled(t.Context())
+		if !slices.Equal(stopped, []string{"job-answers"}) || !errors.Is(err, errInjected) {
+			t.Errorf("%v, %v", stopped, err)
+		}
+	}()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		if l, _ := w.renew(t, jobs["answers"]); l.State == receipt.LeaseStop {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the job is not told to stop")
+		}
 	}
-	if took := time.Since(began); took > 10*time.Second {
-		t.Errorf("took %s", took)
+	close(hangs.hangs)
+	<-done
+	if hangs.waits <= 0 || hangs.waits > 2*time.Second {
+		t.Errorf("a store may take %s", hangs.waits)
+	}
+	if l, _ := w.renew(t, jobs["hangs"]); l.State != receipt.LeaseRunning {
+		t.Errorf("%+v", l)
 	}
 }

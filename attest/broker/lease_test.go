@@ -433,10 +433,12 @@ func TestSubmitterStaysKnown(t *testing.T) {
 // TestTheGrantEndsAsThePolicySays: a policy that allows less than the grant has.
 func TestTheGrantEndsAsThePolicySays(t *testing.T) {
 	w := newWorld(t, false)
-	g := w.grant(t, nil)
+	canonical, digest := aPlan(t)
+	g := w.grant(t, func(n *broker.NewGrant) { n.Plan = digest })
 	w.policy(t, "data", func(p *broker.Policy) { p.StopAtExpiry, p.MaxDurationSeconds = true, 60 })
-	j := newJob(t, w, nil)
-	must[broker.Answer](t)(j.release(t, w.Broker, g, "data"))
+	j := newJob(t, w, func(r *receipt.Result) { r.PlanDigest = digest })
+	req, sig := sign(t, j.session, j.request(g, "data"))
+	must[broker.Answer](t)(w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig, Plan: canonical}))
 	w.advance(time.Minute - time.Second)
 	if l, _ := w.renew(t, j); l.State != receipt.LeaseRunning {
 		t.Errorf("before the end: %+v", l)

@@ -46,9 +46,13 @@ type Attested struct {
 
 // attested is where a job stands once the claim's key is released to it.
 func (c claim) attested(had Lease, p Policy) Attested {
+	most := c.reattest.MaxAge()
+	if !c.shown {
+		most = MinResultAge
+	}
 	a := Attested{
 		Verifier: c.verifier, ResultID: c.result.ID, IssuedAt: c.result.IssuedAt, Recipient: c.recipient, Simulated: c.result.Simulated,
-		MaxAge: shorter(p.MaxResultAgeSeconds, c.reattest.MaxAge()), Pauses: c.reattest.Pauses(),
+		MaxAge: shorter(p.MaxResultAgeSeconds, most), Pauses: c.reattest.Pauses(),
 	}
 	if had.JobID == "" || !had.Ended.IsZero() {
 		return a

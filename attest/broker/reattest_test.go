@@ -133,22 +133,46 @@ func TestANewResultKeepsALease(t *testing.T) {
 }
 
 func TestReleaseSaysHowOldAResultMayBecome(t *testing.T) {
-	w := newWorld(t, false)
-	w.policy(t, "data", func(p *broker.Policy) { p.MaxResultAgeSeconds = 60 })
-	canonical, digest := planned(t, &plan.Reattest{EverySeconds: 10, WithinSeconds: 5})
-	g := w.grant(t, func(n *broker.NewGrant) { n.Plan = digest })
-	j := newJob(t, w, func(r *receipt.Result) { claimed(r); r.PlanDigest = digest })
-	req, sig := sign(t, j.session, j.request(g, "data"))
-	for _, tc := range []struct {
-		name string
-		plan []byte
-		want int64
-	}{{"without the plan", nil, 60}, {"the same again", canonical, 60}} {
-		a := must[broker.Answer](t)(w.Release(t.Context(), node, broker.Ask{Result: j.token, Request: req, Signature: sig, Plan: tc.plan}))
-		var r receipt.Release
-		if err := w.brokerKeys.Open(receipt.TypeRelease, a.Receipt, &r); err != nil || r.ResultSeconds != tc.want {
-			t.Errorf("%s: %d s, %v", tc.name, r.ResultSeconds, err)
-		}
+	asks := &plan.Reattest{EverySeconds: 10, WithinSeconds: 5}
+	for name, tc := range map[string]struct {
+		plan   *plan.Reattest
+		hidden bool
+		policy int64
+		want   int64
+	}{
+		"nobody asks":                            {},
+		"the plan asks":                          {plan: asks, want: 15},
+		"the policy asks for more":               {plan: asks, policy: 12, want: 12},
+		"the policy asks for less":               {plan: asks, policy: 60, want: 15},
+		"the plan asks and is not shown":         {plan: asks, hidden: true, want: broker.MinResultAge},
+		"the plan is not shown":                  {hidden: true, want: broker.MinResultAge},
+		"the plan is not shown, the policy asks": {hidden: true, policy: 60, want: broker.MinResultAge},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, false)
+			w.policy(t, "data", func(p *broker.Policy) { p.MaxResultAgeSeconds = tc.policy })
+			canonical, digest := planned(t, tc.plan)
+			g := w.grant(t, func(n *broker.NewGrant) { n.Plan = digest })
+			j := newJob(t, w, func(r *receipt.Result) { claimed(r); r.PlanDigest = digest })
+			req, sig := sign(t, j.session, j.request(g, "data"))
+			ask := broker.Ask{Result: j.token, Request: req, Signature: sig, Plan: canonical}
+			if tc.hidden {
+				ask.Plan = nil
+			}
+			// What was answered stays, also when the plan is shown later.
+			for range 2 {
+				a := must[broker.Answer](t)(w.Release(t.Context(), node, ask))
+				var r receipt.Release
+				if err := w.brokerKeys.Open(receipt.TypeRelease, a.Receipt, &r); err != nil || r.ResultSeconds != tc.want {
+					t.Errorf("%d s, %v", r.ResultSeconds, err)
+				}
+				ask.Plan = canonical
+			}
+			w.advance(time.Duration(tc.want+1) * time.Second)
+			if l, refused := w.renew(t, j); (l.State == receipt.LeaseRunning) != (tc.want == 0) {
+				t.Errorf("%+v, %s", l, refused)
+			}
+		})
 	}
 }
 

@@ -40,8 +40,9 @@ type Ask struct {
 	Signature []byte
 	// More are results of other verifiers for the same keys, job and plan.
 	More []string
-	// Plan is the canonical plan, by which the broker learns the image. Empty is
-	// an image that is not known.
+	// Plan is the canonical plan, by which the broker learns the image, and how often
+	// the job has to attest again. Empty is an image that is not known, and a job that
+	// has to as often as a plan can ask for: MinResultAge.
 	Plan []byte
 }
 
@@ -55,7 +56,9 @@ type claim struct {
 	digest    plan.Digest // of the request's bytes
 	recipient plan.Digest
 	image     string
-	// reseal and reattest are the plan's, if it has any and was shown.
+	// shown is whether the plan was. reseal and reattest are the plan's, if it has any
+	// and was shown.
+	shown    bool
 	reseal   *plan.Reseal
 	reattest *plan.Reattest
 	// protocol is ProtocolCoffer or ProtocolKBS.
@@ -197,7 +200,7 @@ func (b *Broker) authenticate(agent Actor, ask Ask) (claim, error) {
 		case plan.Sum(ask.Plan) != res.PlanDigest:
 			l.Fail("release.plan", string(res.PlanDigest), string(plan.Sum(ask.Plan)), "send the plan that the evidence binds")
 		default:
-			c.image, c.reseal, c.reattest = p.Image, p.Reseal, p.Reattest
+			c.shown, c.image, c.reseal, c.reattest = true, p.Image, p.Reseal, p.Reattest
 		}
 	}
 	if len(l.Failed()) > 0 {
@@ -421,6 +424,9 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 	}
 	v.asset.Policy.checkResults(&l, c)
 	c.checkOpen(&l, v.asset)
+	if err := c.checkResealed(ctx, r, &l, v.asset); err != nil {
+		return verdict{}, err
+	}
 	if kem := kemOf(c.result.Confirmation.Recipient); kem != nil && !v.asset.Policy.accepts(kem.name) {
 		l.Fail("asset.kem", "a recipient key of "+fmt.Sprint(v.asset.Policy.kems()), kem.name, "the job's holder makes the recipient key: ask the owner which kinds the asset's policy allows")
 	}

@@ -35,6 +35,25 @@ func (c claim) checkOpen(l *check.List, a Asset) {
 	}
 }
 
+// checkResealed fails l unless the open asset a and what the claim's plan seals anew
+// under its key have one owner: else the plaintext of one would lie under a key that
+// another gives out.
+func (c claim) checkResealed(ctx context.Context, r Reader, l *check.List, a Asset) error {
+	if !a.open() || c.reseal == nil {
+		return nil
+	}
+	from, err := r.Asset(ctx, c.reseal.Asset)
+	if errors.Is(err, ErrNotFound) {
+		l.Fail("reseal.from", "an asset of this broker", strconv.Quote(c.reseal.Asset), "register what is to be sealed anew")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	l.Equal("reseal.owner", from.Owner, a.Owner, "what is sealed anew stays its owner's")
+	return nil
+}
+
 // resealing is what a commit of a re-sealing was checked to be.
 type resealing struct {
 	record receipt.ResealRecord

@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
+	"database/sql"
 	"errors"
 	"slices"
 	"strings"
@@ -209,6 +210,20 @@ func TestCreateOpenAsset(t *testing.T) {
 	}
 }
 
+// TestNoKeyOfAnotherOwner: a plan may name whose asset it likes to seal to, and that
+// owner may grant it.
+func TestNoKeyOfAnotherOwner(t *testing.T) {
+	w := newWorld(t, false)
+	w.openAsset(t, bob, "bobs", broker.KindWeights)
+	for _, source := range []string{"weights", "nobodys"} {
+		doc := resealPlan(t, source, "bobs")
+		g := must[broker.Grant](t)(w.CreateGrant(t.Context(), bob, broker.NewGrant{Assets: []string{"bobs"}, Plan: plan.Sum(doc), NotAfter: w.clock().Add(time.Hour), MaxReleases: 1}))
+		j := resealJob{newJob(t, w, func(r *receipt.Result) { r.PlanDigest = plan.Sum(doc) }), doc, g}
+		a, err := j.ask(t, w.Broker, "bobs", doc)
+		wantRefused(t, a, err, map[string]string{"weights": "reseal.owner", "nobodys": "reseal.from"}[source])
+	}
+}
+
 // Each refusal of a commit alone: all else holds.
 func TestCommitResealRefuses(t *testing.T) {
 	w := newWorld(t, false)
@@ -217,7 +232,7 @@ func TestCommitResealRefuses(t *testing.T) {
 		w.openAsset(t, alice, name, broker.KindWeights)
 	}
 	w.openAsset(t, alice, "data-2", broker.KindDataset)
-	w.openAsset(t, bob, "bobs", broker.KindWeights)
+	w.openAsset(t, alice, "bobs", broker.KindWeights)
 	w.openAsset(t, alice, "told", broker.KindWeights)
 	j := w.resealJob(t, "job-r", "weights", "weights-2")
 	j.keys(t, w, "weights", "weights-2")
@@ -243,12 +258,13 @@ func TestCommitResealRefuses(t *testing.T) {
 	if _, _, err := w.RevokeTarget(t.Context(), alice, broker.Target{Kind: broker.RevokeAsset, Value: "told"}, "why not"); err != nil {
 		t.Fatal(err)
 	}
-	// An asset of another owner, by a grant of that owner's for the same plan.
-	cross := resealPlan(t, "weights", "bobs")
-	owners := resealJob{newJob(t, w, func(r *receipt.Result) { r.JobID, r.PlanDigest = "job-owner", plan.Sum(cross) }), cross, broker.Grant{}}
-	for asset, owner := range map[string]broker.Actor{"weights": alice, "bobs": bob} {
-		owners.grant = must[broker.Grant](t)(w.CreateGrant(t.Context(), owner, broker.NewGrant{Assets: []string{asset}, Plan: plan.Sum(cross), NotAfter: w.clock().Add(time.Hour), MaxReleases: 1}))
-		must[broker.Answer](t)(owners.ask(t, w.Broker, asset, cross))
+	// An asset that has another owner by now, which only the database can say.
+	owners := w.resealJob(t, "job-owner", "weights", "bobs")
+	owners.keys(t, w, "weights", "bobs")
+	db := must[*sql.DB](t)(sql.Open("sqlite", w.path))
+	defer db.Close()
+	if _, err := db.ExecContext(t.Context(), `UPDATE assets SET owner = 'bob' WHERE name = 'bobs'`); err != nil {
+		t.Fatal(err)
 	}
 
 	for name, tc := range map[string]struct {

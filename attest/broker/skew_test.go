@@ -90,11 +90,9 @@ func TestSkew(t *testing.T) {
 		// Its seconds count on the holder's own clock: the broker's may be anywhere.
 		for _, off := range []time.Duration{-24 * time.Hour, 24 * time.Hour} {
 			w := newWorld(t, false)
-			must[broker.Answer](t)(newJob(t, w, nil).release(t, w.Broker, w.grant(t, func(n *broker.NewGrant) { n.NotAfter = w.clock().Add(72 * time.Hour) }), "data"))
+			j, _ := w.run(t, "job-1")
 			w.advance(off)
-			challenge := make([]byte, receipt.ChallengeSize)
-			got := must[[]broker.Renewed](t)(w.Renew(t.Context(), node, []broker.Renewal{{JobID: "job-1", Challenge: challenge}}))
-			l := must[receipt.Lease](t)(receipt.VerifyLease(w.brokerKeys, got[0].Lease, "job-1", w.plan, challenge))
+			l, _ := w.renew(t, j)
 			if l.State != receipt.LeaseRunning || l.Seconds != 60 {
 				t.Errorf("with the broker's clock off by %s: %+v", off, l)
 			}

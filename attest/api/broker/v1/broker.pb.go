@@ -2732,8 +2732,9 @@ type ReleaseRequest struct {
 	// Results of other verifiers over the same keys, job and plan, where an
 	// asset's policy asks for more than one.
 	MoreResults []string `protobuf:"bytes,4,rep,name=more_results,json=moreResults,proto3" json:"more_results,omitempty"`
-	// The canonical plan. Its digest is in the result; the broker reads the image
-	// from it. Needed while an image is revoked.
+	// The canonical plan. Its digest is in the result; the broker reads from it the
+	// image, and how often the job has to attest again. Without it none is released
+	// while an image is revoked, and the job has to as often as any plan can ask for.
 	Plan          []byte `protobuf:"bytes,5,opt,name=plan,proto3" json:"plan,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
