@@ -111,7 +111,7 @@ func (s *Sandbox) beginAgain(ctx context.Context) error {
 
 // began asks the runtime whether the container has started, whatever became of it then.
 func (s *Sandbox) began(ctx context.Context) (bool, error) {
-	out, err := exec.CommandContext(ctx, s.node.cfg.Runsc, "--root", filepath.Join(s.runDir, runscRoot, Namespace), "state", s.id).Output() // #nosec G204 -- the configured runtime
+	out, err := exec.CommandContext(ctx, s.node.cfg.Runsc, "--root", filepath.Join(runtimeRoot(s.runDir), Namespace), "state", s.id).Output() // #nosec G204 -- the configured runtime
 	if err != nil {
 		return false, fmt.Errorf("ask the runtime for the state of %s: %w", s.id, err)
 	}

@@ -127,7 +127,7 @@ func TestStartsThatWereCutOff(t *testing.T) {
 	if began, err := other.began(ctx); began || err != nil {
 		t.Errorf("before it was started, it began: %v, %v", began, err)
 	}
-	if out, err := exec.Command(filepath.Join(other.runDir, wrapperName), "--root", filepath.Join(other.runDir, runscRoot, Namespace), "start", other.id).CombinedOutput(); err != nil {
+	if out, err := exec.Command(filepath.Join(other.runDir, wrapperName), "--root", filepath.Join(runtimeRoot(other.runDir), Namespace), "start", other.id).CombinedOutput(); err != nil {
 		t.Fatalf("%v %s", err, out)
 	}
 	if err := other.begin(ctx); err == nil {
