@@ -85,6 +85,8 @@ var (
 	errHolderLost = errors.New("its holder process died, and with it the keys and the memory they opened")
 	errTraceLost  = errors.New("the runtime's trace went silent")
 	errInputs     = errors.New("an input could not be opened")
+	// Its agent was killed when it had removed the container and could not yet write why.
+	errUnrecorded = errors.New("its container had gone when the agent came back, and how it ended is not recorded")
 	errRestarted  = errors.New("the agent was restarted while the job's keys were released, before it had started; submit it again")
 )
 
@@ -137,7 +139,7 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 		out.Reason = "inputs-failed"
 	case errors.Is(err, errTraceLost):
 		out.Reason = "trace-lost"
-	case errors.Is(err, errRestarted):
+	case errors.Is(err, errRestarted), errors.Is(err, errUnrecorded):
 		out.Reason = "agent-restarted"
 	case errors.Is(err, errWaited):
 		out.Reason = "waited-too-long"

@@ -5,6 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/coffer-run/coffer/runner/journal"
 )
 
 // What is interrupted because a job is told to end is no defect, wherever it was; what
@@ -24,5 +28,14 @@ func TestCause(t *testing.T) {
 		if err := cause(c.ctx, c.err); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", situation, err, c.want)
 		}
+	}
+}
+
+// A job whose container was gone when the agent came back ends for a reason of its own.
+func TestEndThatNobodyWrote(t *testing.T) {
+	a, j, _ := watched(t)
+	out := a.outcome(t.Context(), j, fmt.Errorf("%w: %w", errUnrecorded, errdefs.ErrNotFound))
+	if out.Reason != "agent-restarted" || out.State != journal.Failed {
+		t.Errorf("%+v", out)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/oklog/ulid/v2"
 	"google.golang.org/protobuf/proto"
 
@@ -273,6 +274,9 @@ func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error
 		return running{}, err
 	}
 	box, err := a.Node.Adopt(ctx, j.id, j.runDir, j.record.Sandbox)
+	if errdefs.IsNotFound(err) {
+		return running{}, fmt.Errorf("%w: %w", errUnrecorded, err)
+	}
 	if err != nil {
 		return running{}, err
 	}

@@ -16,6 +16,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 )
@@ -97,6 +98,9 @@ func TestStartsThatWereCutOff(t *testing.T) {
 	}
 	if out := <-j.stdout; out != "runs\n" {
 		t.Errorf("it printed %q", out)
+	}
+	if _, err := n.Adopt(ctx, "cut", j.runDir, j.Description()); !errdefs.IsNotFound(err) {
+		t.Errorf("what was removed is adopted: %v", err)
 	}
 	if got, err := n.shims("cut", false); err != nil || got != 0 {
 		t.Errorf("%d shims are left, %v", got, err)

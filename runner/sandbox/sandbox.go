@@ -330,11 +330,15 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 }
 
 // Adopt finds the sandbox of a job that an earlier agent created. description
-// is the journal's; Recheck says whether it still holds.
+// is the journal's; Recheck says whether it still holds. The error is errdefs.ErrNotFound
+// where the job has none.
 func (n *Node) Adopt(ctx context.Context, jobID, runDir string, description []byte) (*Sandbox, error) {
 	all, err := n.containersOf(ctx, jobID)
 	if err != nil {
 		return nil, fmt.Errorf("adopt sandbox of job %s: %w", jobID, err)
+	}
+	if len(all) == 0 {
+		return nil, fmt.Errorf("adopt sandbox of job %s: containerd has no container of it: %w", jobID, errdefs.ErrNotFound)
 	}
 	if len(all) != 1 {
 		return nil, fmt.Errorf("adopt sandbox of job %s: containerd has %d containers of it, want 1", jobID, len(all))
