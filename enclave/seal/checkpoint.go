@@ -2,6 +2,7 @@ package seal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -103,6 +104,7 @@ type Commit struct {
 func SealCheckpoint(ctx context.Context, key *keys.DataKey, session *keys.Session, sources []Source, sink *os.Root, c Commit, now func() time.Time, o Options) (Checkpoint, error) {
 	var out Checkpoint
 	o.noPlainRoots = true
+	o.direct = cmp.Or(o.direct, directMin)
 	_, err := sealInto(ctx, key, c.Asset, sources, sink, c.Folder, o, func(tmp *os.Root, s Sealed) error {
 		r := Record{Version: RecordVersion, JobID: c.JobID, Plan: c.Plan, Asset: c.Asset, Sequence: c.Sequence, Name: c.Name,
 			Digest: s.Digest, Parent: c.Parent, Bytes: s.Bytes, UnixNano: now().UnixNano()}

@@ -54,6 +54,9 @@ type Options struct {
 
 	// noPlainRoots leaves the plaintext's digests out of the manifest.
 	noPlainRoots bool
+	// direct is from what sealed size on files are written past the page cache; none
+	// are if it is zero.
+	direct int64
 	// salt makes test vectors; there is no way to set it from outside.
 	salt func() [saltSize]byte
 	// step is called between any two changes on disk, for tests that end there.
@@ -193,8 +196,12 @@ type sealJob struct {
 	header header
 	layout layout
 	src    io.ReaderAt
-	dst    *os.File
-	next   atomic.Int64
+	// output makes one worker's way to the file.
+	output func() (output, error)
+	// span is how many chunks a worker seals in order; next is the first chunk that
+	// no worker has.
+	span int64
+	next atomic.Int64
 	// cipherLeaves begins with the header block; plainLeaves does not, and is nil
 	// if the plaintext is not digested.
 	cipherLeaves, plainLeaves []leaf
@@ -275,8 +282,8 @@ func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id
 		}
 	}()
 	o.at()
-	j := &sealJob{aead: aead, header: h, layout: l, src: src, dst: dst, progress: progress,
-		cipherLeaves: make([]leaf, 1+l.chunks)}
+	j := &sealJob{aead: aead, header: h, layout: l, src: src, progress: progress, cipherLeaves: make([]leaf, 1+l.chunks), span: 1,
+		output: func() (output, error) { return &buffered{dst: dst, buf: make([]byte, l.maxChunk())}, nil }}
 	if !o.noPlainRoots {
 		j.plainLeaves = make([]leaf, l.chunks)
 	}
@@ -287,7 +294,12 @@ func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id
 		return SealedFile{}, privateEntry{}, fmt.Errorf("write sealed file: %w", err)
 	}
 	o.at()
-	if err := j.run(ctx, o.Workers); err != nil {
+	if o.direct > 0 && l.cipherSize() >= o.direct {
+		err = j.runDirect(ctx, o.workers(l.chunks), tmp, SealedName(id), dst)
+	} else {
+		err = j.run(ctx, o.workers(l.chunks))
+	}
+	if err != nil {
 		return SealedFile{}, privateEntry{}, err
 	}
 	o.at()
@@ -307,11 +319,16 @@ func sealFile(ctx context.Context, key *keys.DataKey, s Source, tmp *os.Root, id
 	return SealedFile{ID: id, CipherSize: l.cipherSize(), Root: merkleRoot(j.cipherLeaves)}, e, nil
 }
 
-func (j *sealJob) run(ctx context.Context, workers int) error {
-	if workers <= 0 {
-		workers = runtime.GOMAXPROCS(0)
+// workers is how many goroutines seal so many chunks.
+func (o Options) workers(chunks int64) int {
+	n := o.Workers
+	if n <= 0 {
+		n = runtime.GOMAXPROCS(0)
 	}
-	workers = int(min(int64(workers), j.layout.chunks))
+	return int(min(int64(n), chunks))
+}
+
+func (j *sealJob) run(ctx context.Context, workers int) error {
 	errs := make([]error, workers)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -327,38 +344,56 @@ func (j *sealJob) run(ctx context.Context, workers int) error {
 	return errors.Join(errs...)
 }
 
-func (j *sealJob) work(ctx context.Context) error {
-	buf := make([]byte, j.layout.maxChunk())
-	defer clear(buf)
+func (j *sealJob) work(ctx context.Context) (err error) {
+	out, err := j.output()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, out.close()) }()
 	h := newLeafHasher()
-	nonce := new([12]byte)
 	for {
-		i := j.next.Add(1) - 1
-		if i >= j.layout.chunks {
+		first := j.next.Add(j.span) - j.span
+		if first >= j.layout.chunks {
 			return nil
 		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
+		out.begin(j.layout.offset(first))
+		for i := first; i < min(first+j.span, j.layout.chunks); i++ {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if err := j.seal(i, out, h); err != nil {
+				return err
+			}
 		}
-		n := j.layout.plainLen(i)
-		plain, err := j.plain(buf[:n], i*int64(j.layout.chunkSize))
-		if err != nil {
-			return fmt.Errorf("read source: %w", err)
+		if err := out.end(); err != nil {
+			return err
 		}
-		if j.plainLeaves != nil {
-			h.sum(plain, &j.plainLeaves[i])
-		}
-		setNonce(nonce, i, i == j.layout.chunks-1)
-		c := j.aead.Seal(buf[:0], nonce[:], plain, j.header[:])
-		h.sum(c, &j.cipherLeaves[1+i])
-		if _, err := j.dst.WriteAt(c, j.layout.offset(i)); err != nil {
-			return fmt.Errorf("write sealed file: %w", err)
-		}
-		// A hint: the disk is busy with this chunk while the next is sealed, and
-		// the sync at the end finds little left to do.
-		_ = unix.SyncFileRange(int(j.dst.Fd()), j.layout.offset(i), int64(len(c)), unix.SYNC_FILE_RANGE_WRITE)
-		j.progress(n)
 	}
+}
+
+// seal seals chunk i.
+func (j *sealJob) seal(i int64, out output, h leafHasher) error {
+	n := j.layout.plainLen(i)
+	buf, err := out.next(n + TagSize)
+	if err != nil {
+		return err
+	}
+	plain, err := j.plain(buf[:n], i*int64(j.layout.chunkSize))
+	if err != nil {
+		return fmt.Errorf("read source: %w", err)
+	}
+	if j.plainLeaves != nil {
+		h.sum(plain, &j.plainLeaves[i])
+	}
+	var nonce [12]byte
+	setNonce(&nonce, i, i == j.layout.chunks-1)
+	c := j.aead.Seal(buf[:0], nonce[:], plain, j.header[:])
+	h.sum(c, &j.cipherLeaves[1+i])
+	if err := out.add(len(c)); err != nil {
+		return err
+	}
+	j.progress(n)
+	return nil
 }
 
 // plain is the source's content from off on, as long as buf: where it lies, or copied

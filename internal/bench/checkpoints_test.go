@@ -28,9 +28,9 @@ func settled(f func() time.Duration) func() time.Duration {
 }
 
 // checkpoints measures sealing from memory to disk, durable when it returns. The
-// disk's floor writes the same bytes in the same way, through the page cache, with
-// the same hint to begin early, and ends with the same sync. Each part begins with
-// a disk at rest.
+// disk's floor writes as many bytes in the same way, past the page cache where the
+// file system has that, and ends with the same sync. Each part begins with a disk
+// at rest.
 func checkpoints(t *testing.T) []row {
 	key := keys.GenerateDataKey()
 	session := must[*keys.Session](t)(keys.GenerateSession())
@@ -75,16 +75,22 @@ func checkpoints(t *testing.T) []row {
 		each(fileSize/chunk, func(i int) { sha256.Sum256(plain[i*chunk : (i+1)*chunk]) })
 		return time.Since(began)
 	}
+	// Aligned for writes past the page cache, as long as the sealer's.
+	const piece = 4 << 20
+	aligned := must[[]byte](t)(unix.Mmap(-1, 0, piece, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE))
+	t.Cleanup(func() { _ = unix.Munmap(aligned) })
 	disk := func() time.Duration {
 		name := filepath.Join(dir, "plain")
-		f := must[*os.File](t)(os.Create(name))
+		f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|unix.O_DIRECT, 0o600)
+		if err != nil {
+			f = must[*os.File](t)(os.Create(name))
+		}
 		began := time.Now()
-		each(fileSize/chunk, func(i int) {
-			at := int64(i) * (chunk + tag)
-			if _, err := f.WriteAt(out[i%len(out)], at); err != nil {
+		_ = unix.Fallocate(int(f.Fd()), 0, 0, fileSize)
+		each(fileSize/piece, func(i int) {
+			if _, err := f.WriteAt(aligned, int64(i)*piece); err != nil {
 				t.Error(err)
 			}
-			_ = unix.SyncFileRange(int(f.Fd()), at, chunk+tag, unix.SYNC_FILE_RANGE_WRITE)
 		})
 		if err := f.Sync(); err != nil {
 			t.Fatal(err)
@@ -101,12 +107,12 @@ func checkpoints(t *testing.T) []row {
 	m, ratio := rounds(t, fileRounds, func(s sample) float64 { return float64(max(s[1], s[2])) / float64(s[0]) }, settled(inPlace), settled(encrypt), settled(disk), digest, settled(copied))
 	return []row{
 		atLeast("checkpoint sealed and durable / the slower of cipher and disk", ratio, "x", 0.85),
-		// On few cores the parts wait for each other: all three are work for the processor.
-		info("  the same / 1/(1/cipher + 1/SHA-256 + 1/disk)", float64(m[1]+m[2]+m[3])/float64(m[0]), "x"),
+		// What the processor has to do at least, whatever the disk does meanwhile.
+		info("  the same / 1/(1/cipher + 1/SHA-256)", float64(m[1]+m[3])/float64(m[0]), "x"),
 		info("  checkpoint", rate(m[0]), "GB/s"),
 		info("  the same with every chunk copied first, in turns with it", rate(m[4]), "GB/s"),
 		info("  cipher, AES-256-GCM seal, memory to memory, all cores", rate(m[1]), "GB/s"),
-		info("  disk, write and fsync of as many bytes, begun with a disk at rest", rate(m[2]), "GB/s"),
+		info("  disk, write past the page cache and fsync of as many bytes, begun with a disk at rest", rate(m[2]), "GB/s"),
 		info("  SHA-256, which the format asks for beside the cipher, all cores", rate(m[3]), "GB/s"),
 	}
 }
