@@ -276,12 +276,9 @@ func (a *Agent) resume(ctx context.Context, j *Job, box *created) (string, error
 	if at.Nothing() {
 		return "from the beginning", box.holder.Resume(ctx, hand, "")
 	}
-	dir, err := a.findCheckpoint(ctx, j, spec.URI, at.From, at.Sequence, at.Digest)
-	if err != nil {
-		return "", fmt.Errorf("resume: the broker countersigned it: %w", err)
-	}
-	if err := goOn(dir); err != nil {
-		return "", fmt.Errorf("resume: %w", err)
+	// Only the newest: to go on from an older one is for people to approve.
+	if err := a.tryNumber(ctx, j, spec.URI, at.From, at.Sequence, at.Digest, goOn); err != nil {
+		return "", fmt.Errorf("resume from checkpoint %d of job %s, the newest that the broker countersigned: %w", at.Sequence, at.From, err)
 	}
 	return how, nil
 }

@@ -108,16 +108,17 @@ func (a *Agent) trim(ctx context.Context, j *Job, folder string) error {
 	return sink.Trim(dir)
 }
 
-// findCheckpoint is the folder, for the holder, of checkpoint sequence of job from.
-func (a *Agent) findCheckpoint(ctx context.Context, j *Job, uri, from string, sequence uint64, digest plan.Digest) (string, error) {
+// tryNumber calls try with each folder that is called as checkpoint sequence of job from,
+// until try takes one.
+func (a *Agent) tryNumber(ctx context.Context, j *Job, uri, from string, sequence uint64, digest plan.Digest, try func(dir string) error) error {
 	b, err := a.bucket(uri)
 	if err != nil {
-		return "", err
+		return err
 	}
 	if b != nil {
-		return b.Resume(ctx, uri, j.id, from, sequence, digest)
+		return b.TryNumber(ctx, uri, j.id, from, sequence, digest, try)
 	}
-	return sink.Find(uri, from, sequence)
+	return sink.TryNumber(uri, from, sequence, try)
 }
 
 // tryDigest calls try with each folder that says that it is the checkpoint with a

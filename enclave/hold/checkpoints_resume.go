@@ -1,6 +1,7 @@
 package hold
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -104,16 +105,10 @@ func (h *Holder) resumeFrom(ctx context.Context, r holdapi.Resume, root *os.Root
 		}
 	}()
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if err := h.running(); err != nil {
+	at, err := h.unsettled()
+	h.mu.Unlock()
+	if err != nil {
 		return err
-	}
-	at := h.resume
-	switch {
-	case at.rule == "":
-		return fail(holdapi.CodeState, "nobody asked what the plan says of resuming")
-	case at.settled || h.state != notDecrypted:
-		return fail(holdapi.CodeState, "what the job goes on from is settled")
 	}
 	keys, err := h.lease.trusted()
 	if err != nil {
@@ -130,13 +125,27 @@ func (h *Holder) resumeFrom(ctx context.Context, r holdapi.Resume, root *os.Root
 	} else if root == nil {
 		return fail(holdapi.CodeRefused, "the plan names a checkpoint, and none came")
 	}
+	var c receipt.CheckpointRecord
+	var folder *seal.Folder
+	if root != nil {
+		// It reads all of the checkpoint, and ends with the job.
+		ctx, cancel := context.WithCancel(ctx)
+		defer context.AfterFunc(h.ending, cancel)()
+		defer cancel()
+		if c, folder, err = readResume(ctx, root, at, point, keys, r.Anchor); err != nil {
+			return &apiError{holdapi.CodeRefused, err}
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if again, err := h.unsettled(); err != nil {
+		return err
+	} else if !bytes.Equal(again.challenge, at.challenge) || again.rule != at.rule {
+		return fail(holdapi.CodeState, "the plan was shown again meanwhile")
+	}
 	if root == nil {
 		h.resume.settled = true
 		return nil
-	}
-	c, folder, err := readResume(root, at, point, keys, r.Anchor)
-	if err != nil {
-		return &apiError{holdapi.CodeRefused, err}
 	}
 	if err := h.addResume(ctx, folder, root); err != nil {
 		return err
@@ -153,9 +162,23 @@ func (h *Holder) resumeFrom(ctx context.Context, r holdapi.Resume, root *os.Root
 	return nil
 }
 
+// unsettled is what the plan says of resuming, while nothing was taken. h.mu is held.
+func (h *Holder) unsettled() (resume, error) {
+	if err := h.running(); err != nil {
+		return resume{}, err
+	}
+	switch {
+	case h.resume.rule == "":
+		return resume{}, fail(holdapi.CodeState, "nobody asked what the plan says of resuming")
+	case h.resume.settled || h.state != notDecrypted:
+		return resume{}, fail(holdapi.CodeState, "what the job goes on from is settled")
+	}
+	return h.resume, nil
+}
+
 // readResume holds a checkpoint's folder against what the job may go on from.
 // Everything that it refuses is a *check.Refusal at stage "resume".
-func readResume(root *os.Root, at resume, point receipt.ResumePoint, keys receipt.Keys, anchor string) (receipt.CheckpointRecord, *seal.Folder, error) {
+func readResume(ctx context.Context, root *os.Root, at resume, point receipt.ResumePoint, keys receipt.Keys, anchor string) (receipt.CheckpointRecord, *seal.Folder, error) {
 	var l check.List
 	signed, r, err := seal.ReadSignedRecord(root)
 	if err != nil {
@@ -190,8 +213,8 @@ func readResume(root *os.Root, at resume, point receipt.ResumePoint, keys receip
 		l.Fail("resume.manifest", "the manifest that the record names", err.Error(), "the checkpoint was damaged")
 		return receipt.CheckpointRecord{}, nil, check.Refuse("resume", l)
 	}
-	if err := folder.Whole(); err != nil {
-		l.Fail("resume.whole", "every file of the manifest", err.Error(), "the checkpoint was damaged; an older one can be named by its digest")
+	if err := folder.Check(ctx); err != nil {
+		l.Fail("resume.whole", "every file of the manifest, by its digest", err.Error(), "the checkpoint was damaged; an older one can be named by its digest")
 		return receipt.CheckpointRecord{}, nil, check.Refuse("resume", l)
 	}
 	return r, folder, nil

@@ -253,6 +253,15 @@ func TestResumeRefusals(t *testing.T) {
 			must(t, os.Truncate(filepath.Join(dir, "000000.sealed"), 5000))
 			return good.point(t, digest, c, 1, nil), dir
 		}, "resume.whole"},
+		"with a damaged chunk": {func(c []byte) (string, string) {
+			dir := copied(good.folders[0])
+			name := filepath.Join(dir, "000000.sealed")
+			b, err := os.ReadFile(name)
+			must(t, err)
+			b[len(b)-1] ^= 1
+			must(t, os.WriteFile(name, b, 0o600))
+			return good.point(t, digest, c, 1, nil), dir
+		}, "resume.whole"},
 		"with a file more": {func(c []byte) (string, string) {
 			dir := copied(good.folders[0])
 			must(t, os.WriteFile(filepath.Join(dir, "000002.sealed"), []byte("x"), 0o600))
@@ -358,8 +367,8 @@ func TestResumeFromANamedCheckpoint(t *testing.T) {
 	}
 }
 
-// TestResumeDamaged: what was changed in a chunk fails when the job is started, not
-// when the job reads it.
+// TestResumeDamaged: what is changed in a chunk after it was held against the manifest
+// fails when the job is started, not when the job reads it.
 func TestResumeDamaged(t *testing.T) {
 	key := keys.GenerateDataKey()
 	canonical := resumePlan(t, plan.ResumeLatest)
@@ -367,12 +376,12 @@ func TestResumeDamaged(t *testing.T) {
 	file := filepath.Join(e.folders[0], "000000.sealed")
 	b, err := os.ReadFile(file)
 	must(t, err)
-	b[len(b)-1] ^= 1
-	must(t, os.WriteFile(file, b, 0o600))
 	h := resuming(t, key, canonical)
 	rule, err := h.c.ResumeBegin(t.Context(), canonical)
 	must(t, err)
 	must(t, h.c.Resume(t.Context(), holdapi.Resume{Point: e.point(t, plan.Sum(canonical), rule.Challenge, 1, nil)}, e.folders[0]))
+	b[len(b)-1] ^= 1
+	must(t, os.WriteFile(file, b, 0o600))
 	if _, err := h.c.Decrypt(t.Context()); err == nil || !strings.Contains(err.Error(), "does not authenticate") {
 		t.Errorf("a flipped bit: %v", err)
 	}

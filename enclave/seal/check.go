@@ -1,13 +1,18 @@
 package seal
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
+	"runtime"
 	"strings"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/coffer-run/coffer/attest/plan"
 )
@@ -20,6 +25,12 @@ func Check(ctx context.Context, root *os.Root, asset string, digest plan.Digest)
 	if err != nil {
 		return err
 	}
+	return f.Check(ctx)
+}
+
+// Check is the function Check, of a folder whose manifest was read. A checkpoint
+// that a job goes on from is checked as well: its folder may lie where others write.
+func (f *Folder) Check(ctx context.Context) error {
 	if err := f.checkListing(); err != nil {
 		return err
 	}
@@ -61,27 +72,44 @@ func (f *Folder) checkFile(ctx context.Context, s SealedFile) error {
 		return err
 	}
 	leaves := make([]leaf, 1+l.chunks)
-	h := newLeafHasher()
-	buf := make([]byte, max(PayloadOffset, l.maxChunk()))
-	if _, err := io.ReadFull(r, buf[:PayloadOffset]); err != nil {
-		return fmt.Errorf("read header: %w", err)
+	var next atomic.Int64
+	g, ctx := errgroup.WithContext(ctx)
+	for range checkers(l) {
+		g.Go(func() error {
+			h := newLeafHasher()
+			buf := make([]byte, max(PayloadOffset, l.maxChunk()))
+			for i := next.Add(1) - 1; i < int64(len(leaves)); i = next.Add(1) - 1 {
+				if err := ctx.Err(); err != nil {
+					return err
+				}
+				c, off := buf[:PayloadOffset], int64(0)
+				if i > 0 {
+					c, off = buf[:l.plainLen(i-1)+TagSize], l.offset(i-1)
+				}
+				if n, err := r.ReadAt(c, off); n < len(c) {
+					return fmt.Errorf("read from byte %d on: %w", off, cmp.Or(err, io.ErrUnexpectedEOF))
+				}
+				h.sum(c, &leaves[i])
+			}
+			return nil
+		})
 	}
-	h.sum(buf[:PayloadOffset], &leaves[0])
-	for i := range l.chunks {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		c := buf[:l.plainLen(i)+TagSize]
-		if _, err := io.ReadFull(r, c); err != nil {
-			return fmt.Errorf("read chunk %d: %w", i, err)
-		}
-		h.sum(c, &leaves[1+i])
+	if err := g.Wait(); err != nil {
+		return err
 	}
-	if n, err := r.Read(buf[:1]); n != 0 || !errors.Is(err, io.EOF) {
+	if n, err := r.ReadAt(make([]byte, 1), size); n != 0 || !errors.Is(err, io.EOF) {
 		return fmt.Errorf("%w: it grew while it was read", ErrDamaged)
 	}
 	if got := merkleRoot(leaves); got != s.Root {
 		return fmt.Errorf("%w: merkle root is %s, the manifest says %s", ErrDamaged, got, s.Root)
 	}
 	return nil
+}
+
+// maxCheckBuffers bounds the ciphertext that Check has in memory, in bytes.
+const maxCheckBuffers = 32 << 20
+
+// checkers is how many goroutines check one file.
+func checkers(l layout) int {
+	return max(1, min(runtime.GOMAXPROCS(0), maxCheckBuffers/l.maxChunk(), int(min(l.chunks, 1<<20))))
 }

@@ -26,24 +26,5 @@ func ReadSignedRecord(root *os.Root) (receipt.SignedCheckpoint, receipt.Checkpoi
 	return receipt.ParseSignedCheckpoint(b)
 }
 
-// Whole says whether every file that the manifest names is there, as long as the
-// manifest says, and nothing besides. It reads no content: that authenticates as
-// it is opened.
-func (f *Folder) Whole() error {
-	if err := f.checkListing(); err != nil {
-		return err
-	}
-	for _, s := range f.manifest.Files {
-		st, err := f.root.Lstat(SealedName(s.ID))
-		if err != nil {
-			return fmt.Errorf("sealed folder: %w", err)
-		}
-		if st.Size() != s.CipherSize {
-			return fmt.Errorf("%w: file %s has %d bytes, the manifest says %d", ErrDamaged, s.ID, st.Size(), s.CipherSize)
-		}
-	}
-	return nil
-}
-
 // Digest is the SHA-384 of the manifest.
 func (f *Folder) Digest() plan.Digest { return f.digest }

@@ -92,7 +92,7 @@ func (c *Cache) fetch(ctx context.Context, f *flight, name string, digest plan.D
 	}
 	m, err := parseManifest(raw, digest)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", err, ErrPermanent)
 	}
 	if err := c.reserve(ctx, f, name, m.total()+int64(len(raw))); err != nil {
 		return err
@@ -278,7 +278,7 @@ func (p *part) fetch(ctx context.Context, path, logPath string) (err error) {
 		}
 		p.cache.o.at()
 		if try == lies {
-			return fmt.Errorf("%s: its content has the Merkle root %s, the manifest says %s: the source is damaged or lies", p.object, got, p.file.Root)
+			return fmt.Errorf("%s: its content has the Merkle root %s, the manifest says %s: the source is damaged or lies: %w", p.object, got, p.file.Root, ErrPermanent)
 		}
 		p.cache.Log.WarnContext(ctx, "fetching again what has the wrong digest", slog.String("object", p.object))
 	}

@@ -194,11 +194,43 @@ func TestSinkInS3(t *testing.T) {
 	if _, err := s.Create(t.Context(), sinkURI, "job-b"); err != nil {
 		t.Fatal(err)
 	}
-	from, err := s.Resume(t.Context(), sinkURI, "job-b", "job-a", 2, second)
+	// In the job's own folder others have the number: one has the manifest and damaged
+	// chunks, one another manifest, one nothing.
+	manifest, err := w.backend.GetObject("ckpt", "team/run/job-a/"+two+"/manifest.json", nil)
 	must(t, err)
-	w.whole(from, second)
-	if token, err := sink.ReadAnchor(from); err != nil || token != "token-"+two {
-		t.Errorf("countersignature %q, %v", token, err)
+	right, err := io.ReadAll(manifest.Contents)
+	must(t, err)
+	put := func(name string, b []byte) {
+		_, err := w.backend.PutObject("ckpt", "team/run/job-a/"+name, nil, bytes.NewReader(b), int64(len(b)), nil)
+		must(t, err)
+	}
+	put("000002-a/manifest.json", right)
+	for _, f := range []string{"000000.sealed", "000001.sealed"} {
+		o, err := w.backend.GetObject("ckpt", "team/run/job-a/"+two+"/"+f, nil)
+		must(t, err)
+		b, err := io.ReadAll(o.Contents)
+		must(t, err)
+		b[len(b)-1] ^= 1
+		put("000002-a/"+f, b)
+	}
+	put("000002-b/manifest.json", []byte("{}"))
+	put("000002-z/record.json", []byte("{}"))
+	taken := 0
+	must(t, s.TryNumber(t.Context(), sinkURI, "job-b", "job-a", 2, second, func(from string) error {
+		taken++
+		w.whole(from, second)
+		token, err := sink.ReadAnchor(from)
+		if err != nil || token != "token-"+two {
+			t.Errorf("countersignature %q, %v", token, err)
+		}
+		return nil
+	}))
+	if taken != 1 {
+		t.Errorf("%d folders were taken", taken)
+	}
+	errRefused := errors.New("refused")
+	if err := s.TryNumber(t.Context(), sinkURI, "job-b", "job-a", 2, second, func(string) error { return errRefused }); !errors.Is(err, errRefused) || errors.Is(err, sink.ErrNotFound) {
+		t.Errorf("what the holder refuses: %v", err)
 	}
 	// Another one says that it is the first, and has nothing of it.
 	record, err := os.ReadFile(filepath.Join(dir, one, "record.json"))
@@ -235,8 +267,12 @@ func TestSinkInS3(t *testing.T) {
 		"trimmed":        {1, plan.Sum([]byte("not in the cache")), cache.ErrPermanent},
 		"another checkpoint in the newest's place": {2, plan.Sum([]byte("newest")), nil},
 	} {
-		if dir, err := s.Resume(t.Context(), sinkURI, "job-b", "job-a", row.sequence, row.digest); err == nil || row.want != nil && !errors.Is(err, row.want) {
-			t.Errorf("%s: %s, %v", name, dir, err)
+		err := s.TryNumber(t.Context(), sinkURI, "job-b", "job-a", row.sequence, row.digest, func(dir string) error {
+			t.Errorf("%s: %s", name, dir)
+			return nil
+		})
+		if err == nil || row.want != nil && !errors.Is(err, row.want) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 	if err := s.TryDigest(t.Context(), sinkURI, "job-b", plan.Sum([]byte("x")), func(string) error { return nil }); !errors.Is(err, sink.ErrNotFound) {
@@ -245,7 +281,7 @@ func TestSinkInS3(t *testing.T) {
 	if _, err := s.Create(t.Context(), sinkURI, "job-a"); err == nil {
 		t.Error("a sink with checkpoints is taken")
 	}
-	if _, err := s.Resume(t.Context(), sinkURI, "job-b", "../job-a", 2, second); err == nil {
+	if err := s.TryNumber(t.Context(), sinkURI, "job-b", "../job-a", 2, second, func(string) error { return nil }); err == nil {
 		t.Error("a job's name leads elsewhere")
 	}
 }

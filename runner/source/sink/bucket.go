@@ -373,27 +373,47 @@ func (b *Buckets) Trim(ctx context.Context, job, folder string) error {
 	return nil
 }
 
-// Resume fetches checkpoint sequence of job from, with the given digest, and returns the
-// folder for the holder: sealed files, record, and countersignature if there is one.
-// It lies there until the job that asks is left.
-func (b *Buckets) Resume(ctx context.Context, uri, job, from string, sequence uint64, digest plan.Digest) (string, error) {
+// TryNumber is TryNumber of a folder for a bucket: each folder of job from is fetched
+// for job, and held against the digest, before try is called. What is fetched lies there
+// until the job that asks is left: sealed files, record, and countersignature if there
+// is one.
+func (b *Buckets) TryNumber(ctx context.Context, uri, job, from string, sequence uint64, digest plan.Digest, try func(dir string) error) error {
 	at, err := source.ParseSink(uri)
 	if err != nil {
-		return "", err
+		return err
 	}
 	if !isPlain(from) {
-		return "", fmt.Errorf("find sink: %q is not a plain name", from)
+		return fmt.Errorf("find sink: %q is not a plain name", from)
 	}
 	folders, err := b.list(ctx, below(at, from))
 	if err != nil {
-		return "", err
+		return err
 	}
+	var refused error
 	for name := range folders {
-		if n, ok := Sequence(name); ok && n == sequence {
-			return b.fetch(ctx, job, below(at, from, name), digest)
+		if n, ok := Sequence(name); !ok || n != sequence {
+			continue
 		}
+		refusal, err := b.try(ctx, job, below(at, from, name), digest, try)
+		if err != nil || refusal == nil {
+			return err
+		}
+		refused = errors.Join(refused, fmt.Errorf("%s: %w", name, refusal))
 	}
-	return "", fmt.Errorf("checkpoint %d of job %s in %s: %w", sequence, from, uri, ErrNotFound)
+	return cmp.Or(refused, fmt.Errorf("checkpoint %d of job %s in %s: %w", sequence, from, uri, ErrNotFound))
+}
+
+// try fetches one folder for job and calls try with it. A refusal is what is wrong with
+// this folder; after another error the next would have it as well.
+func (b *Buckets) try(ctx context.Context, job string, at source.Location, digest plan.Digest, try func(dir string) error) (refusal, err error) {
+	dir, err := b.fetch(ctx, job, at, digest)
+	if errors.Is(err, cache.ErrPermanent) {
+		return err, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return try(dir), nil
 }
 
 // TryDigest is TryDigest of a folder for a bucket: each folder is fetched for job,
@@ -428,15 +448,11 @@ func (b *Buckets) TryDigest(ctx context.Context, uri, job string, digest plan.Di
 			if _, r, perr := receipt.ParseSignedCheckpoint(raw); err != nil || perr != nil || r.Digest != digest {
 				continue
 			}
-			dir, err := b.fetch(ctx, job, below(at, from, name), digest)
-			if err == nil {
-				if err = try(dir); err == nil {
-					return nil
-				}
-			} else if !errors.Is(err, cache.ErrPermanent) {
+			refusal, err := b.try(ctx, job, below(at, from, name), digest, try)
+			if err != nil || refusal == nil {
 				return err
 			}
-			refused = errors.Join(refused, fmt.Errorf("%s of job %s: %w", name, from, err))
+			refused = errors.Join(refused, fmt.Errorf("%s of job %s: %w", name, from, refusal))
 		}
 	}
 	return cmp.Or(refused, fmt.Errorf("checkpoint %s in %s: %w", digest, uri, ErrNotFound))

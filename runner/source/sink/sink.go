@@ -76,22 +76,30 @@ func Sequence(folder string) (uint64, bool) {
 	return n, err == nil
 }
 
-// Find returns the folder of a job's checkpoint with the given number.
-func Find(uri, job string, sequence uint64) (string, error) {
+// TryNumber calls try with each folder that is called as a job's checkpoint with the
+// given number, until try takes one. There is one, unless somebody else can write to
+// the place: try MUST look at all of a folder.
+func TryNumber(uri, job string, sequence uint64, try func(dir string) error) error {
 	dir, err := Dir(uri, job)
 	if err != nil {
-		return "", err
+		return err
 	}
 	l, err := list(dir)
 	if err != nil {
-		return "", err
+		return err
 	}
+	var refused error
 	for _, name := range l {
-		if n, ok := Sequence(name); ok && n == sequence {
-			return filepath.Join(dir, name), nil
+		if n, ok := Sequence(name); !ok || n != sequence {
+			continue
 		}
+		err := try(filepath.Join(dir, name))
+		if err == nil {
+			return nil
+		}
+		refused = errors.Join(refused, fmt.Errorf("%s: %w", name, err))
 	}
-	return "", fmt.Errorf("checkpoint %d of job %s in %s: %w", sequence, job, uri, ErrNotFound)
+	return cmp.Or(refused, fmt.Errorf("checkpoint %d of job %s in %s: %w", sequence, job, uri, ErrNotFound))
 }
 
 // TryDigest calls try with each folder that says that it is the checkpoint with the

@@ -51,13 +51,14 @@ func TestFind(t *testing.T) {
 	checkpoint(t, filepath.Join(base, "job-b", "000012-y"), two)
 	checkpoint(t, filepath.Join(base, "job-b", "000013-z.tmp"), plan.Sum([]byte("3")))
 	must(t, os.WriteFile(filepath.Join(base, "stray"), nil, 0o600))
-	if dir, err := Find(uri, "job-b", 12); err != nil || filepath.Base(dir) != "000012-y" {
-		t.Errorf("%s, %v", dir, err)
-	}
 	// Others say that they are it, in folders before and after it.
 	mine := filepath.Join(base, "job-a", "000001-x")
 	checkpoint(t, filepath.Join(base, "a-decoy", "000001-x"), one)
 	checkpoint(t, filepath.Join(base, "z-decoy", "000001-x"), one)
+	// In the job's own folder another one has the number.
+	twelfth := filepath.Join(base, "job-b", "000012-y")
+	checkpoint(t, filepath.Join(base, "job-b", "000012-a"), two)
+	checkpoint(t, filepath.Join(base, "job-b", "000012-z"), two)
 	var tried []string
 	errDecoy := errors.New("a decoy")
 	takes := func(want string) func(string) error {
@@ -73,10 +74,16 @@ func TestFind(t *testing.T) {
 	if err := TryDigest(uri, one, takes(mine)); err != nil || tried[len(tried)-1] != mine {
 		t.Errorf("%q, %v", tried, err)
 	}
+	if err := TryNumber(uri, "job-b", 12, takes(twelfth)); err != nil || tried[len(tried)-1] != twelfth {
+		t.Errorf("%q, %v", tried, err)
+	}
+	if err := TryNumber(uri, "job-b", 12, takes("")); !errors.Is(err, errDecoy) || errors.Is(err, ErrNotFound) || len(tried) != 3 {
+		t.Errorf("%q, %v", tried, err)
+	}
 	if err := TryDigest(uri, one, takes("")); !errors.Is(err, errDecoy) || errors.Is(err, ErrNotFound) || len(tried) != 3 {
 		t.Errorf("%q, %v", tried, err)
 	}
-	for _, err := range []error{second(Find(uri, "job-b", 1)), TryDigest(uri, plan.Sum([]byte("9")), takes(""))} {
+	for _, err := range []error{TryNumber(uri, "job-b", 1, takes("")), TryNumber(uri, "job-b", 13, takes("")), TryDigest(uri, plan.Sum([]byte("9")), takes(""))} {
 		if !errors.Is(err, ErrNotFound) {
 			t.Errorf("what is not there: %v", err)
 		}
@@ -94,8 +101,6 @@ func TestFind(t *testing.T) {
 		t.Errorf("a changed record: %q, %v", tried, err)
 	}
 }
-
-func second[T any](_ T, err error) error { return err }
 
 func TestCreate(t *testing.T) {
 	uri := "file://" + t.TempDir()
