@@ -130,7 +130,7 @@ func (h *Holder) resumeFrom(ctx context.Context, r holdapi.Resume, root *os.Root
 	if root != nil {
 		// It reads all of the checkpoint, and ends with the job.
 		ctx, cancel := context.WithCancel(ctx)
-		defer context.AfterFunc(h.ending, cancel)()
+		defer context.AfterFunc(h.ending, cancel)() //nolint:contextcheck // the job's end is another's than the request's
 		defer cancel()
 		if c, folder, err = readResume(ctx, root, at, point, keys, r.Anchor); err != nil {
 			return &apiError{holdapi.CodeRefused, err}
