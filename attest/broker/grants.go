@@ -97,7 +97,8 @@ func (b *Broker) RequestGrant(ctx context.Context, requester Actor, n NewGrant) 
 
 func (b *Broker) request(ctx context.Context, who Actor, action Action, n NewGrant) (Grant, error) {
 	now := b.now().UTC().Truncate(time.Second)
-	if n.NotBefore.IsZero() {
+	atOnce := n.NotBefore.IsZero()
+	if atOnce {
 		n.NotBefore = now
 	}
 	if err := n.settle(); err != nil {
@@ -115,7 +116,7 @@ func (b *Broker) request(ctx context.Context, who Actor, action Action, n NewGra
 	err := b.update(ctx, func(ctx context.Context, tx Tx) error {
 		if n.Key != "" {
 			switch old, err := tx.GrantByKey(ctx, g.Requester, n.Key); {
-			case err == nil && g.repeats(old):
+			case err == nil && g.repeats(old) && (atOnce || g.NotBefore.Equal(old.NotBefore)):
 				g = old
 				return nil
 			case err == nil:

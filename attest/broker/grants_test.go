@@ -482,6 +482,11 @@ func TestRequestGrant(t *testing.T) {
 	if other := must[broker.Grant](t)(w.RequestGrant(t.Context(), broker.Actor{Role: "engineer", Name: "eve"}, n)); other.ID == g.ID {
 		t.Error("another requester's key found this one's grant")
 	}
+	later := n
+	later.NotBefore = w.clock().Add(time.Second)
+	if _, err := w.RequestGrant(t.Context(), erin, later); !errors.Is(err, broker.ErrExists) {
+		t.Errorf("the same key for a later time: %v", err)
+	}
 	n.MaxReleases = 5
 	if _, err := w.RequestGrant(t.Context(), erin, n); !errors.Is(err, broker.ErrExists) {
 		t.Errorf("the same key with other terms: %v", err)
