@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	cosignature "github.com/transparency-dev/formats/note"
@@ -25,14 +26,33 @@ import (
 
 // Observer is a witness (C2SP tlog-witness): it cosigns a log's checkpoint only if
 // it follows the one that it cosigned last, so that whoever trusts it knows that
-// the log shows everyone one history. It is safe for concurrent use.
+// the log shows everyone one history. It is safe for concurrent use, also by several
+// processes over one folder.
 type Observer struct {
 	dir    string
 	signer note.Signer
 	log    *slog.Logger
 	logs   map[string]translog.Trust
-	// mu makes reading, writing and signing one step.
+	// mu makes reading, writing and signing one step, and witnessLock does so beside
+	// other processes.
 	mu sync.Mutex
+}
+
+// witnessLock is held by the one that cosigns.
+const witnessLock = "cosign.lock"
+
+// alone waits until nobody else cosigns with what the folder has.
+func (o *Observer) alone() (done func(), err error) {
+	o.mu.Lock()
+	f, err := os.OpenFile(filepath.Join(o.dir, witnessLock), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err == nil {
+			return func() { _ = f.Close(); o.mu.Unlock() }, nil
+		}
+		_ = f.Close()
+	}
+	o.mu.Unlock()
+	return nil, fmt.Errorf("lock the witness's folder: %w", err)
 }
 
 // NewObserver returns a witness that keeps the last checkpoint of each log in dir,
@@ -89,8 +109,11 @@ func (o *Observer) Cosign(ctx context.Context, req translog.WitnessRequest) ([]b
 	if req.Old > c.Size {
 		return nil, answer{http.StatusBadRequest, fmt.Errorf("old size %d, and the checkpoint has %d", req.Old, c.Size)}
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
+	done, err := o.alone()
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	last, known, err := o.last(trust)
 	switch {
 	case err != nil:

@@ -8,7 +8,10 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -182,6 +185,24 @@ func TestAWitnessRefuses(t *testing.T) {
 		if name == "from the beginning again" && (text != "3\n" || contentType != "text/x.tlog.size") {
 			t.Errorf("%s: %q of type %q", name, text, contentType)
 		}
+	}
+	// Two processes over one folder, each asked for its own history at once: what the
+	// first keeps while it has the lock, the second sees.
+	busy, err := NewObserver(t.TempDir(), mustKey(t), []string{own}, silent())
+	check(t, err)
+	lock, err := os.Create(filepath.Join(busy.dir, witnessLock))
+	check(t, err)
+	check(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
+	asked := make(chan error, 1)
+	go func() {
+		_, err := busy.Cosign(t.Context(), translog.WitnessRequest{Checkpoint: forkedCP3})
+		asked <- err
+	}()
+	time.Sleep(20 * time.Millisecond)
+	check(t, writeFile(busy.file(trust.Origin()), first))
+	check(t, lock.Close())
+	if err := <-asked; !errors.As(err, &conflict{}) {
+		t.Errorf("beside another process: %v", err)
 	}
 	// A second observer over the same folder remembers.
 	again, err := NewObserver(o.dir, mustKey(t), []string{own}, silent())
