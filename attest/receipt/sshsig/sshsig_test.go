@@ -10,8 +10,11 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"encoding/pem"
+	"io"
+	"math/big"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -266,4 +269,90 @@ func FuzzVerify(f *testing.F) {
 			t.Error("a forgery passes")
 		}
 	})
+}
+
+// securityKey signs as a FIDO security key does (OpenSSH's PROTOCOL.u2f): over the
+// application, its flags and a counter besides.
+type securityKey struct {
+	public  ssh.PublicKey
+	ed25519 ed25519.PrivateKey
+	ecdsa   *ecdsa.PrivateKey
+	flags   byte
+}
+
+const application = "ssh:"
+
+func newSecurityKey(t testing.TB, kind string, flags byte) *securityKey {
+	t.Helper()
+	k := &securityKey{flags: flags}
+	var blob []byte
+	switch kind {
+	case ssh.KeyAlgoSKED25519:
+		public, private, err := ed25519.GenerateKey(rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.ed25519, blob = private, ssh.Marshal(struct {
+			Kind, Key, Application string
+		}{kind, string(public), application})
+	case ssh.KeyAlgoSKECDSA256:
+		private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		point, err := private.PublicKey.Bytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.ecdsa, blob = private, ssh.Marshal(struct {
+			Kind, Curve, Key, Application string
+		}{kind, "nistp256", string(point), application})
+	}
+	var err error
+	if k.public, err = ssh.ParsePublicKey(blob); err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func (k *securityKey) PublicKey() ssh.PublicKey { return k.public }
+
+func (k *securityKey) Sign(_ io.Reader, data []byte) (*ssh.Signature, error) {
+	app, message := sha256.Sum256([]byte(application)), sha256.Sum256(data)
+	rest := []byte{k.flags, 0, 0, 0, 7}
+	said := slices.Concat(app[:], rest, message[:])
+	sig := &ssh.Signature{Format: k.public.Type(), Rest: rest}
+	if k.ed25519 != nil {
+		sig.Blob = ed25519.Sign(k.ed25519, said)
+		return sig, nil
+	}
+	sum := sha256.Sum256(said)
+	r, s, err := ecdsa.Sign(rand.Reader, k.ecdsa, sum[:])
+	sig.Blob = ssh.Marshal(struct{ R, S *big.Int }{r, s})
+	return sig, err
+}
+
+// TestSecurityKeyIsTouched: whatever runs on a person's machine can have a security
+// key sign in silence, and the flags say so.
+func TestSecurityKeyIsTouched(t *testing.T) {
+	const present, verified = 1, 4
+	for _, kind := range []string{ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256} {
+		for flags, touched := range map[byte]bool{0: false, verified: false, present: true, present | verified: true} {
+			k := newSecurityKey(t, kind, flags)
+			// What is signed is verified before it is handed out.
+			sig, err := sshsig.Sign(k, namespace, []byte("approve"))
+			if (err == nil) != touched {
+				t.Errorf("%s with flags %d: %v", kind, flags, err)
+			}
+			if err != nil {
+				continue
+			}
+			if _, err := sshsig.Verify(sig, []byte("approve"), namespace, []ssh.PublicKey{k.public}); err != nil {
+				t.Errorf("%s: %v", kind, err)
+			}
+			if _, err := sshsig.Verify(sig, []byte("deny"), namespace, []ssh.PublicKey{k.public}); err == nil {
+				t.Errorf("%s signed something else", kind)
+			}
+		}
+	}
 }
