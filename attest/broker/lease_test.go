@@ -244,7 +244,10 @@ func TestRevokedBeforeTheRelease(t *testing.T) {
 		"measurement, and it is not known": {who: oscar, target: broker.Target{Kind: broker.RevokeMeasurement, Value: strings.Repeat("00", 48)}, change: func(r *receipt.Result) { delete(r.Submods["cpu0"].Claims, "snp.measurement") }, want: "revoked.measurement"},
 		"image":                            {who: oscar, target: broker.Target{Kind: broker.RevokeImage, Value: imageDigest}, want: "revoked.image"},
 		"image, and the plan is not sent":  {who: oscar, target: broker.Target{Kind: broker.RevokeImage, Value: "sha256:" + strings.Repeat("00", 32)}, noPlan: true, want: "revoked.image"},
-		"another image":                    {who: oscar, target: broker.Target{Kind: broker.RevokeImage, Value: "sha256:" + strings.Repeat("00", 32)}},
+		"an image, the owner's, and the plan is not sent": {who: alice, target: broker.Target{Kind: broker.RevokeImage, Value: "sha256:" + strings.Repeat("00", 32)}, noPlan: true, want: "revoked.image"},
+		"another owner's image, and the plan is not sent": {who: bob, target: broker.Target{Kind: broker.RevokeImage, Value: "sha256:" + strings.Repeat("00", 32)}, noPlan: true},
+		"another owner's chip, and this one not known":    {who: bob, target: broker.Target{Kind: broker.RevokeChip, Value: strings.Repeat("c2", 64)}, change: func(r *receipt.Result) { delete(r.Submods["cpu0"].Claims, "snp.chip-id") }},
+		"another image": {who: oscar, target: broker.Target{Kind: broker.RevokeImage, Value: "sha256:" + strings.Repeat("00", 32)}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, false)

@@ -243,13 +243,18 @@ func (l Lease) targets() []Target {
 	return out
 }
 
+// scopes says whether a job uses anything of those for whom r revoked.
+func (r Revocation) scopes(l Lease) bool {
+	return r.Scope == "" || slices.ContainsFunc(l.Uses, func(u LeaseUse) bool { return u.Owner == r.Scope })
+}
+
 func (r Revocation) covers(l Lease) bool {
-	owned := r.Scope == "" || slices.ContainsFunc(l.Uses, func(u LeaseUse) bool { return u.Owner == r.Scope })
-	return owned && slices.Contains(l.targets(), r.Target)
+	return r.scopes(l) && slices.Contains(l.targets(), r.Target)
 }
 
 // checkRevoked refuses a job that something revoked concerns. What the broker
-// was not told of a job is refused as long as anything of that kind is revoked.
+// was not told of a job is refused as long as anything of that kind is revoked, for
+// all or by an owner of what the job uses.
 func checkRevoked(ctx context.Context, r Reader, l *check.List, job Lease) error {
 	hints := map[RevocationKind]string{}
 	if job.Image == "" {
@@ -271,7 +276,7 @@ func checkRevoked(ctx context.Context, r Reader, l *check.List, job Lease) error
 	}
 	for _, rev := range revoked {
 		switch {
-		case rev.Value == "":
+		case rev.Value == "" && rev.scopes(job):
 			l.Fail("revoked."+string(rev.Kind), "a known one, as some are revoked", "not known", hints[rev.Kind])
 		case rev.covers(job):
 			l.Fail("revoked."+string(rev.Kind), "nothing that was revoked", rev.Value+" was revoked at "+stamp(rev.Time), "ask "+rev.By+" why")

@@ -298,8 +298,8 @@ type Reader interface {
 	// id sorts after after.
 	OpenLeases(ctx context.Context, after string, limit int) ([]Lease, error)
 	// Revoked returns every revocation of any of the targets, whatever its scope.
-	// For a target without a value it returns one revocation with that kind alone
-	// if there are any of the kind.
+	// For a target without a value it returns, for each scope in which there are any
+	// of the kind, one revocation with the kind and the scope alone.
 	Revoked(ctx context.Context, of []Target) ([]Revocation, error)
 	// Revocations returns at most limit revocations.
 	Revocations(ctx context.Context, limit int) ([]Revocation, error)

@@ -687,7 +687,8 @@ func revocations(t *testing.T, s broker.Store, reopen func() broker.Store) {
 		same(t, "of a target with quotes", []broker.Revocation(nil))(r.Revoked(ctx, []broker.Target{{Kind: broker.RevokeNode, Value: `n" OR '1`}}))
 		same(t, "of none", []broker.Revocation(nil))(r.Revoked(ctx, nil))
 		any, err := r.Revoked(ctx, []broker.Target{{Kind: broker.RevokeNode}, {Kind: broker.RevokeImage}, all[0].Target})
-		if err != nil || len(any) != 2 || !reflect.DeepEqual(any[0], all[0]) || any[1].Target != (broker.Target{Kind: broker.RevokeNode}) {
+		if err != nil || len(any) != 3 || !reflect.DeepEqual(any[0], all[0]) || any[1].Target != (broker.Target{Kind: broker.RevokeNode}) || any[1].Scope != "" ||
+			any[2].Target != any[1].Target || any[2].Scope != "alice" {
 			t.Errorf("any of a kind: %+v, %v", any, err)
 		}
 		same(t, "all", all)(r.Revocations(ctx, 9))

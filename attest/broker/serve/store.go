@@ -104,7 +104,7 @@ const (
 	qLease      = `SELECT ` + leaseColumns + ` FROM leases WHERE job = ?`
 	qLeases     = `SELECT ` + leaseColumns + ` FROM leases WHERE ended IS NULL AND job > ? ORDER BY job LIMIT ?`
 	qRevoked    = `SELECT ` + revokeColumns + ` FROM revocations WHERE kind || ' ' || value IN (SELECT value FROM json_each(?1))
-		UNION SELECT DISTINCT kind, '', '', '', '', 0 FROM revocations WHERE kind || ' ' IN (SELECT value FROM json_each(?1)) ORDER BY kind, value, scope`
+		UNION SELECT DISTINCT kind, '', scope, '', '', 0 FROM revocations WHERE kind || ' ' IN (SELECT value FROM json_each(?1)) ORDER BY kind, value, scope`
 	qAnyRevoked = `SELECT EXISTS (SELECT 1 FROM revocations)`
 	qRevokeAll  = `SELECT ` + revokeColumns + ` FROM revocations ORDER BY kind, value, scope LIMIT ?`
 	qCkptHead   = `SELECT ` + headColumns + ` FROM heads WHERE job = ? AND asset = ?`
