@@ -51,6 +51,9 @@ type view struct {
 	Way        []way
 	WayHeight  int
 	WayTotal   string
+	Marks      []mark
+	Again      *again
+	Metrics    *bundle.Metrics
 	People     []person
 	Releases   []receipt.Release
 	Egress     *bundle.Egress
@@ -65,6 +68,8 @@ type view struct {
 	Groups     []group
 	Catalogues []Catalogue
 	Parts      []part
+
+	began, span int64 // of the picture
 }
 
 type counts struct{ Pass, Fail, NotChecked int }
@@ -168,6 +173,12 @@ func (v *view) documents(b *bundle.Bundle) {
 	}
 	if s, err := bundle.Decode[bundle.ImageSBOM](b.Parts[bundle.ImageSBOMPart]); err == nil {
 		v.Materials = materialsOf(s, plan.Sum(b.Parts[bundle.ImageSBOMPart]))
+	}
+	if s, err := bundle.Decode[bundle.Status](b.Parts[bundle.HolderStatus]); err == nil {
+		v.Metrics = s.Metrics
+	}
+	if r, err := bundle.Decode[bundle.Reattestations](b.Parts[bundle.ReattestPart]); err == nil {
+		v.reattested(r)
 	}
 	if r, err := bundle.Decode[bundle.Resume](b.Parts[bundle.ResumePart]); err == nil {
 		if rec, err := bundle.ParseCheckpointRecord(r.Record); err == nil {
@@ -284,12 +295,13 @@ func (v *view) timeline(steps []bundle.Step) {
 	for _, s := range steps {
 		first, last = min(first, s.StartUnixNano), max(last, s.StartUnixNano+s.Nanos)
 	}
-	span := max(float64(last-first), 1)
+	v.began, v.span = first, max(last-first, 1)
+	span := float64(v.span)
 	for i, s := range steps {
 		b := way{
 			Stage: string(s.Stage), Outcome: s.Outcome, Failed: s.Outcome != bundle.StepDone,
 			Began: "+" + duration(s.StartUnixNano-first), Took: duration(s.Nanos),
-			X: labelWidth + float64(s.StartUnixNano-first)/span*(pictureWidth-labelWidth), Y: float64(i) * (barHeight + barGap),
+			X: v.at(s.StartUnixNano), Y: float64(i) * (barHeight + barGap),
 			Width: max(float64(s.Nanos)/span*(pictureWidth-labelWidth), 2),
 		}
 		b.X = min(b.X, pictureWidth-b.Width)
@@ -302,6 +314,11 @@ func (v *view) timeline(steps []bundle.Step) {
 	}
 	v.WayHeight = int(float64(len(steps)) * (barHeight + barGap))
 	v.WayTotal = duration(last - first)
+}
+
+// at is where in the picture a time is.
+func (v *view) at(unixNano int64) float64 {
+	return labelWidth + float64(unixNano-v.began)/float64(max(v.span, 1))*(pictureWidth-labelWidth)
 }
 
 func ending(r verify.Report) string {

@@ -55,7 +55,7 @@ func (r *reading) bom() ([]byte, error) {
 			Hashes: hash(cyclonedx.HashAlgoSHA384, digests(c.Digest)["sha384"]),
 		})
 	}
-	model.ModelCard = &cyclonedx.MLModelCard{ModelParameters: &cyclonedx.MLModelParameters{Datasets: &datasets}}
+	model.ModelCard = &cyclonedx.MLModelCard{ModelParameters: &cyclonedx.MLModelParameters{Datasets: &datasets}, QuantitativeAnalysis: r.performance()}
 	b.Metadata = &cyclonedx.Metadata{
 		Timestamp: stamp(r.Now), Component: model,
 		Tools: &cyclonedx.ToolsChoice{Components: &[]cyclonedx.Component{{Type: cyclonedx.ComponentTypeApplication, Name: r.Verifier, Version: r.Version}}},

@@ -77,6 +77,9 @@ func (r *reading) claims() claims {
 	}
 	add("nobody else's program in the sandbox", true, "trace.operator", "holder.trace", "holder.word")
 	add("memory scrubbed", true, "holder.scrubbed", "holder.word")
+	for _, m := range r.metrics {
+		add("metric "+m.Name, m, "metrics.form", "metrics.budget", "holder.word")
+	}
 	add("outcome", r.Report.Outcome.State, "outcome.state", "agent.word")
 	add("record in the log's tree", true, "log.receipt", "log.inclusion")
 	add("node", r.agent.Node)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strconv"
 
 	cyclonedx "github.com/CycloneDX/cyclonedx-go"
 
@@ -58,4 +59,24 @@ func hashes(l []bundle.ComponentHash) *[]cyclonedx.Hash {
 		return nil
 	}
 	return &out
+}
+
+// performance has the numbers that the job reported: its own word, which the holder
+// counted; nil if there are none.
+func (r *reading) performance() *cyclonedx.MLQuantitativeAnalysis {
+	var out []cyclonedx.MLPerformanceMetric
+	for _, m := range r.metrics {
+		for _, one := range []struct {
+			slice string
+			value float64
+		}{{"last", m.Last}, {"least", m.Min}, {"most", m.Max}} {
+			out = append(out, cyclonedx.MLPerformanceMetric{
+				Type: m.Name, Value: strconv.FormatFloat(one.value, 'g', -1, 64), Slice: fmt.Sprintf("%s of %d values, as the job declared them", one.slice, m.Count),
+			})
+		}
+	}
+	if out == nil {
+		return nil
+	}
+	return &cyclonedx.MLQuantitativeAnalysis{PerformanceMetrics: &out}
 }

@@ -158,6 +158,7 @@ type reading struct {
 	// sbomSigner who signed it.
 	sbom       bundle.SBOM
 	sbomSigner string
+	metrics    []bundle.Metric
 }
 
 func read(in Input) (*reading, error) {
@@ -181,6 +182,15 @@ func read(in Input) (*reading, error) {
 			return nil, err
 		}
 		r.sbomSigner = s.Signer
+	}
+	if b, ok := r.bundle.Parts[bundle.HolderStatus]; ok {
+		s, err := bundle.Decode[bundle.Status](b)
+		if err != nil {
+			return nil, err
+		}
+		if s.Metrics != nil {
+			r.metrics = s.Metrics.Values
+		}
 	}
 	if b, ok := r.bundle.Parts[bundle.Checkpoints]; ok {
 		list, err := bundle.Decode[[]bundle.Checkpoint](b)

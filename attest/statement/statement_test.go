@@ -292,7 +292,7 @@ func TestBOM(t *testing.T) {
 	if schema.Validate(wrong) == nil {
 		t.Error("the schema takes a hash that there is not")
 	}
-	for _, want := range []string{`"name": "numpy"`, `"pkg:deb/debian/python3@3.11.2-1"`, `"machine-learning-model"`, `"coffer:checked:plan"`, `"coffer:declared:node"`, `"coffer:simulated"`, `"input-model"`} {
+	for _, want := range []string{`"coffer:declared:metric loss"`, `"type": "loss"`, `"value": "0.3125"`, `"slice": "last of 20 values, as the job declared them"`, `"name": "numpy"`, `"pkg:deb/debian/python3@3.11.2-1"`, `"machine-learning-model"`, `"coffer:checked:plan"`, `"coffer:declared:node"`, `"coffer:simulated"`, `"input-model"`} {
 		if !strings.Contains(string(b), want) {
 			t.Errorf("the document has no %s", want)
 		}

@@ -21,6 +21,7 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/bundle/bundletest"
 	"github.com/coffer-run/coffer/attest/bundle/verify"
+	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/simulate"
 )
 
@@ -93,7 +94,7 @@ func pages(t *testing.T) map[string]string {
 		t.Fatal(err)
 	}
 	out := map[string]string{}
-	for name, o := range map[string]bundletest.Options{"report": {}, "report-refused": {ID: "job-2", FlipGPU: true}} {
+	for name, o := range map[string]bundletest.Options{"report": {Reattest: &plan.Reattest{EverySeconds: 60, WithinSeconds: 30, OnFailure: plan.ReattestStop}}, "report-refused": {ID: "job-2", FlipGPU: true}} {
 		j, err := lab.Job(o)
 		if err != nil {
 			t.Fatal(err)

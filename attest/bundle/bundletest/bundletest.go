@@ -323,7 +323,7 @@ func (j *Job) documents(o Options) error {
 		Inputs:      []plan.Input{{Name: "data", Asset: "dataset", Digest: d("dataset"), Mount: "/inputs/data"}, {Name: "model", Asset: "weights", Digest: d("weights"), Mount: "/inputs/model"}},
 		Checkpoints: &plan.Checkpoints{Asset: "checkpoints", Mount: "/checkpoints", Resume: o.Resume},
 		Egress:      []plan.Egress{{Host: EgressHost, Port: 443, MaxBytes: 10_000, BytesPerSecond: 1000}},
-		Output:      plan.Output{LogBytes: 1 << 20, EgressBytes: 10_000, EgressBytesPerSecond: 1000, EgressEvents: 2},
+		Output:      plan.Output{LogBytes: 1 << 20, EgressBytes: 10_000, EgressBytesPerSecond: 1000, EgressEvents: 2, Metrics: &plan.Metrics{Names: []string{"accuracy", "loss"}, MaxValues: 100, ValuesPerSecond: 10}},
 		Resources:   plan.Resources{CPUMillis: 1000, MemoryBytes: 1 << 30, Pids: 100, GPUs: 1, CC: o.CC, MaxSeconds: 60},
 		Policy:      ref, SandboxProfile: pd, Reattest: o.Reattest,
 	}
@@ -678,6 +678,7 @@ func (j *Job) course() error {
 		bundle.Checkpoints: list,
 		bundle.HolderStatus: bundle.Status{
 			Started: true, Execs: 1, Scrubbed: true, LogBytes: 30, Checkpoints: list,
+			Metrics: metrics(),
 		},
 		bundle.Trace: []bundle.Event{
 			{Sequence: 1, UnixNano: at, Kind: bundle.EventContainerStart, Detail: "train"},
@@ -777,4 +778,9 @@ func (j *Job) Bundle() ([]byte, error) {
 	}
 	entries := append(append([]translog.Entry(nil), j.Log.Entries...), e)
 	return b.Finish(signature, &bundle.Log{Receipt: token, Entries: entries})
+}
+
+// metrics are what a job reported, as its plan allows.
+func metrics() *bundle.Metrics {
+	return &bundle.Metrics{Values: []bundle.Metric{{Name: "accuracy", Count: 2, Last: 0.875, Min: 0.5, Max: 0.875}, {Name: "loss", Count: 20, Last: 0.3125, Min: 0.25, Max: 2.5}}}
 }

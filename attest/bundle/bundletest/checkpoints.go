@@ -92,7 +92,7 @@ func (j *Job) Resumed(from *Job, c *bundle.Checkpoint, change func(*receipt.Resu
 	}
 	for name, v := range map[bundle.Part]any{
 		bundle.Checkpoints:  own,
-		bundle.HolderStatus: bundle.Status{Started: true, Execs: 1, Scrubbed: true, LogBytes: 30, Checkpoints: held},
+		bundle.HolderStatus: bundle.Status{Started: true, Execs: 1, Scrubbed: true, LogBytes: 30, Checkpoints: held, Metrics: metrics()},
 		bundle.Trace:        trace,
 	} {
 		if err := j.json(name, v); err != nil {

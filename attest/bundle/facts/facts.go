@@ -419,14 +419,22 @@ func (r *reader) timeline() Section {
 func (r *reader) reattestations() Section {
 	s := Section{Name: "reattestations", Title: "How it attested while it ran"}
 	var l bundle.Reattestations
-	part(r, bundle.ReattestPart, &l)
+	if !part(r, bundle.ReattestPart, &l) {
+		return s
+	}
+	refused := 0
 	for _, a := range l.List {
 		text := fmt.Sprintf("%s, %s, at %s; the job %s", a.Cause, a.Verdict, time.Unix(0, a.StartUnixNano).UTC().Format("2006-01-02 15:04:05.000Z"), a.Then)
 		if len(a.Failed) > 0 {
 			text += "; for " + strings.Join(a.Failed, ", ")
 		}
+		if a.Verdict != bundle.ReattestAffirmed {
+			refused++
+		}
 		s.own("attestation "+strconv.Itoa(a.Number), "%s", text)
 	}
+	s.own("affirmed", "%d times", len(l.List)-refused+l.Omitted)
+	s.add("not affirmed", "%d times", refused)
 	return s
 }
 

@@ -1,6 +1,7 @@
 package facts_test
 
 import (
+	"bytes"
 	"slices"
 	"strings"
 	"sync"
@@ -73,7 +74,7 @@ func TestOf(t *testing.T) {
 		"materials bill of materials 2 components, signed by key releases", "materials deb python3 3.11.2-1", "materials library numpy 1.24.2",
 		"devices gpu0.gpu.feature-flag SPT",
 		"approvals alice approve checkpoints, dataset, weights: reviewed", "releases dataset sha384:", "egress metrics.example.com:443 1 connections, 4000 bytes sent, 9000 received",
-		"outputs checkpoint 2 epoch-2, 1000 bytes, sha384:", "timeline run done, ", "reattestations attestation 2 timer, affirmed", "parts plan ",
+		"outputs checkpoint 2 epoch-2, 1000 bytes, sha384:", "outputs metric loss 0.3125 at last, 0.25 to 2.5, 20 values", "reattestations not affirmed 0 times", "timeline run done, ", "reattestations attestation 2 timer, affirmed", "parts plan ",
 	} {
 		if !slices.ContainsFunc(said, func(s string) bool { return strings.HasPrefix(s, want) }) {
 			t.Errorf("nothing says %q", want)
@@ -131,6 +132,18 @@ func TestDiff(t *testing.T) {
 			canonical(j, bundle.Approvals, []bundle.Approved{a})
 		}, []string{"approvals bob approve"}},
 		"no egress": {func(j *bundletest.Job) { delete(j.Parts, bundle.EgressPart) }, []string{"egress metrics.example.com:443", "egress refused job-1.example.com:443, not-listed"}},
+		"another loss": {func(j *bundletest.Job) {
+			s, err := bundle.Decode[bundle.Status](j.Parts[bundle.HolderStatus])
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.Metrics.Values[1].Last = 0.5
+			canonical(j, bundle.HolderStatus, s)
+		}, []string{"outputs metric loss"}},
+		"another package in the image": {func(j *bundletest.Job) {
+			image := "sha256:" + strings.Repeat("00", 32)
+			canonical(j, bundle.ImageSBOMPart, bundle.ImageSBOM{Document: bytes.Replace(bundletest.SBOM(image), []byte("1.24.2"), []byte("1.24.3"), 1)})
+		}, []string{"materials bill of materials", "materials library numpy"}},
 		"other words printed": {func(j *bundletest.Job) {
 			canonical(j, bundle.LogsDigest, bundle.Logs{Stdout: bundle.Stream{Bytes: 1}})
 		}, []string{"outputs standard output", "outputs standard error"}},
@@ -154,7 +167,7 @@ func TestDiff(t *testing.T) {
 
 func TestNothingIsLeftOutUnseen(t *testing.T) {
 	for _, p := range []bundle.Part{
-		bundle.Plan, bundle.AgentPart, bundle.Result, bundle.Approvals, bundle.Releases, bundle.EgressPart, bundle.Checkpoints, bundle.LogsDigest, bundle.HolderStatus, bundle.AlertsPart,
+		bundle.Plan, bundle.AgentPart, bundle.Result, bundle.Approvals, bundle.Releases, bundle.EgressPart, bundle.Checkpoints, bundle.LogsDigest, bundle.HolderStatus, bundle.AlertsPart, bundle.ImageSBOMPart,
 	} {
 		b := record(t, bundletest.Options{}, nil)
 		b.Parts[p] = []byte(`{"x":`)

@@ -279,6 +279,7 @@ var words = []struct{ part, path, kind, why string }{
 	{"egress", "", "", "the measured agent's word (`egress.word`)"},
 	{"endorsements", "", removed, "told (`endorsements.listed`): the verifier's word stands for them"},
 	{"holder-status", "dropped", "", "the holder's word (`holder.word`)"},
+	{"holder-status", "metrics", "", "the holder's word (`holder.word`)"},
 	{"holder-status", "execs", removed, "the holder's word (`holder.word`)"},
 	{"job-file", "", "", "free text: the plan is what was resolved from it (`plan.job-file`)"},
 	{"logs-digest", "stdout.digest", "", "the agent's word (`logs.digest`)"},
