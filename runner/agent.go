@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -204,9 +205,11 @@ type Job struct {
 	place     *place
 
 	// What follows belongs to the goroutine that runs the job.
-	placed   bool // the job has entered the queue
-	gpus     *device.Use
-	holder   *holder.Holder
+	placed bool // the job has entered the queue
+	gpus   *device.Use
+	holder *holder.Holder
+	// opening is the holder while it may be decrypting; anybody may load it.
+	opening  atomic.Pointer[holder.Holder]
 	sandbox  *sandbox.Sandbox
 	egress   *jobEgress // nil without egress
 	record   record

@@ -316,6 +316,7 @@ func (a *Agent) decrypt(ctx context.Context, j *Job, box *created, grants []rece
 	if err != nil {
 		return opened{}, "", err
 	}
+	j.opening.Store(box.holder)
 	d, err := box.holder.Decrypt(ctx)
 	if err != nil {
 		return opened{}, "", fmt.Errorf("decrypt inputs: %w", err)

@@ -328,7 +328,7 @@ func (c *cli) stream(ctx context.Context, a agentv1connect.AgentServiceClient, i
 	if !follow {
 		idle.Reset(quiet)
 	}
-	s, err := a.Watch(sctx, connect.NewRequest(&agentv1.WatchRequest{Id: id, AfterSequence: *last}))
+	s, err := a.Watch(sctx, connect.NewRequest(&agentv1.WatchRequest{Id: id, AfterSequence: *last, Progress: c.progress}))
 	if err != nil {
 		return err
 	}

@@ -32,6 +32,7 @@ type live struct {
 	job, name string
 	stages    []liveStage
 	queue     string
+	going     []going
 	// metrics in the order in which the job printed them first.
 	metrics []metric
 	out     [2]lines
@@ -117,6 +118,8 @@ func (l *live) event(e *agentv1.WatchResponse) {
 		}
 		t.phase, t.took, t.detail = s.GetPhase(), time.Duration(s.GetDurationNanos()), s.GetDetail()
 		l.queue = ""
+	case e.GetProgress() != nil:
+		l.progress(e.GetProgress().GetGoing(), time.Unix(0, e.GetTimeUnixNano()))
 	case e.GetQueue() != nil:
 		l.queue = queueLine(e.GetQueue())
 	case e.GetLog() != nil:
@@ -246,6 +249,11 @@ func (l *live) text() string {
 			say("", "  … %-10s %8s", name, l.since(s.began))
 		}
 	}
+	if !l.done {
+		for _, g := range l.going {
+			say("", "    %s", g.line())
+		}
+	}
 	if l.queue != "" {
 		say(yellow, "  … %s", l.queue)
 	}
@@ -293,7 +301,7 @@ func (c *cli) watchLive(ctx context.Context, a agentv1connect.AgentServiceClient
 	l := &live{job: id, name: name, now: time.Now()}
 	p := tea.NewProgram(l, tea.WithContext(ctx), tea.WithInput(c.stdin), tea.WithOutput(c.stdout), tea.WithoutSignalHandler(), tea.WithEnvironment(os.Environ()))
 	follower := *c
-	follower.stderr = notices{p.Send}
+	follower.stderr, follower.progress = notices{p.Send}, true
 	over := make(chan struct{})
 	go func() {
 		defer close(over)

@@ -134,6 +134,7 @@ type Holder struct {
 	trace     *trace
 	budget    *budget
 	metrics   *metrics
+	progress  progress // of decrypting
 	stdout    *logStream
 	stderr    *logStream
 	inputFS   *inputTree
@@ -620,7 +621,7 @@ func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldIn
 	}
 	o := &opening{
 		get: func(size int64) (*dma.Region, error) { return h.pool.Get(regionName, size) },
-		use: h.lease.use, passthrough: h.inputFS.passthrough, ending: h.ending,
+		use: h.lease.use, passthrough: h.inputFS.passthrough, progress: &h.progress, ending: h.ending,
 	}
 	files := make([][]content, len(inputs))
 	for i, in := range inputs {
@@ -645,6 +646,7 @@ func (h *Holder) fill(ctx context.Context, inputs []*heldInput, work map[*heldIn
 			}
 		}
 	}
+	h.progress.total.Store(res.Bytes)
 	if res.Bytes > h.first {
 		rest = o
 	} else if err := o.run(); err != nil {
@@ -782,7 +784,7 @@ func (h *Holder) status() holdapi.Status {
 
 // current is called with h.mu held.
 func (h *Holder) current() holdapi.Status {
-	s := holdapi.Status{Scrubbed: h.scrubbed, Lease: h.lease.look(), LogBytes: h.stdout.size() + h.stderr.size(), LogCut: h.budget.dropped(), Metrics: h.metrics.look()}
+	s := holdapi.Status{Scrubbed: h.scrubbed, Lease: h.lease.look(), LogBytes: h.stdout.size() + h.stderr.size(), LogCut: h.budget.dropped(), Metrics: h.metrics.look(), Opened: h.progress.look()}
 	h.trace.status(&s)
 	if !h.scrubbed {
 		s.RegionBytes = h.pool.Held() + h.ckptFS.held()

@@ -308,6 +308,9 @@ func TestEndToEnd(t *testing.T) {
 	if d.Files != 3 || d.Bytes != int64(4*seal.MinChunkSize+5) {
 		t.Errorf("decrypted %+v", d)
 	}
+	if st, err := h.c.Status(ctx); err != nil || st.Opened == nil || *st.Opened != (holdapi.Opened{Bytes: d.Bytes, Total: d.Bytes}) {
+		t.Errorf("the status has %+v of %d bytes: %v", st.Opened, d.Bytes, err)
+	}
 
 	// Before the start nothing is opened, found or listed; the read waits.
 	type result struct {

@@ -32,6 +32,8 @@ type opening struct {
 	get         func(size int64) (*dma.Region, error)
 	use         func() error
 	passthrough bool
+	// progress is the holder's.
+	progress *progress
 	// ending is over with the job.
 	ending context.Context
 
@@ -114,7 +116,7 @@ func (f *residentFile) decrypt() (*dma.Region, error) {
 			return nil, err
 		}
 	}
-	if err := fillRegion(f.o.ending, f.o.use, s, r); err != nil {
+	if err := fillRegion(f.o.ending, f.o.progress.counted(f.o.use, int64(s.ChunkSize()), s.Size()), s, r); err != nil {
 		return nil, errors.Join(err, r.Scrub())
 	}
 	return r, nil

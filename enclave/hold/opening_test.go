@@ -63,6 +63,7 @@ func newSlowly(t *testing.T, damage func(dir string), sizes ...int) *slowly {
 	ok(t, err)
 	s.pool = dma.NewPool(0)
 	s.o = &opening{
+		progress:    &progress{},
 		passthrough: s.inputFS.passthrough, ending: s.ending,
 		get: func(size int64) (*dma.Region, error) {
 			r, err := s.pool.Get(regionName, size)

@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/oklog/ulid/v2"
@@ -336,6 +337,12 @@ func (s *server) Watch(ctx context.Context, r *connect.Request[agentv1.WatchRequ
 	if feed == nil {
 		return s.watchJournal(ctx, id, after, out)
 	}
+	told := progress{of: func(ctx context.Context) []*agentv1.Progress { return s.agent.Progress(ctx, id) }}
+	if r.Msg.GetProgress() {
+		ticker := time.NewTicker(progressEvery)
+		defer ticker.Stop()
+		told.tick = ticker.C
+	}
 	for {
 		events, closed, more := feed.After(after)
 		for _, e := range events {
@@ -352,6 +359,13 @@ func (s *server) Watch(ctx context.Context, r *connect.Request[agentv1.WatchRequ
 		}
 		select {
 		case <-more:
+		case <-told.tick:
+			if e := told.next(ctx); e != nil {
+				w := &agentv1.WatchResponse{Sequence: after, TimeUnixNano: time.Now().UnixNano(), Event: &agentv1.WatchResponse_Progress{Progress: e}}
+				if err := out.Send(w); err != nil {
+					return err
+				}
+			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}

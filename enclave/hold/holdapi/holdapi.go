@@ -267,8 +267,17 @@ type Status struct {
 	Lease  Lease `json:"lease"`
 	// Checkpoints are the last 100 commits; Client.Checkpoints returns all.
 	Checkpoints []Checkpoint `json:"checkpoints,omitempty"`
+	// Opened is there once decryption has begun of inputs that are held in memory.
+	Opened *Opened `json:"opened,omitempty"`
 	// Metrics is there if the holder was told of some.
 	Metrics *bundle.Metrics `json:"metrics,omitempty"`
+}
+
+// Opened is how many bytes of the inputs are decrypted, of how many. A chunk counts
+// when it is begun.
+type Opened struct {
+	Bytes int64 `json:"bytes"`
+	Total int64 `json:"total"`
 }
 
 // Checkpoint is one commit. Record is its canonical signed record (enclave/seal).

@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -69,6 +70,7 @@ type flight struct {
 	at   source.Location
 	stop context.CancelFunc
 	done chan struct{}
+	got  atomic.Int64 // bytes of the files that are there
 
 	// Cache.mu guards what follows. bytes are what the folder will have when it is
 	// whole. abandoned: the last waiter went away before it was done.

@@ -728,3 +728,41 @@ func FuzzManifest(f *testing.F) {
 		}
 	})
 }
+
+func TestProgress(t *testing.T) {
+	s := newStore()
+	digest := s.put(t, at, 5*testChunk)
+	opened := make(chan struct{})
+	s.fault = func(name string, n int, whole []byte, r io.Reader) (io.Reader, int64, error) {
+		if strings.HasSuffix(name, ".sealed") && n > 1 {
+			r = &held{opened, r} // all but the first range come when they may
+		}
+		return r, int64(len(whole)), nil
+	}
+	c := openCache(t, t.TempDir(), s, quick, roomy)
+	if _, _, ok := c.Progress(digest); ok {
+		t.Error("nothing is being fetched")
+	}
+	done := make(chan error)
+	go func() {
+		_, err := c.Hold(t.Context(), "job", at, digest)
+		done <- err
+	}()
+	got, total, ok := int64(0), int64(0), false
+	for range 5000 {
+		if got, total, ok = c.Progress(digest); got > testChunk {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if !ok || got <= testChunk || got >= 3*testChunk || total < 5*testChunk {
+		t.Errorf("%d of %d bytes, %t: want those of the first range", got, total, ok)
+	}
+	close(opened)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if _, _, ok := c.Progress(digest); ok {
+		t.Error("a fetch that is over goes on")
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -109,7 +110,7 @@ func (c *Cache) fetch(ctx context.Context, f *flight, name string, digest plan.D
 	ranges := make(chan struct{}, parallel)
 	for _, s := range m.Files {
 		g.Go(func() error {
-			p := &part{cache: c, bucket: b, file: s, chunk: m.ChunkSize, object: f.at.Object(s.name()), ranges: ranges}
+			p := &part{cache: c, bucket: b, file: s, chunk: m.ChunkSize, object: f.at.Object(s.name()), ranges: ranges, got: &f.got}
 			return p.fetch(gctx, filepath.Join(data, s.name()), filepath.Join(leaves, s.ID))
 		})
 	}
@@ -246,6 +247,7 @@ type part struct {
 	chunk  int
 	object string
 	ranges chan struct{}
+	got    *atomic.Int64 // of the flight
 
 	data, log *os.File
 	// leaves are zero where the chunk is still to come. A leaf is in the log when
@@ -289,7 +291,7 @@ func (p *part) fetch(ctx context.Context, path, logPath string) (err error) {
 	return nil
 }
 
-func (p *part) forget() { clear(p.leaves) }
+func (p *part) forget() { p.forgetRange(0, len(p.leaves)-1) }
 
 func (p *part) open(path, logPath string) (err error) {
 	if p.data, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600); err != nil {
@@ -334,6 +336,7 @@ func (p *part) resume(ctx context.Context) error {
 		off, length := p.place(i)
 		if _, err := p.data.ReadAt(buf[:length], off); err == nil && leafOf(buf[:length]) == want {
 			p.leaves[i] = want
+			p.got.Add(length)
 		}
 	}
 	return context.Cause(ctx)
@@ -423,6 +426,9 @@ func (p *part) read(ctx context.Context, a, z int, alive func()) error {
 			return &diskError{err}
 		}
 		p.cache.o.at()
+		if p.leaves[i] == (leaf{}) {
+			p.got.Add(n)
+		}
 		p.leaves[i] = l
 	}
 	// A store that sends more than it was asked for sends something else.
@@ -437,7 +443,12 @@ func (p *part) read(ctx context.Context, a, z int, alive func()) error {
 
 // forgetRange drops what a request brought. The log may keep it: only the root
 // makes a file good.
-func (p *part) forgetRange(a, z int) { clear(p.leaves[a : z+1]) }
+func (p *part) forgetRange(a, z int) {
+	from, _ := p.place(a)
+	end, n := p.place(z)
+	p.got.Add(from - end - n)
+	clear(p.leaves[a : z+1])
+}
 
 func readFile(path string) ([]byte, error) {
 	st, err := os.Lstat(path)

@@ -961,6 +961,8 @@ type WatchRequest struct {
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// The sequence of the last event that came; 0 for all.
 	AfterSequence uint64 `protobuf:"varint,2,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
+	// Also tell how far transfers and decryption are, at most once a second.
+	Progress      bool `protobuf:"varint,3,opt,name=progress,proto3" json:"progress,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1009,6 +1011,13 @@ func (x *WatchRequest) GetAfterSequence() uint64 {
 	return 0
 }
 
+func (x *WatchRequest) GetProgress() bool {
+	if x != nil {
+		return x.Progress
+	}
+	return false
+}
+
 // WatchResponse is one event of a job.
 type WatchResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1028,6 +1037,7 @@ type WatchResponse struct {
 	//	*WatchResponse_Alert
 	//	*WatchResponse_Reattest
 	//	*WatchResponse_Metrics
+	//	*WatchResponse_Progress
 	Event         isWatchResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1183,6 +1193,15 @@ func (x *WatchResponse) GetMetrics() *MetricsEvent {
 	return nil
 }
 
+func (x *WatchResponse) GetProgress() *ProgressEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchResponse_Progress); ok {
+			return x.Progress
+		}
+	}
+	return nil
+}
+
 type isWatchResponse_Event interface {
 	isWatchResponse_Event()
 }
@@ -1231,6 +1250,12 @@ type WatchResponse_Metrics struct {
 	Metrics *MetricsEvent `protobuf:"bytes,17,opt,name=metrics,proto3,oneof"`
 }
 
+type WatchResponse_Progress struct {
+	// Only where it was asked for. It is kept nowhere, and has the sequence of the
+	// event before it.
+	Progress *ProgressEvent `protobuf:"bytes,18,opt,name=progress,proto3,oneof"`
+}
+
 func (*WatchResponse_Stage) isWatchResponse_Event() {}
 
 func (*WatchResponse_Log) isWatchResponse_Event() {}
@@ -1252,6 +1277,8 @@ func (*WatchResponse_Alert) isWatchResponse_Event() {}
 func (*WatchResponse_Reattest) isWatchResponse_Event() {}
 
 func (*WatchResponse_Metrics) isWatchResponse_Event() {}
+
+func (*WatchResponse_Progress) isWatchResponse_Event() {}
 
 // StageEvent says that a stage of a job's way began or ended (docs/ARCHITECTURE.md).
 type StageEvent struct {
@@ -1629,6 +1656,122 @@ func (x *ReattestEvent) GetMessage() string {
 	return ""
 }
 
+// ProgressEvent is all that goes on of what takes long; empty when nothing does.
+type ProgressEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Going         []*Progress            `protobuf:"bytes,1,rep,name=going,proto3" json:"going,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProgressEvent) Reset() {
+	*x = ProgressEvent{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProgressEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProgressEvent) ProtoMessage() {}
+
+func (x *ProgressEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProgressEvent.ProtoReflect.Descriptor instead.
+func (*ProgressEvent) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ProgressEvent) GetGoing() []*Progress {
+	if x != nil {
+		return x.Going
+	}
+	return nil
+}
+
+// Progress is how far one thing is.
+type Progress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// fetch or decrypt.
+	What string `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"`
+	// The input that is fetched; empty for decryption, which is of all inputs.
+	Name          string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Bytes         int64  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Total         int64  `protobuf:"varint,4,opt,name=total,proto3" json:"total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Progress) Reset() {
+	*x = Progress{}
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Progress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Progress) ProtoMessage() {}
+
+func (x *Progress) ProtoReflect() protoreflect.Message {
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Progress.ProtoReflect.Descriptor instead.
+func (*Progress) Descriptor() ([]byte, []int) {
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Progress) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *Progress) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Progress) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Progress) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
 // QueueEvent says that a job waits, and for what.
 type QueueEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1641,7 +1784,7 @@ type QueueEvent struct {
 
 func (x *QueueEvent) Reset() {
 	*x = QueueEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1653,7 +1796,7 @@ func (x *QueueEvent) String() string {
 func (*QueueEvent) ProtoMessage() {}
 
 func (x *QueueEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1666,7 +1809,7 @@ func (x *QueueEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueEvent.ProtoReflect.Descriptor instead.
 func (*QueueEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *QueueEvent) GetPosition() int32 {
@@ -1696,7 +1839,7 @@ type MetricsEvent struct {
 
 func (x *MetricsEvent) Reset() {
 	*x = MetricsEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1708,7 +1851,7 @@ func (x *MetricsEvent) String() string {
 func (*MetricsEvent) ProtoMessage() {}
 
 func (x *MetricsEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1721,7 +1864,7 @@ func (x *MetricsEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsEvent.ProtoReflect.Descriptor instead.
 func (*MetricsEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *MetricsEvent) GetMetrics() []*Metric {
@@ -1749,7 +1892,7 @@ type LogCutEvent struct {
 
 func (x *LogCutEvent) Reset() {
 	*x = LogCutEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1761,7 +1904,7 @@ func (x *LogCutEvent) String() string {
 func (*LogCutEvent) ProtoMessage() {}
 
 func (x *LogCutEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1774,7 +1917,7 @@ func (x *LogCutEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogCutEvent.ProtoReflect.Descriptor instead.
 func (*LogCutEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *LogCutEvent) GetBytes() int64 {
@@ -1797,7 +1940,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1809,7 +1952,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1822,7 +1965,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *LogsRequest) GetId() string {
@@ -1870,7 +2013,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1882,7 +2025,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1895,7 +2038,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *LogsResponse) GetLog() *LogEvent {
@@ -1949,7 +2092,7 @@ type EgressEvent struct {
 
 func (x *EgressEvent) Reset() {
 	*x = EgressEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1961,7 +2104,7 @@ func (x *EgressEvent) String() string {
 func (*EgressEvent) ProtoMessage() {}
 
 func (x *EgressEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1974,7 +2117,7 @@ func (x *EgressEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EgressEvent.ProtoReflect.Descriptor instead.
 func (*EgressEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *EgressEvent) GetHost() string {
@@ -2069,7 +2212,7 @@ type AlertEvent struct {
 
 func (x *AlertEvent) Reset() {
 	*x = AlertEvent{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2081,7 +2224,7 @@ func (x *AlertEvent) String() string {
 func (*AlertEvent) ProtoMessage() {}
 
 func (x *AlertEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2094,7 +2237,7 @@ func (x *AlertEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlertEvent.ProtoReflect.Descriptor instead.
 func (*AlertEvent) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AlertEvent) GetSequence() uint64 {
@@ -2197,7 +2340,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2209,7 +2352,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2222,7 +2365,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -2241,7 +2384,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2253,7 +2396,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2266,7 +2409,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CancelResponse) GetJob() *Job {
@@ -2285,7 +2428,7 @@ type BundleRequest struct {
 
 func (x *BundleRequest) Reset() {
 	*x = BundleRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2297,7 +2440,7 @@ func (x *BundleRequest) String() string {
 func (*BundleRequest) ProtoMessage() {}
 
 func (x *BundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2310,7 +2453,7 @@ func (x *BundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleRequest.ProtoReflect.Descriptor instead.
 func (*BundleRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *BundleRequest) GetId() string {
@@ -2330,7 +2473,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2342,7 +2485,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2355,7 +2498,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *BundleResponse) GetBundle() []byte {
@@ -2373,7 +2516,7 @@ type CapacityRequest struct {
 
 func (x *CapacityRequest) Reset() {
 	*x = CapacityRequest{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2385,7 +2528,7 @@ func (x *CapacityRequest) String() string {
 func (*CapacityRequest) ProtoMessage() {}
 
 func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2398,7 +2541,7 @@ func (x *CapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityRequest.ProtoReflect.Descriptor instead.
 func (*CapacityRequest) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 type CapacityResponse struct {
@@ -2436,7 +2579,7 @@ type CapacityResponse struct {
 
 func (x *CapacityResponse) Reset() {
 	*x = CapacityResponse{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2448,7 +2591,7 @@ func (x *CapacityResponse) String() string {
 func (*CapacityResponse) ProtoMessage() {}
 
 func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2461,7 +2604,7 @@ func (x *CapacityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityResponse.ProtoReflect.Descriptor instead.
 func (*CapacityResponse) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CapacityResponse) GetCpuMillis() int32 {
@@ -2591,7 +2734,7 @@ type Queue struct {
 
 func (x *Queue) Reset() {
 	*x = Queue{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2603,7 +2746,7 @@ func (x *Queue) String() string {
 func (*Queue) ProtoMessage() {}
 
 func (x *Queue) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2616,7 +2759,7 @@ func (x *Queue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Queue.ProtoReflect.Descriptor instead.
 func (*Queue) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Queue) GetName() string {
@@ -2700,7 +2843,7 @@ type Attested struct {
 
 func (x *Attested) Reset() {
 	*x = Attested{}
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2712,7 +2855,7 @@ func (x *Attested) String() string {
 func (*Attested) ProtoMessage() {}
 
 func (x *Attested) ProtoReflect() protoreflect.Message {
-	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_runner_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2725,7 +2868,7 @@ func (x *Attested) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attested.ProtoReflect.Descriptor instead.
 func (*Attested) Descriptor() ([]byte, []int) {
-	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Attested) GetAtUnix() int64 {
@@ -2846,10 +2989,11 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05state\x18\x03 \x01(\tR\x05state\"`\n" +
 	"\fListResponse\x12(\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x14.coffer.agent.v1.JobR\x04jobs\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"E\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"a\n" +
 	"\fWatchRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
-	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\"\xb5\x05\n" +
+	"\x0eafter_sequence\x18\x02 \x01(\x04R\rafterSequence\x12\x1a\n" +
+	"\bprogress\x18\x03 \x01(\bR\bprogress\"\xf3\x05\n" +
 	"\rWatchResponse\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12$\n" +
 	"\x0etime_unix_nano\x18\x02 \x01(\x03R\ftimeUnixNano\x123\n" +
@@ -2866,7 +3010,8 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	" \x01(\v2\x1c.coffer.agent.v1.EgressEventH\x00R\x06egress\x123\n" +
 	"\x05alert\x18\v \x01(\v2\x1b.coffer.agent.v1.AlertEventH\x00R\x05alert\x12<\n" +
 	"\breattest\x18\x10 \x01(\v2\x1e.coffer.agent.v1.ReattestEventH\x00R\breattest\x129\n" +
-	"\ametrics\x18\x11 \x01(\v2\x1d.coffer.agent.v1.MetricsEventH\x00R\ametricsB\a\n" +
+	"\ametrics\x18\x11 \x01(\v2\x1d.coffer.agent.v1.MetricsEventH\x00R\ametrics\x12<\n" +
+	"\bprogress\x18\x12 \x01(\v2\x1e.coffer.agent.v1.ProgressEventH\x00R\bprogressB\a\n" +
 	"\x05event\"w\n" +
 	"\n" +
 	"StageEvent\x12\x14\n" +
@@ -2896,7 +3041,14 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04then\x18\x04 \x01(\tR\x04then\x12%\n" +
 	"\x0eduration_nanos\x18\x05 \x01(\x03R\rdurationNanos\x12\x16\n" +
 	"\x06failed\x18\x06 \x03(\tR\x06failed\x12\x18\n" +
-	"\amessage\x18\a \x01(\tR\amessage\"E\n" +
+	"\amessage\x18\a \x01(\tR\amessage\"@\n" +
+	"\rProgressEvent\x12/\n" +
+	"\x05going\x18\x01 \x03(\v2\x19.coffer.agent.v1.ProgressR\x05going\"^\n" +
+	"\bProgress\x12\x12\n" +
+	"\x04what\x18\x01 \x01(\tR\x04what\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\x12\x14\n" +
+	"\x05total\x18\x04 \x01(\x03R\x05total\"E\n" +
 	"\n" +
 	"QueueEvent\x12\x1a\n" +
 	"\bposition\x18\x01 \x01(\x05R\bposition\x12\x1b\n" +
@@ -3012,7 +3164,7 @@ func file_runner_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_runner_api_agent_v1_agent_proto_rawDescData
 }
 
-var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_runner_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*PlanRequest)(nil),      // 0: coffer.agent.v1.PlanRequest
 	(*PlanResponse)(nil),     // 1: coffer.agent.v1.PlanResponse
@@ -3033,21 +3185,23 @@ var file_runner_api_agent_v1_agent_proto_goTypes = []any{
 	(*CheckpointEvent)(nil),  // 16: coffer.agent.v1.CheckpointEvent
 	(*LeaseEvent)(nil),       // 17: coffer.agent.v1.LeaseEvent
 	(*ReattestEvent)(nil),    // 18: coffer.agent.v1.ReattestEvent
-	(*QueueEvent)(nil),       // 19: coffer.agent.v1.QueueEvent
-	(*MetricsEvent)(nil),     // 20: coffer.agent.v1.MetricsEvent
-	(*LogCutEvent)(nil),      // 21: coffer.agent.v1.LogCutEvent
-	(*LogsRequest)(nil),      // 22: coffer.agent.v1.LogsRequest
-	(*LogsResponse)(nil),     // 23: coffer.agent.v1.LogsResponse
-	(*EgressEvent)(nil),      // 24: coffer.agent.v1.EgressEvent
-	(*AlertEvent)(nil),       // 25: coffer.agent.v1.AlertEvent
-	(*CancelRequest)(nil),    // 26: coffer.agent.v1.CancelRequest
-	(*CancelResponse)(nil),   // 27: coffer.agent.v1.CancelResponse
-	(*BundleRequest)(nil),    // 28: coffer.agent.v1.BundleRequest
-	(*BundleResponse)(nil),   // 29: coffer.agent.v1.BundleResponse
-	(*CapacityRequest)(nil),  // 30: coffer.agent.v1.CapacityRequest
-	(*CapacityResponse)(nil), // 31: coffer.agent.v1.CapacityResponse
-	(*Queue)(nil),            // 32: coffer.agent.v1.Queue
-	(*Attested)(nil),         // 33: coffer.agent.v1.Attested
+	(*ProgressEvent)(nil),    // 19: coffer.agent.v1.ProgressEvent
+	(*Progress)(nil),         // 20: coffer.agent.v1.Progress
+	(*QueueEvent)(nil),       // 21: coffer.agent.v1.QueueEvent
+	(*MetricsEvent)(nil),     // 22: coffer.agent.v1.MetricsEvent
+	(*LogCutEvent)(nil),      // 23: coffer.agent.v1.LogCutEvent
+	(*LogsRequest)(nil),      // 24: coffer.agent.v1.LogsRequest
+	(*LogsResponse)(nil),     // 25: coffer.agent.v1.LogsResponse
+	(*EgressEvent)(nil),      // 26: coffer.agent.v1.EgressEvent
+	(*AlertEvent)(nil),       // 27: coffer.agent.v1.AlertEvent
+	(*CancelRequest)(nil),    // 28: coffer.agent.v1.CancelRequest
+	(*CancelResponse)(nil),   // 29: coffer.agent.v1.CancelResponse
+	(*BundleRequest)(nil),    // 30: coffer.agent.v1.BundleRequest
+	(*BundleResponse)(nil),   // 31: coffer.agent.v1.BundleResponse
+	(*CapacityRequest)(nil),  // 32: coffer.agent.v1.CapacityRequest
+	(*CapacityResponse)(nil), // 33: coffer.agent.v1.CapacityResponse
+	(*Queue)(nil),            // 34: coffer.agent.v1.Queue
+	(*Attested)(nil),         // 35: coffer.agent.v1.Attested
 }
 var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: coffer.agent.v1.PlanResponse.prediction:type_name -> coffer.agent.v1.Prediction
@@ -3062,40 +3216,42 @@ var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	5,  // 9: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
 	16, // 10: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
 	17, // 11: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
-	19, // 12: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
-	21, // 13: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
-	24, // 14: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
-	25, // 15: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
+	21, // 12: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
+	23, // 13: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
+	26, // 14: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
+	27, // 15: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
 	18, // 16: coffer.agent.v1.WatchResponse.reattest:type_name -> coffer.agent.v1.ReattestEvent
-	20, // 17: coffer.agent.v1.WatchResponse.metrics:type_name -> coffer.agent.v1.MetricsEvent
-	6,  // 18: coffer.agent.v1.MetricsEvent.metrics:type_name -> coffer.agent.v1.Metric
-	15, // 19: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
-	5,  // 20: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
-	33, // 21: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
-	32, // 22: coffer.agent.v1.CapacityResponse.queues:type_name -> coffer.agent.v1.Queue
-	0,  // 23: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
-	3,  // 24: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
-	8,  // 25: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
-	10, // 26: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
-	12, // 27: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
-	26, // 28: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
-	22, // 29: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
-	28, // 30: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
-	30, // 31: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
-	1,  // 32: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
-	4,  // 33: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
-	9,  // 34: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
-	11, // 35: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
-	13, // 36: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
-	27, // 37: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
-	23, // 38: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
-	29, // 39: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
-	31, // 40: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
-	32, // [32:41] is the sub-list for method output_type
-	23, // [23:32] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	22, // 17: coffer.agent.v1.WatchResponse.metrics:type_name -> coffer.agent.v1.MetricsEvent
+	19, // 18: coffer.agent.v1.WatchResponse.progress:type_name -> coffer.agent.v1.ProgressEvent
+	20, // 19: coffer.agent.v1.ProgressEvent.going:type_name -> coffer.agent.v1.Progress
+	6,  // 20: coffer.agent.v1.MetricsEvent.metrics:type_name -> coffer.agent.v1.Metric
+	15, // 21: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
+	5,  // 22: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
+	35, // 23: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
+	34, // 24: coffer.agent.v1.CapacityResponse.queues:type_name -> coffer.agent.v1.Queue
+	0,  // 25: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
+	3,  // 26: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
+	8,  // 27: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
+	10, // 28: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
+	12, // 29: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
+	28, // 30: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
+	24, // 31: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
+	30, // 32: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
+	32, // 33: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
+	1,  // 34: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
+	4,  // 35: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
+	9,  // 36: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
+	11, // 37: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
+	13, // 38: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
+	29, // 39: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
+	25, // 40: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
+	31, // 41: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
+	33, // 42: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
+	34, // [34:43] is the sub-list for method output_type
+	25, // [25:34] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_runner_api_agent_v1_agent_proto_init() }
@@ -3115,6 +3271,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 		(*WatchResponse_Alert)(nil),
 		(*WatchResponse_Reattest)(nil),
 		(*WatchResponse_Metrics)(nil),
+		(*WatchResponse_Progress)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3122,7 +3279,7 @@ func file_runner_api_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_runner_api_agent_v1_agent_proto_rawDesc), len(file_runner_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   34,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
