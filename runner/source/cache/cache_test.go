@@ -87,7 +87,9 @@ func TestRefusedSources(t *testing.T) {
 			copy(a, z)
 			copy(z, c)
 		}, "damaged or lies"},
-		"a file cut off":     {func(s *store) { s.objects[at.Object(big)] = s.objects[at.Object(big)][:len(s.objects[at.Object(big)])-1] }, "the manifest says"},
+		"a file cut off": {func(s *store) {
+			s.objects[at.Object(big)] = s.objects[at.Object(big)][:len(s.objects[at.Object(big)])-1]
+		}, "the manifest says"},
 		"a file with more":   {func(s *store) { s.objects[at.Object(big)] = append(s.objects[at.Object(big)], 0) }, "the manifest says"},
 		"another file of it": {func(s *store) { s.objects[at.Object(big)] = s.objects[at.Object("000002.sealed")] }, "the manifest says"},
 		"a size that is a lie, and less": {always(big, func(whole []byte, r io.Reader) (io.Reader, int64, error) {

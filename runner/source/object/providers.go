@@ -19,6 +19,7 @@ import (
 	awsconfig "github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/googleapis/gax-go/v2"
 	"gocloud.dev/blob"
 	"gocloud.dev/blob/azureblob"
 	"gocloud.dev/blob/gcsblob"
@@ -99,7 +100,12 @@ func openGCS(ctx context.Context, name string, c Config, secret []byte, client *
 	authorized.CheckRedirect = client.CheckRedirect
 	var o gcsblob.Options
 	if c.Endpoint != "" {
-		o.ClientOptions = append(o.ClientOptions, option.WithEndpoint(c.Endpoint))
+		// Lists, uploads and deletions go below it (JSON API), reads to its host (XML API).
+		at, err := url.JoinPath(c.Endpoint, "storage/v1/")
+		if err != nil {
+			return nil, err
+		}
+		o.ClientOptions = append(o.ClientOptions, option.WithEndpoint(at))
 	}
 	b, err := gcsblob.OpenBucket(ctx, authorized, name, &o)
 	if err != nil {
@@ -111,6 +117,11 @@ func openGCS(ctx context.Context, name string, c Config, secret []byte, client *
 	}
 	if pause == 0 {
 		store.SetRetry(storage.WithPolicy(storage.RetryNever))
+	} else {
+		// An object whose answer was lost is made again, the same. An upload has no bound
+		// but putStall; the library would not send again after a cut connection unless told.
+		store.SetRetry(storage.WithPolicy(storage.RetryAlways), storage.WithMaxAttempts(putTries), storage.WithErrorFunc(storage.ShouldRetry),
+			storage.WithBackoff(gax.Backoff{Initial: min(pause, time.Second), Max: pause}))
 	}
 	return b, nil
 }
