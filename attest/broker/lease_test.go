@@ -2,6 +2,7 @@ package broker_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdh"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -342,6 +343,36 @@ func TestRevokeRefuses(t *testing.T) {
 	}
 	if l := must[[]broker.Revocation](t)(w.Revocations(t.Context(), oscar)); len(l) != 0 {
 		t.Errorf("%d revocations", len(l))
+	}
+}
+
+// TestOneOwnerRevokesWithoutEnd: what each release looks through is bounded, and what
+// others revoke and the owner's own asset are not concerned.
+func TestOneOwnerRevokesWithoutEnd(t *testing.T) {
+	w := newWorld(t, false)
+	w.asset(t, bob, "bobs", broker.KindDataset)
+	if err := w.store.Update(t.Context(), func(ctx context.Context, tx broker.Tx) (err error) {
+		for i := range broker.MaxOwnerRevocations - 1 {
+			err = errors.Join(err, tx.InsertRevocation(ctx, broker.Revocation{Target: broker.Target{Kind: broker.RevokeNode, Value: fmt.Sprintf("n-%d", i)}, Scope: "bob", Reason: "x", By: "owner/bob", Time: w.clock()}))
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	revoke := func(who broker.Actor, kind broker.RevocationKind, value string) error {
+		_, _, err := w.RevokeTarget(t.Context(), who, broker.Target{Kind: kind, Value: value}, "x")
+		return err
+	}
+	for range 2 { // the second changes nothing
+		if err := revoke(bob, broker.RevokeNode, "last"); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := revoke(bob, broker.RevokeNode, "one-more"); !errors.Is(err, broker.ErrTooMany) {
+		t.Error(err)
+	}
+	if err := errors.Join(revoke(bob, broker.RevokeAsset, "bobs"), revoke(alice, broker.RevokeNode, "one-more"), revoke(oscar, broker.RevokeNode, "one-more")); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -16,6 +16,10 @@ import (
 // MaxReason bounds the reason of a revocation, in bytes.
 const MaxReason = 512
 
+// MaxOwnerRevocations bounds what one owner revokes besides grants and assets. Each
+// release looks through all of it.
+const MaxOwnerRevocations = 1_000
+
 // leasePage is how many leases are looked at at a time.
 const leasePage = 500
 
@@ -132,6 +136,14 @@ func (b *Broker) RevokeTarget(ctx context.Context, who Actor, t Target, reason s
 		if i := slices.IndexFunc(old, func(o Revocation) bool { return o.Scope == rev.Scope }); i >= 0 {
 			rev = old[i]
 			return nil
+		}
+		if rev.Scope != "" {
+			switch n, err := tx.OwnRevocations(ctx, rev.Scope); {
+			case err != nil:
+				return err
+			case n >= MaxOwnerRevocations:
+				return fmt.Errorf("%w: %s revoked %d times, which is as often as an owner may: revoke the grants or the asset, or ask an operator", ErrTooMany, who, n)
+			}
 		}
 		if err := tx.InsertRevocation(ctx, rev); err != nil {
 			return err

@@ -303,6 +303,8 @@ type Reader interface {
 	Revoked(ctx context.Context, of []Target) ([]Revocation, error)
 	// Revocations returns at most limit revocations.
 	Revocations(ctx context.Context, limit int) ([]Revocation, error)
+	// OwnRevocations returns how many revocations an owner is the scope of.
+	OwnRevocations(ctx context.Context, owner string) (int, error)
 	CheckpointHead(ctx context.Context, job, asset string) (Head, error)
 	// Line returns the line of checkpoints of a plan under an asset.
 	Line(ctx context.Context, p plan.Digest, asset string) (Line, error)

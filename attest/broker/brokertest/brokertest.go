@@ -691,6 +691,8 @@ func revocations(t *testing.T, s broker.Store, reopen func() broker.Store) {
 			any[2].Target != any[1].Target || any[2].Scope != "alice" {
 			t.Errorf("any of a kind: %+v, %v", any, err)
 		}
+		same(t, "of an owner", 1)(r.OwnRevocations(ctx, "alice"))
+		same(t, "of another", 0)(r.OwnRevocations(ctx, "bob"))
 		same(t, "all", all)(r.Revocations(ctx, 9))
 		same(t, "some", all[:1])(r.Revocations(ctx, 1))
 		return nil

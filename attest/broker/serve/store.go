@@ -107,6 +107,7 @@ const (
 		UNION SELECT DISTINCT kind, '', scope, '', '', 0 FROM revocations WHERE kind || ' ' IN (SELECT value FROM json_each(?1)) ORDER BY kind, value, scope`
 	qAnyRevoked = `SELECT EXISTS (SELECT 1 FROM revocations)`
 	qRevokeAll  = `SELECT ` + revokeColumns + ` FROM revocations ORDER BY kind, value, scope LIMIT ?`
+	qOwnRevoked = `SELECT count(*) FROM revocations WHERE scope = ?`
 	qCkptHead   = `SELECT ` + headColumns + ` FROM heads WHERE job = ? AND asset = ?`
 	qLine       = `SELECT ` + lineColumns + ` FROM lines WHERE plan = ? AND asset = ?`
 	qPolicySet  = `SELECT serial, digest FROM policy_set`
@@ -215,7 +216,7 @@ func writerPragmas() []string {
 func readQueries() []string {
 	return []string{
 		qRead, qRollback,
-		qAsset, qAssets, qOwnAssets, qGrant, qGrants, qPlanGrants, qKeyGrant, qOwnGrants, qAllGrants, qApprovals, qLease, qLeases, qAnyRevoked, qRevoked, qRevokeAll,
+		qAsset, qAssets, qOwnAssets, qGrant, qGrants, qPlanGrants, qKeyGrant, qOwnGrants, qAllGrants, qApprovals, qLease, qLeases, qAnyRevoked, qRevoked, qRevokeAll, qOwnRevoked,
 		qCkptHead, qLine, qPolicySet, qRelease, qUses, qCounted, qHead, qJobHead, qBundle, qEntries, qJobLog,
 	}
 }
@@ -488,6 +489,11 @@ func (t *tx) Revoked(ctx context.Context, of []broker.Target) ([]broker.Revocati
 
 func (t *tx) Revocations(ctx context.Context, limit int) ([]broker.Revocation, error) {
 	return list(ctx, t, scanRevocation, qRevokeAll, limit)
+}
+
+func (t *tx) OwnRevocations(ctx context.Context, owner string) (n int, err error) {
+	err = t.row(ctx, qOwnRevoked, owner).Scan(&n)
+	return n, err
 }
 
 func (t *tx) CheckpointHead(ctx context.Context, job, asset string) (broker.Head, error) {
