@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"net/netip"
 	"path"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -16,6 +18,7 @@ import (
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/egress"
 	"github.com/coffer-run/coffer/runner/egress/gate"
+	"github.com/coffer-run/coffer/runner/rules"
 	"github.com/coffer-run/coffer/runner/sandbox"
 )
 
@@ -198,10 +201,18 @@ func (a *Agent) pollEgress(ctx context.Context, j *Job, wait time.Duration) erro
 		return err
 	}
 	for _, event := range e.note(r) {
-		a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Egress{Egress: event}})
+		a.tellEgress(ctx, j, event)
 	}
 	a.lookAtSent(ctx, j)
 	return nil
+}
+
+// tellEgress tells the watchers, and the rules where a budget is used up.
+func (a *Agent) tellEgress(ctx context.Context, j *Job, e *agentv1.EgressEvent) {
+	a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Egress{Egress: e}})
+	if e.GetRule() == gate.RuleBudget {
+		a.find(ctx, j, rules.Event{Kind: rules.EgressCut, At: time.Now(), Address: net.JoinHostPort(e.GetHost(), strconv.Itoa(int(e.GetPort())))}, 0)
+	}
 }
 
 // note takes a report in and returns what watchers are told: connections that

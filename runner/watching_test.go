@@ -18,6 +18,7 @@ import (
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/alerts"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/egress/gate"
 	"github.com/coffer-run/coffer/runner/journal"
 	"github.com/coffer-run/coffer/runner/rules"
 )
@@ -198,6 +199,18 @@ func foundBy(j *Job) string {
 		out = append(out, fmt.Sprintf("%s %d", f.Rule, f.Bytes))
 	}
 	return strings.Join(out, ", ")
+}
+
+func TestSpentEgressIsFound(t *testing.T) {
+	a, j, _ := watched(t)
+	j.egress = &jobEgress{programs: map[string]string{}}
+	denials := []gate.Denial{{Number: 0, Host: "a.example.com", Port: 443, Rule: gate.RuleBudget, Count: 1}, {Number: 1, Host: "b.example.com", Port: 443, Rule: gate.RuleNotListed, Count: 1}}
+	for _, e := range j.egress.note(gate.Report{Sequence: 1, Denials: denials}) {
+		a.tellEgress(t.Context(), j, e)
+	}
+	if f := j.watching.found.Findings; len(f) != 1 || f[0].Rule != "egress-cut" || f[0].Address != "a.example.com:443" {
+		t.Errorf("%+v", f)
+	}
 }
 
 func TestNumbersAreToldWhileTheJobRuns(t *testing.T) {

@@ -57,11 +57,14 @@ const (
 	// it has doubled.
 	OutputCut  Kind = "output-cut"
 	MetricsCut Kind = "metrics-cut"
+	// EgressCut is a destination that got no more of the job, because what the plan allows
+	// to be sent to it, or altogether, is used up: Address.
+	EgressCut Kind = "egress-cut"
 	// TraceLost is the end of the trace before the end of the job.
 	TraceLost Kind = "trace-lost"
 )
 
-var kinds = []Kind{Exec, OperatorExec, Open, Connect, Ptrace, Sent, Output, OutputCut, MetricsCut, TraceLost}
+var kinds = []Kind{Exec, OperatorExec, Open, Connect, Ptrace, Sent, Output, OutputCut, MetricsCut, EgressCut, TraceLost}
 
 // Action is what a rule asks for. They are ordered: later is stronger.
 type Action string

@@ -66,6 +66,7 @@ func TestShippedRules(t *testing.T) {
 		{"a small upload", Event{Kind: Sent, Bytes: 200 << 20, At: at}, "", ""},
 		{"much output", Event{Kind: Output, Bytes: 5 << 20, At: at}, "burst-of-output", Alert},
 		{"output beyond the plan", Event{Kind: OutputCut, Bytes: 1, At: at}, "output-cut", Alert},
+		{"sending beyond the plan", Event{Kind: EgressCut, Address: "a.example.com:443", At: at}, "egress-cut", Alert},
 		{"numbers beyond the plan", Event{Kind: MetricsCut, Bytes: 1, At: at}, "metrics-cut", Alert},
 	}
 	for _, tt := range tests {
