@@ -219,7 +219,7 @@ func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asse
 			return Asset{}, fmt.Errorf("%w: checkpoints have no digest yet, and the broker makes their key", ErrInvalid)
 		}
 		key = GenerateDataKey()
-	case KindDataset, KindWeights:
+	case KindDataset, KindWeights, KindSecret:
 		if a.open() && len(n.Enc) == 0 && len(n.Ciphertext) == 0 {
 			key = GenerateDataKey()
 			break
@@ -231,7 +231,7 @@ func (b *Broker) CreateAsset(ctx context.Context, owner Actor, n NewAsset) (Asse
 			return Asset{}, err
 		}
 	default:
-		return Asset{}, fmt.Errorf("%w: asset kind %.40q: want dataset, weights or checkpoints", ErrInvalid, n.Kind)
+		return Asset{}, fmt.Errorf("%w: asset kind %.40q: want dataset, weights, secret or checkpoints", ErrInvalid, n.Kind)
 	}
 	defer key.Destroy()
 

@@ -87,8 +87,13 @@ func TestCreateAssetRefuses(t *testing.T) {
 	if a := must[broker.Asset](t)(w.ReadAsset(t.Context(), alice, "data")); a.Owner != "alice" {
 		t.Errorf("owner %s", a.Owner)
 	}
-	if _, err := w.CreateAsset(t.Context(), bob, good()); err != nil {
-		t.Error(err)
+	for _, kind := range []broker.Kind{broker.KindDataset, broker.KindWeights, broker.KindSecret} {
+		n := good()
+		n.Name, n.Kind = "new-"+string(kind), kind
+		n.Enc, n.Ciphertext = w.wrap(t, n.Name, key)
+		if a, err := w.CreateAsset(t.Context(), bob, n); err != nil || a.Kind != kind {
+			t.Errorf("%s: %s, %v", kind, a.Kind, err)
+		}
 	}
 	if _, err := w.ReadAsset(t.Context(), alice, "none"); !errors.Is(err, broker.ErrNotFound) {
 		t.Error(err)

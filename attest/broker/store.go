@@ -34,6 +34,8 @@ const (
 	KindDataset     Kind = "dataset"
 	KindWeights     Kind = "weights"
 	KindCheckpoints Kind = "checkpoints"
+	// KindSecret is one small file that jobs find below /run/secrets.
+	KindSecret Kind = "secret"
 )
 
 // Asset is a sealed object, or a family of them, under one data key.

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
+	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/keys"
 	"github.com/coffer-run/coffer/enclave/seal"
@@ -31,11 +32,15 @@ func checkAssetName(cmd *cobra.Command, name string) error {
 	return nil
 }
 
+// kindSecret is an asset of one small file, for the secrets of job files.
+const kindSecret = "secret"
+
 func assetKinds() map[string]brokerv1.AssetKind {
 	return map[string]brokerv1.AssetKind{
 		"dataset":     brokerv1.AssetKind_ASSET_KIND_DATASET,
 		"weights":     brokerv1.AssetKind_ASSET_KIND_WEIGHTS,
 		"checkpoints": brokerv1.AssetKind_ASSET_KIND_CHECKPOINTS,
+		kindSecret:    brokerv1.AssetKind_ASSET_KIND_SECRET,
 	}
 }
 
@@ -82,7 +87,7 @@ func (c *cli) sealCmd() *cobra.Command {
 	var name, kind, out string
 	var f policyFlags
 	cmd := &cobra.Command{
-		Use:   "seal SRC --asset NAME --kind dataset|weights --out DIR",
+		Use:   "seal SRC --asset NAME --kind dataset|weights|secret --out DIR",
 		Short: "Seal a file or folder under a new key that the broker keeps",
 		Long: `seal encrypts a file, or every file of a folder, into the new folder DIR and
 registers it with the broker as the asset NAME. The key is made here, leaves
@@ -91,7 +96,7 @@ only wrapped to the broker, and never touches a disk.`,
 		Args:    exactly("what to seal"),
 	}
 	cmd.Flags().StringVar(&name, "asset", "", "`name` of the asset at the broker")
-	cmd.Flags().StringVar(&kind, "kind", "", "`dataset` or weights")
+	cmd.Flags().StringVar(&kind, "kind", "", "`dataset`, weights or secret")
 	cmd.Flags().StringVar(&out, "out", "", "new `folder` for the sealed files")
 	cmd.Flags().StringVar(&f.keyStore, "key-store", "", "`name` of the key store that wraps the key (default: the broker's)")
 	f.add(cmd)
@@ -99,8 +104,8 @@ only wrapped to the broker, and never touches a disk.`,
 		switch {
 		case name == "":
 			return usagef(cmd, "name the asset with --asset")
-		case kind != "dataset" && kind != "weights":
-			return usagef(cmd, "--kind %q: want dataset or weights", kind)
+		case kind != "dataset" && kind != "weights" && kind != kindSecret:
+			return usagef(cmd, "--kind %q: want dataset, weights or secret", kind)
 		case out == "":
 			return usagef(cmd, "say where the sealed folder goes with --out")
 		}
@@ -126,6 +131,9 @@ func (c *cli) seal(ctx context.Context, src string, asset *brokerv1.CreateAssetR
 	defer func() { _ = tree.Close() }()
 	if len(tree.Sources) == 0 {
 		return &exitError{code: exitUsage, text: src + " holds no files"}
+	}
+	if asset.GetKind() == brokerv1.AssetKind_ASSET_KIND_SECRET && (len(tree.Sources) != 1 || tree.Sources[0].Size < 1 || tree.Sources[0].Size > plan.MaxSecretBytes) {
+		return &exitError{code: exitUsage, text: fmt.Sprintf("%s: a secret is one file of 1 to %d bytes", src, plan.MaxSecretBytes)}
 	}
 	if _, err := os.Lstat(out); err == nil {
 		return &exitError{code: exitUsage, text: out + " exists: name a new folder with --out"}

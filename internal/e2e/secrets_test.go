@@ -50,7 +50,7 @@ func TestValuesStayWithTheJob(t *testing.T) {
 	if err := os.WriteFile(clear, []byte(secret), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	n.must(t, "seal", clear, "--asset", "e2e-token", "--kind", "dataset", "--out", sealed)
+	n.must(t, "seal", clear, "--asset", "e2e-token", "--kind", "secret", "--out", sealed)
 	job := n.small(t, "secretive", secretive, fmt.Sprintf(`env: {PASSWORD: %q}
 secrets: [{name: token, asset: e2e-token, uri: "file://%s"}]
 output: {exitCodes: pass-fail, metrics: {names: [loss, step], maxValues: 50, valuesPerSecond: 50}}

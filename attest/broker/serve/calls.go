@@ -303,6 +303,7 @@ func kinds() map[brokerv1.AssetKind]broker.Kind {
 	return map[brokerv1.AssetKind]broker.Kind{
 		brokerv1.AssetKind_ASSET_KIND_DATASET:     broker.KindDataset,
 		brokerv1.AssetKind_ASSET_KIND_WEIGHTS:     broker.KindWeights,
+		brokerv1.AssetKind_ASSET_KIND_SECRET:      broker.KindSecret,
 		brokerv1.AssetKind_ASSET_KIND_CHECKPOINTS: broker.KindCheckpoints,
 	}
 }

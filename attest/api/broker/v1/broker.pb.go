@@ -30,6 +30,8 @@ const (
 	AssetKind_ASSET_KIND_DATASET     AssetKind = 1
 	AssetKind_ASSET_KIND_WEIGHTS     AssetKind = 2
 	AssetKind_ASSET_KIND_CHECKPOINTS AssetKind = 3
+	// One small file, which jobs find below /run/secrets.
+	AssetKind_ASSET_KIND_SECRET AssetKind = 4
 )
 
 // Enum value maps for AssetKind.
@@ -39,12 +41,14 @@ var (
 		1: "ASSET_KIND_DATASET",
 		2: "ASSET_KIND_WEIGHTS",
 		3: "ASSET_KIND_CHECKPOINTS",
+		4: "ASSET_KIND_SECRET",
 	}
 	AssetKind_value = map[string]int32{
 		"ASSET_KIND_UNSPECIFIED": 0,
 		"ASSET_KIND_DATASET":     1,
 		"ASSET_KIND_WEIGHTS":     2,
 		"ASSET_KIND_CHECKPOINTS": 3,
+		"ASSET_KIND_SECRET":      4,
 	}
 )
 
@@ -4123,12 +4127,13 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\n" +
 	"chain_hash\x18\x03 \x01(\fR\tchainHash\"D\n" +
 	"\x0fEntriesResponse\x121\n" +
-	"\aentries\x18\x01 \x03(\v2\x17.coffer.broker.v1.EntryR\aentries*s\n" +
+	"\aentries\x18\x01 \x03(\v2\x17.coffer.broker.v1.EntryR\aentries*\x8a\x01\n" +
 	"\tAssetKind\x12\x1a\n" +
 	"\x16ASSET_KIND_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ASSET_KIND_DATASET\x10\x01\x12\x16\n" +
 	"\x12ASSET_KIND_WEIGHTS\x10\x02\x12\x1a\n" +
-	"\x16ASSET_KIND_CHECKPOINTS\x10\x03*\xf9\x01\n" +
+	"\x16ASSET_KIND_CHECKPOINTS\x10\x03\x12\x15\n" +
+	"\x11ASSET_KIND_SECRET\x10\x04*\xf9\x01\n" +
 	"\x0eRevocationKind\x12\x1f\n" +
 	"\x1bREVOCATION_KIND_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15REVOCATION_KIND_GRANT\x10\x01\x12\x19\n" +
