@@ -122,7 +122,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused or waiting at a gate,
 		c.sealCmd(), c.assetsCmd(), c.grantCmd(), c.grantsCmd(), c.revokeCmd(),
 		c.initCmd(), c.validateCmd(), c.explainCmd(),
 		c.planCmd(), c.submitCmd(), c.watchCmd(), c.retryCmd(), c.psCmd(), c.statusCmd(), c.whyCmd(), c.eventsCmd(), c.logsCmd(), c.cancelCmd(), c.checkpointsCmd(), c.evidenceCmd(), c.egressCmd(),
-		c.endorsementsCmd(), c.policyCmd(), c.logCmd(), c.logkeyCmd(),
+		c.imageCmd(), c.endorsementsCmd(), c.policyCmd(), c.logCmd(), c.logkeyCmd(),
 		c.completionCmd(), c.versionCmd(),
 	)
 	c.everyCommandSpeaksJSON(root)

@@ -9,12 +9,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/spf13/cobra"
 
@@ -72,12 +78,33 @@ func TestScripts(t *testing.T) {
 			"started": started,
 			// clean wants no process, mount, cgroup or socket of the stack.
 			"clean": cleanStack,
+			// tinyimage FILE NAME... writes an archive of images of one small layer.
+			"tinyimage": tinyImage,
 			// occupy VAR listens on a port whose two successors are free and sets VAR to it.
 			"occupy": occupy,
 		},
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 	})
+}
+
+func tinyImage(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: tinyimage FILE NAME...")
+	}
+	all := map[name.Tag]v1.Image{}
+	for _, n := range args[1:] {
+		tag, err := name.NewTag(n)
+		ts.Check(err)
+		img, err := random.Image(1024, 1)
+		ts.Check(err)
+		c, err := img.ConfigFile()
+		ts.Check(err)
+		c.OS, c.Architecture = "linux", runtime.GOARCH
+		all[tag], err = mutate.ConfigFile(img, c)
+		ts.Check(err)
+	}
+	ts.Check(tarball.MultiWriteToFile(ts.MkAbs(args[0]), all))
 }
 
 func exits(ts *testscript.TestScript, neg bool, args []string) {
