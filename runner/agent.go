@@ -201,6 +201,7 @@ type Job struct {
 	attempt   int
 	retryOf   string // the first attempt's id, empty for itself
 	notBefore time.Time
+	gang      gangState
 	spent     time.Duration // of the budget, by the attempts before this one
 	place     *place
 
@@ -233,7 +234,7 @@ type Job struct {
 
 func newJob(id, submitter string) *Job {
 	return &Job{
-		id: id, submitter: submitter, attempt: 1, anchors: newAnchors(), traceLost: make(chan struct{}), finished: make(chan struct{}),
+		id: id, submitter: submitter, attempt: 1, gang: gangState{ready: make(chan struct{})}, anchors: newAnchors(), traceLost: make(chan struct{}), finished: make(chan struct{}),
 		logs: [2]logDigest{{hash: sha512.New384()}, {hash: sha512.New384()}},
 	}
 }
@@ -423,6 +424,9 @@ func (a *Agent) Submit(ctx context.Context, submitter string, file []byte, key s
 	if err := a.mayQueue(j); err != nil {
 		return journal.Job{}, err
 	}
+	if err := a.mayGang(j); err != nil {
+		return journal.Job{}, err
+	}
 	if err := a.mayWait(); err != nil {
 		return journal.Job{}, err
 	}
@@ -487,7 +491,14 @@ func (a *Agent) launch(j *Job, work func(context.Context) error) {
 			return
 		}
 		j.lease.release()
-		a.conclude(context.WithoutCancel(ctx), j, a.outcome(ctx, j, j.ended(ctx, err)))
+		end := a.outcome(ctx, j, j.ended(ctx, err))
+		a.endGang(j, end)
+		a.conclude(context.WithoutCancel(ctx), j, end)
+		if row, err := a.Journal.Job(context.WithoutCancel(ctx), j.id); err == nil && row.State.Final() {
+			// A record that could not be made is a failure too, and a job that an agent
+			// was just taking up may not have heard.
+			a.endGang(j, row)
+		}
 	})
 }
 

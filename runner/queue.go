@@ -33,6 +33,8 @@ type place struct {
 	need     Room
 	gpus     int
 	since    time.Time
+	// gang is nil for a job that begins alone.
+	gang *gangPlace
 
 	// given is closed once the job has its room; got are then its GPUs.
 	given chan struct{}
@@ -63,11 +65,20 @@ type queue struct {
 	free    []string         // GPUs that no job has
 	gpus    int
 	waiting []*place
+	gangs   map[gangKey]*gang // those of which a job has room
+}
+
+// unit is what begins at once: one job, or all of a gang.
+type unit struct {
+	members []*place
+	need    Share
+	// since is when the last of its jobs was submitted: before, it could not begin.
+	since time.Time
 }
 
 // newQueue returns a queue of a node with nothing in use. queues are those of checkQueues.
 func newQueue(total Room, gpus []string, queues []Queue) *queue {
-	return &queue{now: time.Now, queues: queues, shares: map[string]Share{}, total: total, free: slices.Clone(gpus), gpus: len(gpus)}
+	return &queue{now: time.Now, queues: queues, shares: map[string]Share{}, gangs: map[gangKey]*gang{}, total: total, free: slices.Clone(gpus), gpus: len(gpus)}
 }
 
 // capped is what a job takes of the node: a job may have a limit on cores that is
@@ -78,21 +89,31 @@ func (q *queue) capped(p *place) Room {
 	return n
 }
 
-// fits reports whether there is room for a job. q.mu is held.
-func (q *queue) fits(p *place) bool {
-	n := q.capped(p)
+// fits reports whether there is room for what jobs need. q.mu is held.
+func (q *queue) fits(n Share) bool {
 	return q.used.Jobs+n.Jobs <= q.total.Jobs && q.used.CPUMillis+n.CPUMillis <= q.total.CPUMillis &&
-		q.used.MemoryBytes+n.MemoryBytes <= q.total.MemoryBytes && p.gpus <= len(q.free)
+		q.used.MemoryBytes+n.MemoryBytes <= q.total.MemoryBytes && n.GPUs <= len(q.free)
 }
 
 // lacks says what a job that waits lacks. q.mu is held.
 func (q *queue) lacks(p *place) string {
-	n, out := q.capped(p), []string{}
+	need, out := q.share(p), []string{}
+	if p.gang != nil {
+		u, why := q.gangOf(p, q.waiting)
+		if u == nil {
+			return why
+		}
+		need = u.need
+		if len(u.members) > 1 {
+			out = append(out, why)
+		}
+	}
+	n := need.Room
 	if q.used.Jobs+n.Jobs > q.total.Jobs {
 		out = append(out, fmt.Sprintf("one of %d places", q.total.Jobs))
 	}
-	if p.gpus > len(q.free) {
-		out = append(out, fmt.Sprintf("%d GPUs, %d of %d are free", p.gpus, len(q.free), q.gpus))
+	if need.GPUs > len(q.free) {
+		out = append(out, fmt.Sprintf("%d GPUs, %d of %d are free", need.GPUs, len(q.free), q.gpus))
 	}
 	if left := q.total.CPUMillis - q.used.CPUMillis; n.CPUMillis > left {
 		out = append(out, fmt.Sprintf("%dm of CPU, %dm are free", n.CPUMillis, left))
@@ -101,7 +122,7 @@ func (q *queue) lacks(p *place) string {
 		out = append(out, fmt.Sprintf("%d MiB of memory, %d are free", n.MemoryBytes>>20, left>>20))
 	}
 	if i := slices.IndexFunc(q.queues, func(c Queue) bool { return c.Name == p.queue }); i >= 0 {
-		if c := q.queues[i]; !q.shares[c.Name].plus(q.share(p), 1).within(c.Limit) {
+		if c := q.queues[i]; !q.shares[c.Name].plus(need, 1).within(c.Limit) {
 			out = append(out, fmt.Sprintf("room of the queue %s: its jobs have %s of %s", c.Name, q.shares[c.Name], c.Limit))
 		}
 	}
@@ -130,6 +151,7 @@ func (q *queue) leave(p *place) {
 		q.waiting = slices.Delete(q.waiting, i, i+1)
 	} else {
 		q.release(p)
+		q.leaveGang(p)
 	}
 	q.advance()
 }
@@ -173,16 +195,14 @@ func (q *queue) adopt(p *place, gpus []string) error {
 	}
 	q.free = free
 	q.take(p, slices.Clone(gpus))
+	q.rejoin(p)
 	return nil
 }
 
 // advance begins the jobs that can begin and tells the others where they are.
 // q.mu is held.
 func (q *queue) advance() {
-	lines := map[string][]*place{}
-	for _, p := range q.waiting {
-		lines[p.queue] = append(lines[p.queue], p)
-	}
+	lines := q.units()
 	begun := map[*place]bool{}
 	for q.used.Jobs < q.total.Jobs {
 		i := q.turn(lines)
@@ -190,20 +210,25 @@ func (q *queue) advance() {
 			break
 		}
 		name, limit := q.queues[i].Name, q.queues[i].Limit
-		p := lines[name][0]
+		u := lines[name][0]
 		lines[name] = lines[name][1:]
-		long := q.now().Sub(p.since) > overtaken
+		long := q.now().Sub(u.since) > overtaken
 		switch {
-		case !q.shares[name].plus(q.share(p), 1).within(limit):
+		case !q.shares[name].plus(u.need, 1).within(limit):
 			// What a queue's own limit keeps back keeps no other queue back.
 			if long {
 				lines[name] = nil
 			}
-		case q.fits(p):
-			gpus := slices.Clone(q.free[:p.gpus])
-			q.free = slices.Clone(q.free[p.gpus:])
-			q.take(p, gpus)
-			begun[p] = true
+		case q.fits(u.need):
+			q.form(u)
+			for _, p := range u.members {
+				gpus := slices.Clone(q.free[:p.gpus])
+				q.free = slices.Clone(q.free[p.gpus:])
+				q.take(p, gpus)
+				begun[p] = true
+			}
+		case len(u.members) > 1 && (!u.need.within(Share{q.total, q.gpus}) || u.need.GPUs > q.gpus):
+			// The node will never have room for it: it keeps nobody back.
 		case long:
 			clear(lines)
 		}
@@ -225,7 +250,7 @@ func (q *queue) advance() {
 // turn returns which queue is next of those with jobs in lines: the one whose jobs have the
 // least part of the node for its weight, and of two that have the same, the one whose job was
 // submitted first. It is -1 where none has any. q.mu is held.
-func (q *queue) turn(lines map[string][]*place) int {
+func (q *queue) turn(lines map[string][]*unit) int {
 	next, least := -1, 0.0
 	for i, c := range q.queues {
 		line := lines[c.Name]

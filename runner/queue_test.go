@@ -149,7 +149,7 @@ func TestQueueNeverGivesTooMuch(t *testing.T) {
 		if used != q.used || used.Jobs > total.Jobs || used.CPUMillis > total.CPUMillis || used.MemoryBytes > total.MemoryBytes || len(seen) != len(gpus) {
 			t.Fatalf("step %d: %+v of %+v, counted %+v, GPUs %v", i, used, total, q.used, seen)
 		}
-		if len(q.waiting) > 0 && q.fits(q.waiting[0]) {
+		if len(q.waiting) > 0 && q.fits(q.share(q.waiting[0])) {
 			t.Fatalf("step %d: the first waits and fits", i)
 		}
 	}

@@ -85,7 +85,8 @@ func TestDominantShare(t *testing.T) {
 		t.Fatal("the node is not free")
 	}
 	// gpu has half of the GPUs, cpu 0.4 of the cores: cpu is next.
-	if i := q.turn(map[string][]*place{"gpu": {p}, "cpu": {p}}); q.queues[i].Name != "cpu" {
+	u := q.single(p)
+	if i := q.turn(map[string][]*unit{"gpu": {u}, "cpu": {u}}); q.queues[i].Name != "cpu" {
 		t.Errorf("%s is next", q.queues[i].Name)
 	}
 }

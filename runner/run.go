@@ -57,6 +57,9 @@ func (a *Agent) run(ctx context.Context, j *Job) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := a.together(ctx, j); err != nil {
+		return err
+	}
 	started, err := stage(ctx, a, j, bundle.StageStart, func(ctx context.Context, j *Job) (running, string, error) {
 		return a.start(ctx, j, filled)
 	})

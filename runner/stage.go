@@ -121,6 +121,8 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 		return out
 	case errors.Is(err, errCancelled):
 		out.State, out.Reason = journal.Cancelled, "cancelled"
+	case errors.Is(err, errGang):
+		out.Reason = "gang-failed"
 	case errors.As(err, &rule):
 		out.Reason = bundle.ReasonRule + rule.id
 	case errors.As(err, &stop):

@@ -69,7 +69,12 @@ func (a *Agent) takeUp(ctx context.Context) error {
 		}
 		work, how := a.takeUpOne(ctx, j, started)
 		a.log.InfoContext(ctx, "took up job", slog.String("job", row.ID), slog.String("stage", row.Stage), slog.String("how", how))
-		launch = append(launch, func() { a.launch(j, work) }) //nolint:contextcheck // a job outlives the agent's opening
+		launch = append(launch, func() { //nolint:contextcheck // a job outlives the agent's opening
+			a.launch(j, work)
+			if j.gang.broken != "" {
+				j.cancel(fmt.Errorf("%w: job %s", errGang, j.gang.broken))
+			}
+		})
 	}
 	for _, f := range launch {
 		f()
@@ -168,6 +173,12 @@ func (a *Agent) rebuild(ctx context.Context, row journal.Job) (*Job, bool, error
 	if err := a.Journal.Entry(ctx, row.ID, reattestEntry, &j.reattest.record); err != nil && !errors.Is(err, journal.ErrNotFound) {
 		return nil, false, err
 	}
+	if err := a.recallGang(ctx, j); err != nil {
+		return nil, false, err
+	}
+	if started {
+		j.nowReady()
+	}
 	if err := a.replay(ctx, j); err != nil {
 		return nil, false, err
 	}
@@ -262,6 +273,7 @@ func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error
 		gpus = append(gpus, g.UUID)
 	}
 	j.place = newPlace(j.id, queueName(j.spec), j.spec.Priority, j.submitted, j.plan.Resources)
+	j.place.gang = j.gangPlace()
 	if err := a.queue.adopt(j.place, gpus); err != nil {
 		return running{}, err
 	}

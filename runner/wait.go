@@ -68,10 +68,11 @@ func (a *Agent) acquire(ctx context.Context, j *Job) error {
 		return a.mayQueue(j)
 	}
 	j.place, j.placed = newPlace(j.id, queueName(j.spec), j.spec.Priority, j.submitted, j.plan.Resources), true
+	j.place.gang = j.gangPlace()
 	a.queue.enter(j.place)
 	select {
 	case <-j.place.given:
-		return nil
+		return a.joined(ctx, j)
 	default:
 	}
 	if err := a.Journal.Wait(ctx, j.id, queueStage); err != nil {
@@ -80,7 +81,7 @@ func (a *Agent) acquire(ctx context.Context, j *Job) error {
 	for {
 		select {
 		case <-j.place.given:
-			return nil
+			return a.joined(ctx, j)
 		case <-j.place.moved:
 			if position, lacks := a.queue.at(j.id); position > 0 {
 				a.tellWaiting(ctx, j, position, lacks)

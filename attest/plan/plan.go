@@ -74,6 +74,8 @@ type Plan struct {
 	Retry *Retry `json:"retry,omitempty"`
 	// Reattest is absent where the job attests once.
 	Reattest *Reattest `json:"reattest,omitempty"`
+	// Gang is absent where the job begins alone.
+	Gang *Gang `json:"gang,omitempty"`
 	// Budget is absent where attempts are bounded by MaxSeconds and Retry alone.
 	Budget *Budget `json:"budget,omitempty"`
 	// Evidence is absent where the node keeps the record.
@@ -215,7 +217,7 @@ func (p Plan) validate() error {
 	case p.Output.LogBytes <= 0:
 		return errors.New("plan bounds no output")
 	}
-	if err := errors.Join(p.Output.validate(), p.Resources.validate(), p.Retry.validate(), p.Reattest.validate(), p.validateBudget(), p.validateKeeping(), p.validateEgress(), p.validateReseal()); err != nil {
+	if err := errors.Join(p.Output.validate(), p.Resources.validate(), p.Retry.validate(), p.Reattest.validate(), p.validateGang(), p.validateBudget(), p.validateKeeping(), p.validateEgress(), p.validateReseal()); err != nil {
 		return err
 	}
 	for _, in := range p.Inputs {

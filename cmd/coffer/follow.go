@@ -118,7 +118,7 @@ func (c *cli) showJobs(jobs []jobView, out format, again bool) error {
 			submitted = clock(j.Submitted.Unix())
 		}
 		if j.QueuePosition > 0 {
-			why = fmt.Sprintf("number %d in the queue: %s", j.QueuePosition, j.WaitsFor)
+			why = fmt.Sprintf("number %d in the queue %s: %s", j.QueuePosition, orDash(j.Queue), j.WaitsFor)
 		}
 		rows = append(rows, []string{j.ID, j.Name, j.State, orDash(j.Stage), fmt.Sprint(max(j.Attempt, 1)), submitted, orDash(why)})
 	}

@@ -788,7 +788,7 @@ func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
 	case j.GetState() == stateQueued:
 		v.Gate, v.Why = gateQueue, "other jobs have the places, the memory or the GPUs that it needs"
 		if j.GetQueuePosition() > 0 {
-			v.Why = fmt.Sprintf("it is number %d of those that wait for room on the node: %s", j.GetQueuePosition(), j.GetWaitsFor())
+			v.Why = fmt.Sprintf("it is number %d of those that wait for room on the node in the queue %s: %s", j.GetQueuePosition(), orDash(j.GetQueue()), j.GetWaitsFor())
 		}
 		v.Who, v.Next = []string{"nobody: it begins when jobs before it end"}, []string{"coffer ps --state running", "coffer watch " + v.Job}
 	default:

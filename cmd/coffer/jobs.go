@@ -65,6 +65,11 @@ type jobView struct {
 	RetryOf   string `json:"retryOf,omitempty"`
 	RetriedAs string `json:"retriedAs,omitempty"`
 	Priority  int32  `json:"priority"`
+	// Queue is that of a job that has not ended, Gang with whom it begins, and GangJobs
+	// who that is, once they have room.
+	Queue    string   `json:"queue,omitempty"`
+	Gang     string   `json:"gang,omitempty"`
+	GangJobs []string `json:"gangJobs,omitempty"`
 	// QueuePosition is the place of a job that waits for room, from 1.
 	QueuePosition int32      `json:"queuePosition,omitempty"`
 	WaitsFor      string     `json:"waitsFor,omitempty"`
@@ -115,7 +120,7 @@ func viewJob(j *agentv1.Job) jobView {
 		Reason: j.GetReason(), Message: j.GetMessage(), Submitted: stamp(j.GetSubmittedUnix()), Ended: stamp(j.GetEndedUnix()),
 		ExitCode: j.GetExitCode(), Submitter: j.GetSubmitter(), LeaseUntil: stamp(j.GetLeaseUntilUnix()), Attested: stamp(j.GetAttestedUnix()), Attests: stamp(j.GetAttestsUnix()), Paused: j.GetPaused(), Stopping: j.GetStopping(), Failed: failedChecks(j),
 		Attempt: j.GetAttempt(), RetryOf: j.GetRetryOf(), RetriedAs: j.GetRetriedAs(), Priority: j.GetPriority(),
-		QueuePosition: j.GetQueuePosition(), WaitsFor: j.GetWaitsFor(), NotBefore: stamp(j.GetNotBeforeUnix()),
+		Queue: j.GetQueue(), Gang: j.GetGang(), GangJobs: j.GetGangJobs(), QueuePosition: j.GetQueuePosition(), WaitsFor: j.GetWaitsFor(), NotBefore: stamp(j.GetNotBeforeUnix()),
 		Metrics: viewMetrics(j.GetMetrics()), MetricsCut: j.GetMetricsCut(),
 	}
 }
@@ -182,7 +187,9 @@ func (c *cli) statusCmd() *cobra.Command {
 			rows = append(rows, []string{"reason", orDash(j.GetReason())}, []string{"message", orDash(j.GetMessage())})
 		}
 		if j.GetQueuePosition() > 0 {
-			rows = append(rows, []string{"queue", fmt.Sprintf("number %d: %s", j.GetQueuePosition(), orDash(j.GetWaitsFor()))})
+			rows = append(rows, []string{"queue", fmt.Sprintf("number %d of %s: %s", j.GetQueuePosition(), orDash(j.GetQueue()), orDash(j.GetWaitsFor()))})
+		} else if j.GetQueue() != "" {
+			rows = append(rows, []string{"queue", j.GetQueue()})
 		}
 		if j.GetRetryOf() != "" || j.GetRetriedAs() != "" {
 			rows = append(rows, []string{"attempt", fmt.Sprintf("%d, next %s", j.GetAttempt(), orDash(j.GetRetriedAs()))})

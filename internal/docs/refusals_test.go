@@ -64,6 +64,7 @@ var groups = map[string][2]string{
 	"plan":         {"Whether a plan is one, and the same everywhere.", "plan the job file again with coffer plan"},
 	"policy":       {"Whether an attestation policy or an access policy set is whole, current and signed.", "pack and sign the policy again, with a higher serial"},
 	"queue":        {"Whether the node has the queue that the job file names, for this submitter and for a job so large.", "name another queue in the job file, or ask for less"},
+	"gang":         {"Whether the jobs of a gang can begin together: alike in size, queue and priority, with room for all on the node and in the queue.", "write the same into the job files of the gang, make it smaller, or give it another name"},
 	"release":      {"Whether a request for a key is the attested job's.", "submit the job again"},
 	"reseal":       {"Whether sealed data may go from one asset to another.", "ask the owners of both assets"},
 	"result":       {"Whether a verifier's signed result is genuine, current and about this job.", "attest again"},

@@ -16,8 +16,8 @@ func Example() string {
 		if strings.HasSuffix(f.Path, "[]") || f.Path == "env.*" {
 			continue
 		}
-		if f.Path == "reseal" || strings.HasPrefix(f.Path, "reseal.") {
-			continue // it excludes most of the others
+		if f.Path == "reseal" || strings.HasPrefix(f.Path, "reseal.") || f.Path == "gang" || strings.HasPrefix(f.Path, "gang.") {
+			continue // they exclude others
 		}
 		depth := strings.Count(f.Path, ".") + strings.Count(f.Path, "[]")
 		name := f.Path[strings.LastIndexByte(f.Path, '.')+1:]

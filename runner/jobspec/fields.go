@@ -55,6 +55,7 @@ func Fields() []Field {
 	gpuLow, gpuHigh := between(0, 16)
 	pidLow, pidHigh := between(1, 32768)
 	prioLow, prioHigh := between(-MaxPriority, MaxPriority)
+	gangLow, gangHigh := between(2, plan.MaxGang)
 	retryLow, retryHigh := between(1, plan.MaxRetries)
 	exitLow, exitHigh := between(1, 255)
 	keepLow, keepHigh := between(1, maxKeep)
@@ -163,6 +164,9 @@ func Fields() []Field {
 		{Path: "reattest.within", Doc: "How long a late attestation may take before the job is stopped, and how long a paused job waits: whole seconds, at most 1h.", Want: wantTime, Default: "1m", Example: "2m", Planned: true},
 		{Path: "reattest.onFailure", Doc: "What becomes of the job when the verifier refuses it. pause freezes it until an attestation is affirmed, for within and its lease at most; then it is stopped.",
 			Want: "stop or pause", Default: plan.ReattestStop, Example: "pause", Planned: true, enum: []string{plan.ReattestStop, plan.ReattestPause}},
+		{Path: "gang", Doc: "Has the job begin together with others of its submitter that name the same gang: none gets room before all wait with their approvals and there is room for all. When one fails, the others are stopped. They are jobs of their own, with their own keys and evidence, and have no network between them.", Want: "name and size", Default: "the job begins alone", Planned: true},
+		{Path: "gang.name", Doc: "The name that the jobs of the gang share.", Want: wantName, Example: "night-1", Required: true, Planned: true, pattern: namePattern},
+		{Path: "gang.size", Doc: "How many jobs the gang has, this one among them.", Want: fmt.Sprintf("2 to %d", plan.MaxGang), Example: "2", Required: true, Planned: true, min: gangLow, max: gangHigh},
 		{Path: "stopGrace", Doc: "How long the job may take to end when it is told to, for a last checkpoint: whole seconds, at most 1h.", Want: wantTime, Default: "5s", Example: "30s", Planned: true},
 		{Path: "maxWait", Doc: "How long the job may wait for approvals and for room.", Want: wantTime, Default: "168h", Example: "24h"},
 		{Path: "evidence", Doc: "How the job's record is kept.", Want: "retain", Default: "the node keeps it", Planned: true},

@@ -60,6 +60,8 @@ type Spec struct {
 	Reattest *Reattest `yaml:"reattest,omitempty"`
 	// Queue is the queue of the node in which the job waits; DefaultQueue if empty.
 	Queue string `yaml:"queue,omitempty"`
+	// Gang has the job begin together with others.
+	Gang *Gang `yaml:"gang,omitempty"`
 	// StopGrace is how long the job may take to end when it is told to, for a last
 	// checkpoint.
 	StopGrace Duration `yaml:"stopGrace,omitempty"`
@@ -260,6 +262,7 @@ func (c *checker) check(s *Spec) {
 	c.output(s)
 	c.retry(s)
 	c.reattest(s.Reattest)
+	c.gang(s)
 	c.egress(s)
 	c.reseal(s)
 	c.keeping(s)
@@ -306,7 +309,7 @@ func (s Spec) Plan(r Resolved) (plan.Plan, error) {
 		Version: plan.Version, Name: s.Name, Image: r.Image, Command: s.Command, Policy: r.Policy, SandboxProfile: r.Profile,
 		Inputs: []plan.Input{},
 		Output: plan.Output{LogBytes: int64(s.Output.LogBytes), LogBytesPerSecond: int64(s.Output.LogBytesPerSecond)},
-		Retry:  s.Retry.plan(), Reattest: s.Reattest.plan(),
+		Retry:  s.Retry.plan(), Reattest: s.Reattest.plan(), Gang: s.Gang.plan(),
 		Resources: plan.Resources{
 			CPUMillis: int64(s.Resources.CPU), MemoryBytes: int64(s.Resources.Memory), Pids: s.Resources.Pids, GPUs: s.Resources.GPUs,
 			MaxSeconds: int64(time.Duration(s.MaxDuration) / time.Second), StopSeconds: int64(time.Duration(s.StopGrace) / time.Second),

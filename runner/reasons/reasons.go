@@ -34,6 +34,7 @@ func All() []Reason {
 		{"deadline", "it ran as long as maxDuration allows", "who wrote the job file; a longer time is another plan and needs new approvals", []string{"coffer explain maxDuration", "coffer plan FILE"}},
 		{"evidence", "the job ran, and its bundle could not be made: it counts as failed because nothing proves what it did", "who operates the node", []string{"coffer events JOB", "coffer retry JOB"}},
 		{"exit-code", "its program ended with another code than 0", "who wrote the program", []string{"coffer logs JOB", "coffer retry JOB"}},
+		{"gang-failed", "another job of its gang did not succeed: the message names it", "whoever the other job's reason names", []string{"coffer ps", "coffer events JOB"}},
 		{"holder-lost", "the process that held its keys died, and with it the memory that they opened; the job was stopped", "who operates the node: often too little memory", []string{"coffer events JOB", "coffer retry JOB"}},
 		{"inputs-failed", "an input was damaged or could not be read: it was found while the container started, and the job was stopped", "who operates the node: the message names the input", []string{"coffer events JOB", "coffer retry JOB"}},
 		{"internal", "something failed on the node for which there is no code of its own: the message says what", "who operates the node", []string{"coffer events JOB", "coffer retry JOB"}},

@@ -421,6 +421,8 @@ func (s *server) describe(row journal.Job) *agentv1.Job {
 	if newest, next, paused := s.agent.Attested(row.ID); !next.IsZero() {
 		j.AttestedUnix, j.AttestsUnix, j.Paused = newest.Unix(), next.Unix(), paused
 	}
+	j.Queue = s.agent.QueueOf(row.ID)
+	j.Gang, j.GangJobs = s.agent.Gang(row.ID)
 	if position, lacks := s.agent.Waits(row.ID); position > 0 {
 		j.QueuePosition, j.WaitsFor = int32(position), lacks //nolint:gosec // a small number
 	}

@@ -357,6 +357,12 @@ type Job struct {
 	WaitsFor string `protobuf:"bytes,20,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
 	// Not before this time does a retry begin; 0 for all others.
 	NotBeforeUnix int64 `protobuf:"varint,21,opt,name=not_before_unix,json=notBeforeUnix,proto3" json:"not_before_unix,omitempty"`
+	// The queue of a job that has not ended.
+	Queue string `protobuf:"bytes,22,opt,name=queue,proto3" json:"queue,omitempty"`
+	// Of one that has not ended: the gang with which it begins, and, once that has its
+	// room, the ids of all of its jobs.
+	Gang     string   `protobuf:"bytes,23,opt,name=gang,proto3" json:"gang,omitempty"`
+	GangJobs []string `protobuf:"bytes,24,rep,name=gang_jobs,json=gangJobs,proto3" json:"gang_jobs,omitempty"`
 	// Of a job that waits for approvals: the groups whose approval its submitter
 	// expects. The broker's rules alone say who must approve.
 	ExpectedApprovals []string `protobuf:"bytes,30,rep,name=expected_approvals,json=expectedApprovals,proto3" json:"expected_approvals,omitempty"`
@@ -550,6 +556,27 @@ func (x *Job) GetNotBeforeUnix() int64 {
 		return x.NotBeforeUnix
 	}
 	return 0
+}
+
+func (x *Job) GetQueue() string {
+	if x != nil {
+		return x.Queue
+	}
+	return ""
+}
+
+func (x *Job) GetGang() string {
+	if x != nil {
+		return x.Gang
+	}
+	return ""
+}
+
+func (x *Job) GetGangJobs() []string {
+	if x != nil {
+		return x.GangJobs
+	}
+	return nil
 }
 
 func (x *Job) GetExpectedApprovals() []string {
@@ -2931,7 +2958,7 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12'\n" +
 	"\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"8\n" +
 	"\x0eSubmitResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\xde\x06\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\xa5\a\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n" +
@@ -2957,7 +2984,10 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\bpriority\x18\x12 \x01(\x05R\bpriority\x12%\n" +
 	"\x0equeue_position\x18\x13 \x01(\x05R\rqueuePosition\x12\x1b\n" +
 	"\twaits_for\x18\x14 \x01(\tR\bwaitsFor\x12&\n" +
-	"\x0fnot_before_unix\x18\x15 \x01(\x03R\rnotBeforeUnix\x12-\n" +
+	"\x0fnot_before_unix\x18\x15 \x01(\x03R\rnotBeforeUnix\x12\x14\n" +
+	"\x05queue\x18\x16 \x01(\tR\x05queue\x12\x12\n" +
+	"\x04gang\x18\x17 \x01(\tR\x04gang\x12\x1b\n" +
+	"\tgang_jobs\x18\x18 \x03(\tR\bgangJobs\x12-\n" +
 	"\x12expected_approvals\x18\x1e \x03(\tR\x11expectedApprovals\x12#\n" +
 	"\rattested_unix\x18( \x01(\x03R\fattestedUnix\x12!\n" +
 	"\fattests_unix\x18) \x01(\x03R\vattestsUnix\x12\x16\n" +
