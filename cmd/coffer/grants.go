@@ -791,6 +791,9 @@ func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
 			v.Why = fmt.Sprintf("it is number %d of those that wait for room on the node in the queue %s: %s", j.GetQueuePosition(), orDash(j.GetQueue()), j.GetWaitsFor())
 		}
 		v.Who, v.Next = []string{"nobody: it begins when jobs before it end"}, []string{"coffer ps --state running", "coffer watch " + v.Job}
+		if j.GetGang() != "" {
+			v.Who = []string{"who submits the other jobs of its gang; nobody once they wait too"}
+		}
 	default:
 		v.Why = "nothing holds it: it is at stage " + j.GetStage()
 		v.Next = []string{"coffer watch " + v.Job}

@@ -189,11 +189,11 @@ func TestCancelWithACheckpoint(t *testing.T) {
 
 func TestPsWatch(t *testing.T) {
 	s := newFakeStack(t)
-	s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", Name: "demo", State: "queued", QueuePosition: 3, WaitsFor: "2 GPUs"}
+	s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", Name: "demo", State: "queued", Queue: "nightly", QueuePosition: 3, WaitsFor: "2 GPUs"}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	s.seen = func(string) { cancel() }
-	s.coffer(ctx, "ps", "--watch", "--state", "queued").want(t, 0, "number 3 in the queue: 2 GPUs")
+	s.coffer(ctx, "ps", "--watch", "--state", "queued").want(t, 0, "number 3 in the queue nightly: 2 GPUs")
 	s.seen = nil
 	s.coffer(t.Context(), "ps", "--state", "failed", "-o", "json").want(t, 0, "[]")
 }

@@ -67,7 +67,7 @@ func TestGangInAQueue(t *testing.T) {
 		}
 	}
 	waits()
-	if s := n.must(t, "why", one); !strings.Contains(s, "queue nightly") || !strings.Contains(s, "night-1") {
+	if s, _ := n.coffer("why", one); !strings.Contains(s, "queue nightly") || !strings.Contains(s, "night-1") {
 		t.Errorf("%s", s)
 	}
 	n.restartAgent(t)
