@@ -51,6 +51,13 @@ func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 	}
 	a.tell(ctx, j, stageEvent(bundle.StageEvidence, phase, time.Since(began).Nanoseconds(), detail))
 
+	// Before the holder goes: an agent that comes after this one writes the log anew while
+	// there is one, and finds a whole log when there is none.
+	if l, _ := j.feed.kept(); l != nil {
+		if err := l.Close(); err != nil {
+			a.log.WarnContext(ctx, "close a log", slog.String("job", j.id), slog.Any("error", err))
+		}
+	}
 	a.finishGPUs(ctx, j)
 	clean, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
@@ -67,11 +74,6 @@ func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 		a.tell(ctx, j, &agentv1.WatchResponse{Event: &agentv1.WatchResponse_Job{Job: Describe(row)}})
 	}
 	a.settleEvents(ctx, j)
-	if l, _ := j.feed.kept(); l != nil {
-		if err := l.Close(); err != nil {
-			a.log.WarnContext(ctx, "close a log", slog.String("job", j.id), slog.Any("error", err))
-		}
-	}
 	j.feed.close()
 	a.giveBack(j)
 	if next != nil {

@@ -170,7 +170,12 @@ func (s *soak) smallDisk() {
 				return err
 			}
 		} else {
-			if err := unix.Unmount(dir, 0); err != nil {
+			// What the agent had started ends when it notices that the agent is gone.
+			err := unix.Unmount(dir, 0)
+			for deadline := time.Now().Add(20 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(deadline); err = unix.Unmount(dir, 0) {
+				time.Sleep(50 * time.Millisecond)
+			}
+			if err != nil {
 				return err
 			}
 			if err := os.RemoveAll(dir); err != nil {
