@@ -119,6 +119,9 @@ func readSBOM(archive string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, bundle.MaxImageSBOM+1))
 }
 
+// sbomFile ends the names of bills of materials that somebody signed.
+const sbomFile = ".sbom.json"
+
 // signSBOM puts a bill of materials, signed, beside the signature of its image. A nil
 // one leaves what is there.
 func (l Layout) signSBOM(digest string, sbom []byte) error {
@@ -133,7 +136,7 @@ func (l Layout) signSBOM(digest string, sbom []byte) error {
 	if err != nil {
 		return err
 	}
-	return l.keepSigned(digest, imageSigner+".sbom.json", b)
+	return l.keepSigned(digest, imageSigner+sbomFile, b)
 }
 
 func (l Layout) keepSigned(digest, name string, b []byte) error {

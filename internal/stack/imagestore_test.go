@@ -178,6 +178,15 @@ func TestSignSBOM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if signed, err := l.signaturesOf(digest); err != nil || signed {
+		t.Errorf("a list alone is a signature of the image: %v", err)
+	}
+	if err := l.signImage(digest); err != nil {
+		t.Fatal(err)
+	}
+	if signed, err := l.signaturesOf(digest); err != nil || !signed {
+		t.Errorf("the signature beside the list is none: %v", err)
+	}
 	// Another image's list is refused, and none leaves what is there.
 	if err := l.signSBOM("sha256:"+strings.Repeat("cd", 32), read); err == nil {
 		t.Error("a list of another image is signed")

@@ -79,7 +79,10 @@ func (l Layout) signaturesOf(digest string) (bool, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
-	return len(files) > 0, err
+	// What an image is made from lies beside its signatures.
+	return slices.ContainsFunc(files, func(f fs.DirEntry) bool {
+		return !strings.HasSuffix(f.Name(), sbomFile) && !strings.HasSuffix(f.Name(), ".cdx.json")
+	}), err
 }
 
 // ImportImages brings an OCI archive into a stack that is up, as Up does, and signs what
