@@ -21,6 +21,9 @@ const (
 	// directSpan is what a worker seals in order. Spans meet within a block of
 	// directAlign, and these blocks are written at the end.
 	directSpan = 32 << 20
+	// maxDirectMemory bounds the buffers of all workers together: a machine has many
+	// cores, and its disk keeps fewer of them busy.
+	maxDirectMemory = 64 << 20
 	// maxSpans bounds how many spans a large file has.
 	maxSpans = 1024
 )
@@ -96,6 +99,7 @@ func (j *sealJob) runDirect(ctx context.Context, workers int, root *os.Root, nam
 		}
 	}()
 	j.output = d.stream
+	workers = d.workers(workers)
 	size := j.layout.cipherSize()
 	j.span = max(1, min(max(directSpan, size/maxSpans), size/int64(4*workers))/int64(j.layout.chunkSize))
 	if err := j.run(ctx, workers); err != nil {
@@ -104,8 +108,16 @@ func (j *sealJob) runDirect(ctx context.Context, workers int, root *os.Root, nam
 	return d.finish()
 }
 
+// bufferFor is the size of a buffer: a chunk may begin anywhere in its first block.
+func bufferFor(l layout) int {
+	return (max(directBuffer, l.maxChunk()+directAlign) + directAlign - 1) &^ (directAlign - 1)
+}
+
+// workers is how many of n workers have room for their buffers.
+func (d *direct) workers(n int) int { return max(1, min(n, maxDirectMemory/(2*d.buffer))) }
+
 func openDirect(root *os.Root, name string, dst *os.File, l layout) (*direct, error) {
-	d := &direct{dst: dst, buffer: (max(directBuffer, l.maxChunk()+directAlign) + directAlign - 1) &^ (directAlign - 1)}
+	d := &direct{dst: dst, buffer: bufferFor(l)}
 	// With its blocks there, several writes to the file can be under way. Where a file
 	// system cannot promise them, they come as they are written.
 	if err := unix.Fallocate(int(dst.Fd()), 0, 0, l.cipherSize()); errors.Is(err, unix.ENOSPC) {

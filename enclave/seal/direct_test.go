@@ -213,6 +213,18 @@ func TestDirectFallsBack(t *testing.T) {
 	}
 }
 
+// However many cores there are, their buffers stay within what they are given.
+func TestDirectBuffersAreBounded(t *testing.T) {
+	for size := MinChunkSize; size <= MaxChunkSize; size *= 2 {
+		l, err := layoutOf(1<<30, size)
+		must(t, err)
+		d := &direct{buffer: bufferFor(l)}
+		if n := d.workers(128); n < 1 || n*2*d.buffer > maxDirectMemory || d.workers(1) != 1 || d.buffer < l.maxChunk()+directAlign || d.buffer%directAlign != 0 {
+			t.Errorf("chunks of %d bytes: %d workers with buffers of %d bytes", size, n, d.buffer)
+		}
+	}
+}
+
 func nothingIn(t *testing.T, dir string) {
 	t.Helper()
 	l, err := os.ReadDir(dir)
