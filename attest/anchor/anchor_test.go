@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"go/parser"
 	"go/token"
 	"io/fs"
@@ -312,5 +313,44 @@ func TestRememberedCertificatesAreNotTheCallersMemory(t *testing.T) {
 	}
 	if cap(again.Raw) > 4<<10 {
 		t.Errorf("a certificate of %d bytes keeps %d", len(again.Raw), cap(again.Raw))
+	}
+}
+
+// A list is remembered by the text that it was read from, whole, and only if it was
+// read.
+func TestListsAreRememberedByTheirText(t *testing.T) {
+	s := simulation(t)
+	root, key := ca(t, "root", nil, nil)
+	leaf, _ := ca(t, "leaf", root, key)
+	reads := 0
+	read := func(b []byte) ([]*x509.Certificate, error) {
+		reads++
+		switch string(b) {
+		case "both":
+			return []*x509.Certificate{leaf, root}, nil
+		case "root":
+			return []*x509.Certificate{root}, nil
+		}
+		return nil, errors.New("no list")
+	}
+	long := bytes.Repeat([]byte("x"), 32<<10)
+	for _, tc := range []struct {
+		text  string
+		want  int
+		reads int
+	}{{"both", 2, 1}, {"both", 2, 1}, {"root", 1, 2}, {"both", 2, 2}, {"root", 1, 2}, {"", 0, 3}, {"", 0, 4}, {string(long), 0, 5}, {string(long), 0, 6}} {
+		got, err := s.Certificates([]byte(tc.text), read)
+		if len(got) != tc.want || (err == nil) != (tc.want > 0) || reads != tc.reads {
+			t.Errorf("%.10q: %d certificates, %v, after %d reads; want %d after %d", tc.text, len(got), err, reads, tc.want, tc.reads)
+		}
+	}
+	// Who appends to a list changes no other's.
+	mine, _ := s.Certificates([]byte("root"), read)
+	_ = append(mine, leaf)
+	if again, _ := s.Certificates([]byte("root"), read); len(again) != 1 {
+		t.Error("a remembered list grew")
+	}
+	if _, err := (anchor.Set{}).Certificates([]byte("both"), read); err != nil || reads != 7 {
+		t.Error("an empty set remembers")
 	}
 }

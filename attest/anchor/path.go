@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -31,6 +32,8 @@ type paths struct {
 	mu   sync.Mutex
 	good map[[sha256.Size]byte]struct{}          // guarded by mu
 	read map[[sha256.Size]byte]*x509.Certificate // guarded by mu
+	// texts are lists of certificates by the text that they were read from.
+	texts map[[sha256.Size]byte][]*x509.Certificate // guarded by mu
 }
 
 // Certificate reads a certificate, and remembers it, trusted or not. Callers must
@@ -59,6 +62,33 @@ func (s Set) Certificate(der []byte) (*x509.Certificate, error) {
 	}
 	s.paths.read[key] = c
 	return c, nil
+}
+
+// Certificates reads a list of certificates from a text by read, which must follow
+// from the text alone, and remembers it as Certificate does. Callers must not change
+// what they get.
+func (s Set) Certificates(text []byte, read func([]byte) ([]*x509.Certificate, error)) ([]*x509.Certificate, error) {
+	if s.paths == nil || len(text) > 4*maxKept {
+		return read(text)
+	}
+	key := sha256.Sum256(text)
+	s.paths.mu.Lock()
+	list := s.paths.texts[key]
+	s.paths.mu.Unlock()
+	if list != nil {
+		return list, nil
+	}
+	list, err := read(text)
+	if err != nil {
+		return nil, err
+	}
+	s.paths.mu.Lock()
+	defer s.paths.mu.Unlock()
+	if s.paths.texts == nil || len(s.paths.texts) >= maxCertificates {
+		s.paths.texts = map[[sha256.Size]byte][]*x509.Certificate{}
+	}
+	s.paths.texts[key] = slices.Clip(list)
+	return list, nil
 }
 
 // Path checks that each certificate of chain, leaf first, was issued by the

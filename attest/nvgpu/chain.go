@@ -28,6 +28,10 @@ func parseChain(b []byte, anchors anchor.Set) ([]*x509.Certificate, error) {
 	if len(b) > maxChainPEM {
 		return nil, fmt.Errorf("%d bytes, at most %d are allowed", len(b), maxChainPEM)
 	}
+	return anchors.Certificates(b, func(b []byte) ([]*x509.Certificate, error) { return readChain(b, anchors) })
+}
+
+func readChain(b []byte, anchors anchor.Set) ([]*x509.Certificate, error) {
 	var out []*x509.Certificate
 	for rest := bytes.Trim(b, "\r\n\t \x00"); len(rest) > 0; {
 		if !bytes.HasPrefix(rest, []byte("-----BEGIN CERTIFICATE-----")) {

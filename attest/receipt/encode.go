@@ -1,12 +1,16 @@
 package receipt
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"slices"
 	"strconv"
 	"sync"
+
+	"github.com/go-jose/go-jose/v4"
 
 	"github.com/coffer-run/coffer/attest/check"
 )
@@ -63,14 +67,7 @@ func (r Result) appendJSON(b []byte) ([]byte, error) {
 	w.name("cnf")
 	w.open('{')
 	w.name("jwk")
-	if r.Confirmation.JWK == nil {
-		w.null()
-	} else {
-		// The library writes it in the form of encoding/json.
-		key, err := r.Confirmation.JWK.MarshalJSON()
-		w.fail(err)
-		w.b = append(w.b, key...)
-	}
+	w.key(r.Confirmation.JWK)
 	w.name("coffer.recipient-key")
 	w.bytes(r.Confirmation.Recipient)
 	w.close('}')
@@ -141,6 +138,33 @@ func (w *writer) bytes(v []byte) {
 		return
 	}
 	w.b = append(base64.StdEncoding.AppendEncode(append(w.b, '"'), v), '"')
+}
+
+// key writes a session key (RFC 7518, section 6.2.1) as the library does, and leaves
+// every other key to it.
+func (w *writer) key(k *jose.JSONWebKey) {
+	if k == nil {
+		w.null()
+		return
+	}
+	if pub, ok := k.Key.(*ecdsa.PublicKey); ok && k.KeyID == "" && k.Algorithm != "" && k.Use != "" && len(k.Certificates) == 0 && k.CertificatesURL == nil &&
+		len(k.CertificateThumbprintSHA1) == 0 && len(k.CertificateThumbprintSHA256) == 0 && pub.Curve == elliptic.P256() {
+		// The point, uncompressed: a byte of its form, and 32 for each number.
+		if point, err := pub.Bytes(); err == nil && len(point) == 65 {
+			w.open('{')
+			w.named("use", k.Use)
+			w.named("kty", "EC")
+			w.named("crv", "P-256")
+			w.named("alg", k.Algorithm)
+			w.named("x", base64.RawURLEncoding.EncodeToString(point[1:33]))
+			w.named("y", base64.RawURLEncoding.EncodeToString(point[33:]))
+			w.close('}')
+			return
+		}
+	}
+	b, err := k.MarshalJSON()
+	w.fail(err)
+	w.b = append(w.b, b...)
 }
 
 func (w *writer) text(s string) {

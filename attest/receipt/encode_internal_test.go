@@ -90,6 +90,41 @@ func TestResultsAreWrittenAsByEncodingJSON(t *testing.T) {
 	}
 }
 
+// Keys are written without the library where they are those of sessions: with small
+// numbers too, which keep their length.
+func TestSessionKeysAreWrittenAsByTheLibrary(t *testing.T) {
+	short := 0
+	for range 1 << 12 {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		point, err := key.PublicKey.Bytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if point[1] != 0 && point[33] != 0 && short > 0 {
+			continue
+		}
+		short++
+		for _, k := range []*jose.JSONWebKey{
+			{Key: &key.PublicKey, Algorithm: "ES256", Use: "sig"}, {Key: &key.PublicKey}, {Key: &key.PublicKey, Algorithm: "<", Use: "sig"}, {Key: &key.PublicKey, KeyID: "k", Algorithm: "ES256", Use: "sig"}, nil,
+		} {
+			want, err := json.Marshal(Confirmation{JWK: k})
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := Result{Confirmation: Confirmation{JWK: k}}.appendJSON(nil)
+			if err != nil || !bytes.Contains(got, want) {
+				t.Fatalf("%s\nwant %s", got, want)
+			}
+		}
+	}
+	if short < 2 {
+		t.Error("no key with a small number")
+	}
+}
+
 func TestClaimsThatAreNoJSON(t *testing.T) {
 	for name, r := range map[string]Result{
 		"a number that is none": {Submods: map[string]Appraisal{"cpu0": {Claims: map[string]any{"n": math.NaN()}}}},
