@@ -96,6 +96,8 @@ type attester struct {
 	// paused is since when the job is frozen, zero if it is not.
 	paused time.Time
 	grace  time.Duration
+	// looking has what changed says next, while it is asked.
+	looking chan string
 
 	try func(ctx context.Context, n int) attestedTry
 	// show has the broker take a result.
@@ -139,11 +141,42 @@ func (t *attester) wait(ctx context.Context) string {
 		case <-timer.C:
 			return causeTimer
 		case <-look.C:
-			if cause := t.changed(ctx); cause != "" {
+			// A driver that does not answer holds up no timer.
+			if t.looking == nil {
+				said := make(chan string, 1)
+				go func() { said <- t.changed(ctx) }()
+				t.looking = said
+			}
+		case cause := <-t.looking:
+			if t.looking = nil; cause != "" {
 				return cause
 			}
 		}
 	}
+}
+
+// errNoAnswer is of a device or a service that did not answer while there was time.
+var errNoAnswer = errors.New("no answer in time")
+
+// answered calls f for as long as ctx lasts, also where f does not heed it: a device
+// that hangs, or a network that the host cuts, decides nothing about a job.
+func answered[T any](ctx context.Context, late T, f func(context.Context) T) T {
+	if ctx.Err() != nil {
+		return late
+	}
+	out := make(chan T, 1)
+	go func() { out <- f(ctx) }()
+	select {
+	case v := <-out:
+		return v
+	case <-ctx.Done():
+		return late
+	}
+}
+
+// shown has the broker take a result until ctx ends.
+func (t *attester) shown(ctx context.Context, token string) error {
+	return answered(ctx, errNoAnswer, func(ctx context.Context) error { return t.show(ctx, token) })
 }
 
 // attest attests once, with as many tries as there is time for.
@@ -152,6 +185,8 @@ func (t *attester) attest(ctx context.Context, cause string) *stopError {
 	if !t.paused.IsZero() {
 		deadline = t.paused.Add(t.rule.pause)
 	}
+	inTime, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
 	start := time.Now()
 	t.number++
 	a := bundle.Reattestation{Number: t.number, Cause: cause, StartUnixNano: start.UnixNano()}
@@ -159,17 +194,18 @@ func (t *attester) attest(ctx context.Context, cause string) *stopError {
 	began := start
 	for {
 		a.Tries++
+		n := a.Tries
 		began = time.Now()
-		got = t.try(ctx, a.Tries)
+		got = answered(inTime, attestedTry{err: errNoAnswer}, func(ctx context.Context) attestedTry { return t.try(ctx, n) })
 		if ctx.Err() == nil && got.err == nil {
-			got.err = t.show(ctx, got.token)
+			got.err = t.shown(inTime, got.token)
 			a.Shown = got.err == nil
 		}
 		if ctx.Err() != nil {
 			return nil
 		}
 		var refused *check.Refusal
-		if got.err == nil || errors.As(got.err, &refused) || time.Now().Add(reattestTry).After(deadline) {
+		if got.err == nil || errors.As(got.err, &refused) || !time.Now().Add(reattestTry).Before(deadline) {
 			break
 		}
 		select {
@@ -213,7 +249,9 @@ func (t *attester) judge(ctx context.Context, a *bundle.Reattestation, got attes
 	}
 	if a.Verdict == bundle.ReattestRefused {
 		// The broker takes the lease by the verifier's word. Without it, the age does.
-		if err := t.show(ctx, got.token); err != nil {
+		soon, cancel := context.WithTimeout(ctx, reattestTry)
+		defer cancel()
+		if err := t.shown(soon, got.token); err != nil {
 			a.Message = clipped(a.Message + "; " + err.Error())
 		} else {
 			a.Shown = true

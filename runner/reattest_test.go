@@ -174,6 +174,62 @@ func TestAttestingAgain(t *testing.T) {
 	}
 }
 
+// Who does not answer does not keep a job: no device, no service, and no driver that
+// is asked in between. None of them heeds the end of a context.
+func TestWhoDoesNotAnswerKeepsNoJob(t *testing.T) {
+	for name, tc := range map[string]struct {
+		hang func(m *fakeMachine, forever func())
+		rule reattestRule
+		// after is when the job has to stop at the latest.
+		after time.Duration
+		code  string
+		want  []string
+	}{
+		"the devices": {hang: func(m *fakeMachine, forever func()) {
+			m.try = func(context.Context, int) attestedTry { forever(); return m.answer() }
+		}, after: maxAge, code: bundle.ReasonReattestLate, want: []string{"timer none stopped"}},
+		"the broker": {hang: func(m *fakeMachine, forever func()) {
+			m.answers = []string{"affirmed"}
+			m.show = func(context.Context, string) error { forever(); return nil }
+		}, after: maxAge, code: bundle.ReasonReattestLate, want: []string{"timer affirmed stopped"}},
+		"the broker, to a refusal": {hang: func(m *fakeMachine, forever func()) {
+			m.show = func(context.Context, string) error { forever(); return nil }
+		}, after: everyTen + reattestTry, code: bundle.ReasonReattestRefused, want: []string{"timer refused stopped"}},
+		"the driver, asked in between": {hang: func(m *fakeMachine, forever func()) {
+			m.changed = func(context.Context) string { forever(); return "" }
+		}, after: everyTen, code: bundle.ReasonReattestRefused, want: []string{"timer refused stopped"}},
+		"the devices of a paused job": {hang: func(m *fakeMachine, forever func()) {
+			n := 0
+			m.try = func(context.Context, int) attestedTry {
+				if n++; n > 1 {
+					forever()
+				}
+				return m.answer()
+			}
+		}, rule: reattestRule{every: everyTen, maxAge: maxAge, pause: 20 * time.Second}, after: everyTen + 20*time.Second, code: bundle.ReasonReattestLate, want: []string{"timer refused paused", "timer none stopped"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				if tc.rule.every == 0 {
+					tc.rule = reattestRule{every: everyTen, maxAge: maxAge}
+				}
+				m := newMachine(tc.rule, "refused")
+				end := make(chan struct{})
+				defer close(end)
+				tc.hang(m, func() { <-end })
+				began := time.Now()
+				stop := m.run(t.Context())
+				if took := time.Since(began); stop == nil || stop.code != tc.code || took > tc.after {
+					t.Errorf("%+v after %s", stop, took)
+				}
+				if !slices.Equal(m.verdicts(), tc.want) {
+					t.Errorf("%v, want %v", m.verdicts(), tc.want)
+				}
+			})
+		})
+	}
+}
+
 // Something that happens to the machine has it attest at once, and the timer counts
 // from then.
 func TestAttestingAtAnEvent(t *testing.T) {

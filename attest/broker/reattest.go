@@ -33,6 +33,9 @@ type Attested struct {
 	// Recipient is the digest of the recipient key in it.
 	Recipient plan.Digest `json:"recipient,omitempty"`
 	Simulated bool        `json:"simulated,omitempty"`
+	// Sandbox is what the job runs in, GPUs are those that it was released to.
+	Sandbox plan.Digest `json:"sandbox,omitempty"`
+	GPUs    []string    `json:"gpus,omitempty"`
 	// MaxAge stops the job once the result is older, in seconds; 0 is no bound.
 	MaxAge int64 `json:"maxAge,omitempty"`
 	// Count is how many results were logged after the first.
@@ -53,6 +56,7 @@ func (c claim) attested(had Lease, p Policy) Attested {
 	a := Attested{
 		Verifier: c.verifier, ResultID: c.result.ID, IssuedAt: c.result.IssuedAt, Recipient: c.recipient, Simulated: c.result.Simulated,
 		MaxAge: shorter(p.MaxResultAgeSeconds, most), Pauses: c.reattest.Pauses(),
+		Sandbox: c.result.SandboxDigest, GPUs: claims(c.results(), claimGPU),
 	}
 	if had.JobID == "" || !had.Ended.IsZero() {
 		return a
@@ -62,8 +66,13 @@ func (c claim) attested(had Lease, p Policy) Attested {
 	a.Simulated = a.Simulated && had.Attested.Simulated
 	a.MaxAge, a.Count = shorter(a.MaxAge, had.Attested.MaxAge), had.Attested.Count
 	a.Pauses = a.Pauses && had.Attested.Pauses
+	a.GPUs = join(a.GPUs, had.Attested.GPUs)
 	return a
 }
+
+// claimGPU names a GPU by its device's certificate (nvgpu.ClaimDevice), which stays
+// where that of its firmware changes.
+const claimGPU = "gpu.device"
 
 // shorter is the smaller of two times of which 0 is no bound.
 func shorter(a, b int64) int64 {
@@ -189,6 +198,7 @@ func (b *Broker) checkLater(ctx context.Context, r Reader, l *check.List, lease 
 	l.Equal("reattest.audience", b.id, trim(res.Audience), "ask for a result for this broker")
 	l.Equal("reattest.job", lease.JobID, trim(res.JobID), "a result speaks for one job only")
 	l.Equal("reattest.plan", string(lease.Plan), trim(string(res.PlanDigest)), "a result speaks for one plan only")
+	l.Equal("reattest.sandbox", string(had.Sandbox), trim(string(res.SandboxDigest)), "the job runs in the sandbox that it was released to")
 	l.Equal("reattest.recipient", string(had.Recipient), string(plan.Sum(res.Confirmation.Recipient)), "attest the keys that the job has")
 	var session []byte
 	if jwk := res.Confirmation.JWK; jwk != nil {
@@ -214,11 +224,12 @@ func (b *Broker) checkLater(ctx context.Context, r Reader, l *check.List, lease 
 }
 
 // checkAffirms makes the checks of a result by which a job keeps its keys. What was
-// revoked has stopped the job already, and the result is of the same chip and guest.
+// revoked has stopped the job already, and the result is of the same chip, guest and GPUs.
 func (b *Broker) checkAffirms(ctx context.Context, tx Reader, l *check.List, lease Lease, issuer string, res receipt.Result) error {
 	shown := []presented{{issuer, res}}
 	l.Equal("reattest.chip", fmt.Sprint(lease.Chips), fmt.Sprint(claims(shown, "snp.chip-id")), "the job runs on the chip that it was released to")
 	l.Equal("reattest.measurement", fmt.Sprint(lease.Measurements), fmt.Sprint(claims(shown, "snp.measurement")), "the guest is the one that the keys were released to")
+	l.Equal("reattest.gpus", fmt.Sprint(lease.Attested.GPUs), fmt.Sprint(claims(shown, claimGPU)), "the job has the GPUs that it was released to")
 	if res.Simulated && !lease.Attested.Simulated {
 		l.Fail("reattest.simulated", "evidence rooted in a vendor's anchor, as at the release", "evidence rooted in a simulation anchor", "")
 	}

@@ -236,6 +236,11 @@ func TestAPausedJobWaitsForItsLeaseAtMost(t *testing.T) {
 
 // TestResultsThatDoNotCount shows, for each check, a result in which only that
 // check stands between the agent and a lease that goes on.
+// onGPU makes a result one of a job with a GPU.
+func onGPU(r *receipt.Result) {
+	r.Submods["gpu0"] = receipt.Appraisal{Status: receipt.Affirming, Claims: map[string]any{"gpu.device": "1"}}
+}
+
 func TestResultsThatDoNotCount(t *testing.T) {
 	other := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	for name, tc := range map[string]struct {
@@ -263,6 +268,11 @@ func TestResultsThatDoNotCount(t *testing.T) {
 		"another guest's": {change: func(_ *testing.T, _ *world, _ *job, r *receipt.Result) {
 			r.Submods["cpu0"].Claims["snp.measurement"] = strings.Repeat("af", 48)
 		}, want: []string{"reattest.measurement"}},
+		"another sandbox's": {change: func(_ *testing.T, _ *world, _ *job, r *receipt.Result) { r.SandboxDigest = plan.Sum([]byte("other")) }, want: []string{"reattest.sandbox"}},
+		"another GPU's": {change: func(_ *testing.T, _ *world, _ *job, r *receipt.Result) {
+			r.Submods["gpu0"] = receipt.Appraisal{Status: receipt.Affirming, Claims: map[string]any{"gpu.device": "2"}}
+		}, want: []string{"reattest.gpus"}},
+		"without the GPU":                   {change: func(_ *testing.T, _ *world, _ *job, r *receipt.Result) { delete(r.Submods, "gpu0") }, want: []string{"reattest.gpus"}},
 		"a simulation's, of a real release": {change: func(_ *testing.T, _ *world, _ *job, r *receipt.Result) { r.Simulated = true }, want: []string{"reattest.simulated"}},
 		"kept back since before the newest": {change: func(_ *testing.T, _ *world, _ *job, r *receipt.Result) { r.IssuedAt -= 60; r.Expires -= 60 }, want: []string{"reattest.newer"}},
 		"expired": {change: func(_ *testing.T, w *world, _ *job, r *receipt.Result) {
@@ -305,9 +315,10 @@ func TestResultsThatDoNotCount(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, true)
 			w.policy(t, "data", func(p *broker.Policy) { p.MaxResultAgeSeconds = 60 })
-			j := w.runs(t, "job-1", nil, nil)
+			j := w.runs(t, "job-1", nil, onGPU)
 			w.advance(50 * time.Second)
 			token := j.again(t, w, func(r *receipt.Result) {
+				onGPU(r)
 				if tc.change != nil {
 					tc.change(t, w, j, r)
 				}

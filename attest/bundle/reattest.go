@@ -99,4 +99,15 @@ func (r *Reattestations) Add(a Reattestation) {
 	}
 }
 
+// Room is for how many more attestations like the largest that the list has, or like
+// one of size bytes, it has room for evidence and result.
+func (r *Reattestations) Room(size int) int {
+	raw := 0
+	for _, a := range r.List {
+		raw += a.raw()
+		size = max(size, a.raw())
+	}
+	return max(MaxReattestRaw-raw, 0) / max(size, 1)
+}
+
 func (a Reattestation) raw() int { return len(a.Result) + len(a.Evidence)*4/3 }

@@ -79,11 +79,23 @@ func (v *verification) reattestGroup() {
 			}
 		}
 	}
-	if bare > 0 || l.Omitted > 0 {
+	// The agent leaves out what does not fit, and evidence of one machine has about one
+	// size: where there is room for several, it was left out for another reason.
+	first, _ := v.part(bundle.Evidence)
+	switch {
+	case l.Omitted > 0 && len(l.List) < bundle.MaxReattestations:
+		g.Fail("reattest.raw", fmt.Sprintf("%d attestations in the list before any is left out", bundle.MaxReattestations), fmt.Sprintf("%d, and %d left out", len(l.List), l.Omitted), "the record is not complete")
+	case bare > 0 && l.Room(len(first)*4/3+receipt.MaxToken) > 0:
+		g.Fail("reattest.raw", "evidence and result of each attestation for which there is room", fmt.Sprintf("%d without", bare), "the record is not complete")
+	case bare > 0 || l.Omitted > 0:
 		g.Skip("reattest.raw", fmt.Sprintf("%d that affirmed are here without evidence and result, and %d not at all, for want of room", bare, l.Omitted))
 	}
 	v.omitted = bare + l.Omitted
-	v.reattestAges(g, asked)
+	if v.omitted > 0 {
+		g.Skip("reattest.age", "results are left out for want of room")
+	} else {
+		v.reattestAges(g, "reattest.age", asked, nil)
+	}
 	if len(g.Failed()) == 0 {
 		g.Pass(id, fmt.Sprintf("%d, of which %d were appraised again", len(l.List)+l.Omitted, raw))
 	}
@@ -197,6 +209,14 @@ func (v *verification) reattested(g *check.List, a bundle.Reattestation, last re
 		l.Fail("reattest.newer", "a result after "+time.Unix(last.IssuedAt, 0).UTC().Format(time.RFC3339)+" with a nonce of its own", time.Unix(r.IssuedAt, 0).UTC().Format(time.RFC3339), "an older result was shown again")
 	}
 	seen[r.ID], seen[r.Nonce] = true, true
+	// The clocks may differ as far as a result lives.
+	life := int64(receipt.ResultLifetime / time.Second)
+	if start := a.StartUnixNano / int64(time.Second); start-r.IssuedAt > life || r.IssuedAt-start-max(a.Nanos, 0)/int64(time.Second) > life {
+		l.Fail("reattest.time", "a result issued while it attested, at "+time.Unix(start, 0).UTC().Format(time.RFC3339), time.Unix(r.IssuedAt, 0).UTC().Format(time.RFC3339), "compare the clocks of node and verifier")
+	}
+	if a.Verdict == bundle.ReattestAffirmed {
+		l.Equal("reattest.machine", machine(*v.result), machine(r), "the keys of this job left its machine")
+	}
 	verdict := bundle.ReattestAffirmed
 	if receipt.RefusedFor(r) != "" {
 		verdict = bundle.ReattestRefused
@@ -222,6 +242,20 @@ func (v *verification) reattested(g *check.List, a bundle.Reattestation, last re
 		g.Skip("reattest.result", said+"; "+fromBundle)
 	}
 	return r, true
+}
+
+// machine names chip, guest and GPUs of a result.
+func machine(r receipt.Result) string {
+	var out []string
+	for _, s := range r.Submods {
+		for _, name := range []string{"snp.chip-id", "snp.measurement", "gpu.device"} {
+			if id, ok := s.Claims[name].(string); ok {
+				out = append(out, name+" "+id)
+			}
+		}
+	}
+	slices.Sort(out)
+	return strings.Join(out, ", ")
 }
 
 // appraiseAgain appraises the evidence of a later attestation as that of the first,
@@ -282,26 +316,24 @@ func (v *verification) laterEndorsements(r receipt.Result) *endorse.Library {
 	return out
 }
 
-// reattestAges holds the time between two results against how old one might become.
-// The lease comes on top: a node that hears nothing goes on so long.
-func (v *verification) reattestAges(g *check.List, asked int64) {
-	const id = "reattest.age"
-	switch {
-	case v.omitted > 0:
-		g.Skip(id, "results are left out for want of room")
-		return
-	}
+// reattestAges holds the time between two results against how old one might become:
+// those that are here, and those issued at the given times. The lease comes on top: a
+// node that hears nothing goes on so long.
+func (v *verification) reattestAges(g *check.List, id string, asked int64, issued []int64) {
 	var lease int64
 	for _, r := range v.releases {
 		lease = max(lease, r.LeaseSeconds)
 	}
 	limit := asked + lease + int64(receipt.Leeway/time.Second)
-	last, oldest := v.result.IssuedAt, int64(0)
 	for _, a := range v.laters {
 		if a.Verdict == bundle.ReattestAffirmed {
-			oldest = max(oldest, a.result.IssuedAt-last)
-			last = a.result.IssuedAt
+			issued = append(issued, a.result.IssuedAt)
 		}
+	}
+	slices.Sort(issued)
+	last, oldest := v.result.IssuedAt, int64(0)
+	for _, at := range issued {
+		oldest, last = max(oldest, at-last), max(last, at)
 	}
 	for _, s := range v.st.Timeline {
 		if s.Stage == bundle.StageRun {
@@ -323,12 +355,16 @@ func (v *verification) reattestAges(g *check.List, asked int64) {
 func (v *verification) logReattest(g *check.List, bodies []translog.Body) {
 	const id = "log.reattest"
 	logged := 0
+	var issued []int64
 	for _, b := range bodies {
 		if b.Kind != translog.KindReattest {
 			continue
 		}
 		logged++
 		e := b.Reattest
+		if e.Refused == "" {
+			issued = append(issued, e.IssuedAt)
+		}
 		i := slices.IndexFunc(v.laters, func(a later) bool { return a.result.ID == e.ResultID })
 		switch {
 		case i < 0 && v.omitted > 0 && e.Refused == "":
@@ -352,6 +388,10 @@ func (v *verification) logReattest(g *check.List, bodies []translog.Body) {
 			g.Fail(id, "an entry for each result that the broker took", fmt.Sprintf("number %d, taken: %t, logged: %t", a.Number, a.Shown, entry), "")
 			return
 		}
+	}
+	// Where results are left out, the broker's entries say when they were issued.
+	if v.omitted > 0 && logged < reattestLogged && v.result != nil {
+		v.reattestAges(g, "log.reattest-age", v.resultAge(), issued)
 	}
 	if logged > 0 {
 		g.Pass(id, fmt.Sprintf("%d results of later attestations", logged))

@@ -3,6 +3,7 @@ package verify_test
 import (
 	"maps"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/attest/simulate"
 )
 
 var everyTen = bundletest.Options{Reattest: &plan.Reattest{EverySeconds: 10, WithinSeconds: 20}}
@@ -119,7 +121,8 @@ func TestLiesAboutLaterAttestations(t *testing.T) {
 	}{
 		"all of them left out":               {lie: func(_ *testing.T, j *bundletest.Job) { delete(j.Parts, bundle.ReattestPart) }, want: []string{"reattest.complete", "log.reattest"}},
 		"one left out, unsaid":               {lie: list(func(r *bundle.Reattestations) { r.List = r.List[1:] }), want: []string{"reattest.order", "log.reattest"}},
-		"one left out, said":                 {lie: list(func(r *bundle.Reattestations) { r.List, r.Omitted = r.List[1:], 1 }), want: nil},
+		"one left out, said":                 {lie: list(func(r *bundle.Reattestations) { r.List, r.Omitted = r.List[1:], 1 }), want: []string{"reattest.raw"}},
+		"one without its result, with room":  {lie: list(func(r *bundle.Reattestations) { r.List[0].Result, r.List[0].Evidence = "", nil }), want: []string{"reattest.raw"}},
 		"the refused one left out":           {refused: true, lie: list(func(r *bundle.Reattestations) { r.List = r.List[:2] }), want: []string{"reattest.then", "log.reattest"}},
 		"the refused one without its result": {refused: true, lie: list(func(r *bundle.Reattestations) { r.List[2].Result, r.List[2].Evidence = "", nil }), want: []string{"reattest.signature", "log.reattest"}},
 		"reordered":                          {lie: list(func(r *bundle.Reattestations) { r.List[0], r.List[1] = r.List[1], r.List[0] }), want: []string{"reattest.order", "reattest.newer"}},
@@ -144,6 +147,10 @@ func TestLiesAboutLaterAttestations(t *testing.T) {
 			r.List[1].Evidence, r.List[1].EvidenceDigest = r.List[0].Evidence, r.List[0].EvidenceDigest
 		}), want: []string{"reattest.evidence", "reattest.nonce"}},
 		"a result that the broker did not take": {lie: list(func(r *bundle.Reattestations) { r.List[1].Shown = false }), want: []string{"log.reattest"}},
+		"an attestation of another time":        {lie: list(func(r *bundle.Reattestations) { r.List[0].StartUnixNano = 0 }), want: []string{"reattest.time"}},
+		"a result that was there before it attested": {lie: list(func(r *bundle.Reattestations) {
+			r.List[1].StartUnixNano += int64(time.Hour)
+		}), want: []string{"reattest.time"}},
 		"a run that outlived its results": {lie: func(_ *testing.T, j *bundletest.Job) {
 			run := slices.IndexFunc(j.Timeline, func(s bundle.Step) bool { return s.Stage == bundle.StageRun })
 			j.Timeline[run].Nanos += int64(time.Minute)
@@ -162,6 +169,62 @@ func TestLiesAboutLaterAttestations(t *testing.T) {
 				t.Errorf("failed %v, want %v", got, tc.want)
 			}
 		})
+	}
+}
+
+// Each of these the verifier affirmed and the broker took: a reader has this record
+// alone to see that the job's keys answered from another machine.
+func TestLaterAttestationsOfAnotherMachine(t *testing.T) {
+	vendor := must2(simulate.New(simulate.Options{GPUs: 2, Fast: true}))(t)
+	l := must2(bundletest.On(vendor.Chip(), vendor.GPUs(), vendor.Anchors(), time.Now()))(t)
+	chip, gpus := l.Chip, l.GPUs
+	for name, move := range map[string]func(){
+		"":             func() {},
+		"another chip": func() { l.Chip = must2(vendor.NewChip())(t) },
+		"another GPU":  func() { l.GPUs = gpus[1:] },
+	} {
+		t.Run(name, func(t *testing.T) {
+			j := newJob(t, l, everyTen)
+			move()
+			a, err := j.Later(bundletest.Options{}, 30*time.Second)
+			l.Chip, l.GPUs = chip, gpus
+			must(t, err)
+			if a.Verdict != bundle.ReattestAffirmed {
+				t.Fatalf("%+v", a)
+			}
+			must(t, j.Attested(a))
+			want := []string{"reattest.machine"}
+			if name == "" {
+				want = nil
+			}
+			if got := failedIDs(verify.Verify(build(t, j), pinned(t, l))); !slices.Equal(got, want) {
+				t.Errorf("failed %v, want %v", got, want)
+			}
+		})
+	}
+}
+
+// A list that is full leaves out evidence and results. When they were issued is then
+// the broker's word, by its log.
+func TestAgesOfAttestationsWithoutResults(t *testing.T) {
+	l := newLab(t)
+	j := newJob(t, l, everyTen)
+	must(t, j.Attests(func(r *bundle.Reattestations) {
+		full := r.List[1]
+		full.Number, full.Verdict, full.Failed, full.Evidence = 3, bundle.ReattestNone, nil, nil
+		full.Result = strings.Repeat("x", bundle.MaxReattestRaw)
+		full.Then = bundle.ReattestStopped
+		r.List[0].Result, r.List[0].Evidence, r.List[1].Result, r.List[1].Evidence = "", nil, "", nil
+		r.List = append(r.List, full)
+	}))
+	for long, want := range map[time.Duration]check.Outcome{0: check.Pass, time.Minute: check.Fail} {
+		k := *j
+		k.Timeline = slices.Clone(j.Timeline)
+		run := slices.IndexFunc(k.Timeline, func(s bundle.Step) bool { return s.Stage == bundle.StageRun })
+		k.Timeline[run].Nanos += int64(long)
+		if got := outcomes(verify.Verify(build(t, &k), pinned(t, l)), "log.reattest-age"); !slices.Equal(got, []check.Outcome{want}) {
+			t.Errorf("a run of %s more: %v", long, got)
+		}
 	}
 }
 
