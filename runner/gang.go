@@ -156,6 +156,16 @@ func (q *queue) rejoin(p *place) {
 	g.in[p.id] = true
 }
 
+// gangWith returns the ids of the gang with which a job has got its room.
+func (q *queue) gangWith(p *place) []string {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if p.gang == nil {
+		return nil
+	}
+	return p.gang.with
+}
+
 // leaveGang forgets a gang when none of its jobs has room. q.mu is held.
 func (q *queue) leaveGang(p *place) {
 	if p.gang == nil {
@@ -265,6 +275,10 @@ func (a *Agent) recallGang(ctx context.Context, j *Job) error {
 // endGang ends the other jobs of a gang when one did not succeed.
 func (a *Agent) endGang(j *Job, end journal.Job) {
 	with := j.formed()
+	if len(with) == 0 && j.place != nil {
+		// It was told to end in the moment in which the gang got its room.
+		with = a.queue.gangWith(j.place)
+	}
 	if len(with) == 0 || end.State == journal.Succeeded {
 		return
 	}

@@ -286,6 +286,29 @@ func TestAGangEndsTogether(t *testing.T) {
 	}
 }
 
+// A job that is cancelled in the moment in which its gang gets room, and has not taken it
+// yet, ends the others too: none of them starts without it.
+func TestCancelledAsTheGangForms(t *testing.T) {
+	a := &Agent{live: map[string]*Job{}, queue: newQueue(Room{8, 8000, 8 << 30}, nil, everybody())}
+	var cause error
+	for _, id := range []string{"a", "b"} {
+		j := ganged(id, "u/ada", "g", 2, quarter)
+		j.place = newPlace(id, "default", 0, noon, quarter)
+		j.place.gang = j.gangPlace()
+		j.cancel = func(err error) { cause = err }
+		a.live[id] = j
+		if a.endGang(j, journal.Job{ID: id, State: journal.Cancelled}); cause != nil {
+			t.Fatalf("%s: one whose gang is not whole ends another: %v", id, cause)
+		}
+	}
+	for _, j := range a.live {
+		a.queue.enter(j.place)
+	}
+	if a.endGang(a.live["a"], journal.Job{ID: "a", State: journal.Cancelled}); !errors.Is(cause, errGang) {
+		t.Errorf("%v", cause)
+	}
+}
+
 // No job of a gang starts before all are ready; one that another's end stops does not
 // start at all.
 func TestGangsStartTogether(t *testing.T) {
