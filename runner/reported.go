@@ -18,7 +18,7 @@ const (
 	// reportedEvery is how often a holder is asked for a job's numbers.
 	reportedEvery = time.Second
 	// reportedEntry is where the journal keeps them when the job has ended.
-	reportedEntry = "metrics"
+	reportedEntry = journal.MetricsEntry
 )
 
 // reported is the numbers of a job's plan that the job reported so far, within its

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	_ "modernc.org/sqlite" // the journal's driver
+
+	"github.com/coffer-run/coffer/attest/bundle"
 )
 
 // TestDaemonsKilled kills each daemon with SIGKILL while one job runs, one after the
@@ -170,17 +172,20 @@ func TestEditedJournalIsNotAdopted(t *testing.T) {
 		{"another job's result", "result.job", "result"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			var other map[string]any
+			var other string
 			if tt.field == "result" {
-				n.honest(t)
-				n.journalEntry(t, n.main.id, func(rec map[string]any) { other = rec })
+				b, err := bundle.Parse(n.honest(t).bundle)
+				if err != nil {
+					t.Fatal(err)
+				}
+				other = string(b.Parts[bundle.Result])
 			}
 			id := n.submit(t, n.granted(t, "edited", 50))
 			n.wait(t, id, "running", running)
 			kill(t, n.pid(t, "cofferd"))
 			n.journalEntry(t, id, func(rec map[string]any) {
-				if other != nil {
-					rec[tt.field] = other[tt.field]
+				if other != "" {
+					rec[tt.field] = other
 					return
 				}
 				// Another value of the same form: the nonce or the job it speaks of.

@@ -253,7 +253,12 @@ func (j *Journal) Keep(ctx context.Context, id, name string, data any) error {
 	return err
 }
 
-// End gives a job its final state. A job ends once.
+// MetricsEntry is the name under which what was kept stays when the job has ended.
+const MetricsEntry = "metrics"
+
+// End gives a job its final state. A job ends once. With a bundle, the journal lets go
+// of what the stages have left, but for MetricsEntry: of the rest it knows that it was
+// there.
 func (j *Journal) End(ctx context.Context, job Job, bundle []byte) error {
 	tx, err := j.db.BeginTx(ctx, nil)
 	if err != nil {
@@ -319,6 +324,10 @@ func (j *Journal) end(ctx context.Context, db execer, job Job, bundle []byte) er
 		return nil
 	}
 	if _, err := db.ExecContext(ctx, "INSERT INTO bundles (job, bundle) VALUES (?, ?)", job.ID, bundle); err != nil {
+		return fmt.Errorf("end job %s: %w", job.ID, err)
+	}
+	// The bundle has what the stages produced, which is several times as much here.
+	if _, err := db.ExecContext(ctx, "UPDATE entries SET data = ? WHERE job = ? AND stage <> ?", []byte("null"), job.ID, MetricsEntry); err != nil {
 		return fmt.Errorf("end job %s: %w", job.ID, err)
 	}
 	return nil

@@ -85,7 +85,8 @@ func TestJobsEndOnceAndSurviveReopening(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(j.Enter(ctx, "1", "collect"), j.Leave(ctx, "1", "collect", map[string]int{"n": 7})); err != nil {
+	n := map[string]int{"n": 7}
+	if err := errors.Join(j.Enter(ctx, "1", "collect"), j.Leave(ctx, "1", "collect", n), j.Keep(ctx, "1", MetricsEntry, n), j.Leave(ctx, "2", "collect", n)); err != nil {
 		t.Fatal(err)
 	}
 	end := job("1", "", "f")
@@ -116,9 +117,16 @@ func TestJobsEndOnceAndSurviveReopening(t *testing.T) {
 	if err != nil || got.State != Refused || len(got.Checks) != 1 || got.Checks[0].Outcome != check.Fail {
 		t.Errorf("after reopening: %+v %v", got, err)
 	}
+	// Of a job that has ended, the bundle has what the stages left.
+	for name, want := range map[string]int{"collect": 0, MetricsEntry: 7} {
+		var data map[string]int
+		if err := j.Entry(ctx, "1", name, &data); err != nil || data["n"] != want {
+			t.Errorf("entry %s: %v %v", name, data, err)
+		}
+	}
 	var data map[string]int
-	if err := j.Entry(ctx, "1", "collect", &data); err != nil || data["n"] != 7 {
-		t.Errorf("entry: %v %v", data, err)
+	if err := j.Entry(ctx, "2", "collect", &data); err != nil || data["n"] != 7 {
+		t.Errorf("entry of a job that goes on: %v %v", data, err)
 	}
 	if b, err := j.Bundle(ctx, "1"); err != nil || string(b) != "bundle" {
 		t.Errorf("bundle: %q %v", b, err)
