@@ -46,21 +46,20 @@ const logPatience = 15 * time.Second
 
 // openLogLater tries again until there is room.
 func (a *Agent) openLogLater(ctx context.Context, j *Job, err error) {
-	err = a.untilThereIsRoom(ctx, j, err, func() error { return a.openLog(j) })
+	err = a.untilThereIsRoom(ctx, err, func() error { return a.openLog(j) })
 	if err != nil {
 		a.log.ErrorContext(ctx, "no log is kept", slog.String("job", j.id), slog.Any("error", err))
 	}
 }
 
-// untilThereIsRoom repeats what failed with err, while the agent and the job run, and
-// not for longer than logPatience.
-func (a *Agent) untilThereIsRoom(ctx context.Context, j *Job, err error, f func() error) error {
+// untilThereIsRoom repeats what failed with err while the agent runs, and not for longer
+// than logPatience. A job that has ended meanwhile waits for it: the holder has its
+// output until then.
+func (a *Agent) untilThereIsRoom(ctx context.Context, err error, f func() error) error {
 	for began := time.Now(); err != nil && time.Since(began) < logPatience; err = f() {
 		select {
 		case <-time.After(logWait):
 		case <-ctx.Done():
-			return err
-		case <-j.finished:
 			return err
 		}
 	}
@@ -118,7 +117,7 @@ func (a *Agent) say(ctx context.Context, j *Job, stream string, offset int64, b 
 	for len(b) > 0 {
 		n := min(len(b), logs.MaxData)
 		e := logs.Entry{Stream: stream, Offset: offset, At: time.Now(), Data: bytes.Clone(b[:n])}
-		if err := j.feed.addLog(e, func(err error, f func() error) error { return a.untilThereIsRoom(ctx, j, err, f) }); err != nil {
+		if err := j.feed.addLog(e, func(err error, f func() error) error { return a.untilThereIsRoom(ctx, err, f) }); err != nil {
 			a.log.WarnContext(ctx, "keep the log", slog.String("job", j.id), slog.Any("error", err))
 		}
 		b, offset = b[n:], offset+int64(n)
