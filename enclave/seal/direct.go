@@ -181,8 +181,8 @@ type stream struct {
 	// head to n of the buffer are sealed.
 	at      int64
 	head, n int
-	// writing gets the result of the write under way; nil if there is none.
-	writing chan error
+	// aio writes the one while the other is filled; nil where the kernel does not.
+	aio *aio
 }
 
 func (d *direct) stream() (output, error) {
@@ -190,7 +190,12 @@ func (d *direct) stream() (output, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map buffers for sealing: %w", err)
 	}
-	return &stream{d: d, mem: mem}, nil
+	s := &stream{d: d, mem: mem}
+	if d.f != nil {
+		// Without it a worker waits for each of its writes.
+		s.aio, _ = openAIO()
+	}
+	return s, nil
 }
 
 func (s *stream) buf() []byte { return s.mem[s.use*s.d.buffer:][:s.d.buffer] }
@@ -230,9 +235,9 @@ func (s *stream) flush() error {
 		return nil
 	}
 	if first < whole {
-		off := s.at + int64(first)
-		s.writing = make(chan error, 1)
-		go func(done chan<- error) { done <- s.d.write(b[first:whole], off) }(s.writing)
+		if err := s.write(b[first:whole], s.at+int64(first)); err != nil {
+			return err
+		}
 	}
 	s.use = 1 - s.use
 	rest := copy(s.buf(), b[whole:s.n])
@@ -248,18 +253,34 @@ func (s *stream) end() error {
 	return nil
 }
 
-// wait returns when no write is under way.
-func (s *stream) wait() error {
-	if s.writing == nil {
+// write writes b, which stays as it is until wait, or begins to.
+func (s *stream) write(b []byte, off int64) error {
+	if s.aio != nil && s.aio.begin(s.d.f, b, off) == nil {
 		return nil
 	}
-	err := <-s.writing
-	s.writing = nil
-	return err
+	return s.d.write(b, off)
+}
+
+// wait returns when no write is under way.
+func (s *stream) wait() error {
+	if s.aio == nil {
+		return nil
+	}
+	rest, off, err := s.aio.wait()
+	if err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("write sealed file: %w", err)
+	}
+	if len(rest) == 0 {
+		return nil
+	}
+	return s.d.write(rest, off)
 }
 
 func (s *stream) close() error {
 	err := s.wait()
+	if s.aio != nil {
+		err = errors.Join(err, s.aio.close())
+	}
 	clear(s.mem)
 	if uerr := unix.Munmap(s.mem); uerr != nil {
 		err = errors.Join(err, fmt.Errorf("unmap buffers for sealing: %w", uerr))
