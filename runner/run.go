@@ -182,12 +182,20 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 const createTries = 5
 
 func (a *Agent) createSandbox(ctx context.Context, r sandbox.Request) (*sandbox.Sandbox, error) {
+	away := false
 	for try := 1; ; try++ {
 		box, err := a.Node.Create(ctx, r)
-		if !errdefs.IsUnavailable(err) || try == createTries || ctx.Err() != nil {
+		// What was cut off can be in the way of the next try for a moment.
+		away = away || errdefs.IsUnavailable(err)
+		if err == nil || !away || try == createTries || ctx.Err() != nil {
 			return box, err
 		}
 		a.log.WarnContext(ctx, "creating the sandbox again", "job", r.JobID, "error", err)
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(time.Duration(try) * 100 * time.Millisecond):
+		}
 	}
 }
 
@@ -355,7 +363,10 @@ func (a *Agent) start(ctx context.Context, j *Job, o opened) (running, string, e
 		return running{}, "", err
 	}
 	if err := o.box.sandbox.Start(ctx); err != nil {
-		return running{}, "", err
+		if st, herr := o.box.holder.Status(ctx); herr != nil || !st.Started {
+			return running{}, "", err
+		}
+		a.log.WarnContext(ctx, "the container started, and its runtime says otherwise", "job", j.id, "error", err)
 	}
 	deadline := time.Now().Add(startTimeout)
 	for {

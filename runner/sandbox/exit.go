@@ -2,16 +2,10 @@ package sandbox
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
-	"fmt"
-	"os/exec"
-	"path/filepath"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
 const (
@@ -84,42 +78,6 @@ func (n *Node) waitAgain(ctx context.Context, id string) (<-chan containerd.Exit
 			return nil, err
 		}
 	}
-}
-
-// begin starts the container once, however containerd comes and goes. An order whose
-// answer was lost may have been carried out, and the shim may not know: the runtime does.
-func (s *Sandbox) begin(ctx context.Context) error {
-	err := s.task.Start(ctx)
-	if !errdefs.IsUnavailable(err) {
-		return err
-	}
-	return s.beginAgain(ctx)
-}
-
-func (s *Sandbox) beginAgain(ctx context.Context) error {
-	return patient(ctx, awayFor, func() error {
-		err := s.task.Start(ctx)
-		if err == nil || errdefs.IsUnavailable(err) {
-			return err
-		}
-		if began, serr := s.began(ctx); !began {
-			return errors.Join(err, serr)
-		}
-		return nil
-	})
-}
-
-// began asks the runtime whether the container has started, whatever became of it then.
-func (s *Sandbox) began(ctx context.Context) (bool, error) {
-	out, err := exec.CommandContext(ctx, s.node.cfg.Runsc, "--root", filepath.Join(runtimeRoot(s.runDir), Namespace), "state", s.id).Output() // #nosec G204 -- the configured runtime
-	if err != nil {
-		return false, fmt.Errorf("ask the runtime for the state of %s: %w", s.id, err)
-	}
-	var state specs.State
-	if err := json.Unmarshal(out, &state); err != nil {
-		return false, fmt.Errorf("ask the runtime for the state of %s: %w", s.id, err)
-	}
-	return state.Status == specs.StateRunning || state.Status == specs.StateStopped, nil
 }
 
 // patient repeats f while containerd is away, for at most so long.

@@ -160,8 +160,8 @@ func (n *Node) endShims(ctx context.Context, jobID string) error {
 	}
 }
 
-// shims counts the processes that serve a job's containers to this containerd, by their
-// command lines, and kills them if it is told to.
+// shims counts the processes that serve a job's containers to this containerd, and the
+// runtime's own, by their command lines, and kills them if it is told to.
 func (n *Node) shims(jobID string, kill bool) (int, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -196,8 +196,16 @@ func (n *Node) isShim(pid int, jobID string) bool {
 		}
 		return ""
 	}
-	return filepath.Base(args[0]) == filepath.Base(n.cfg.ShimPath) && value("-namespace") == Namespace &&
-		value("-address") == n.cfg.Containerd && strings.HasPrefix(value("-id"), ofJob(jobID))
+	if filepath.Base(args[0]) == filepath.Base(n.cfg.ShimPath) {
+		return value("-namespace") == Namespace && value("-address") == n.cfg.Containerd && strings.HasPrefix(value("-id"), ofJob(jobID))
+	}
+	// A shim that is killed while it creates a sandbox leaves the sandbox behind.
+	if !slices.ContainsFunc(args, func(a string) bool { return strings.HasPrefix(a, ofJob(jobID)) }) {
+		return false
+	}
+	exe, err := os.Stat(fmt.Sprintf("/proc/%d/exe", pid))
+	runtime, rerr := os.Stat(n.cfg.Runsc)
+	return err == nil && rerr == nil && os.SameFile(exe, runtime)
 }
 
 // killShim makes sure that the process it kills is the one it looked at.

@@ -464,9 +464,11 @@ func (s *Sandbox) Recheck(ctx context.Context, p plan.Plan) error {
 // Pid returns the process of the sandbox.
 func (s *Sandbox) Pid() int { return int(s.task.Pid()) }
 
-// Start lets the container's first process run.
+// Start lets the container's first process run. Where containerd went away meanwhile,
+// an error does not mean that it does not: neither shim nor runtime need know, but the
+// trace does.
 func (s *Sandbox) Start(ctx context.Context) error {
-	if err := s.begin(ctx); err != nil {
+	if err := patient(ctx, awayFor, func() error { return s.task.Start(ctx) }); err != nil {
 		return fmt.Errorf("start container: %w", err)
 	}
 	return nil

@@ -136,9 +136,10 @@ func trace(endpoint string, opens bool) ([]byte, error) {
 		points = append(points, tracePoint{Name: "syscall/open/enter", Context: at},
 			tracePoint{Name: "syscall/openat/enter", Optional: []string{"fd_path"}, Context: at})
 	}
+	// A receiver that has no core for a tenth of a second loses nothing: the job waits.
 	return json.Marshal(traceConfig{Session: traceSession{
 		Name:   "Default",
 		Points: points,
-		Sinks:  []traceSink{{Name: "remote", Config: map[string]any{"endpoint": endpoint, "retries": 10, "backoff": "25us", "backoff_max": "10ms"}}},
+		Sinks:  []traceSink{{Name: "remote", Config: map[string]any{"endpoint": endpoint, "retries": 20, "backoff": "25us", "backoff_max": "10ms"}}},
 	}})
 }
