@@ -277,6 +277,9 @@ func TestRevokedWhileInputsAreOpened(t *testing.T) {
 			s := newSlowly(t, nil, 8*seal.MinChunkSize, seal.MinChunkSize)
 			_, path := s.read(0)
 			descriptor := s.descriptor(1)
+			// Both are asked for, so that they come in order.
+			s.asked(0)
+			s.asked(1)
 			s.begin()
 			for range 4 {
 				s.chunk <- struct{}{}
