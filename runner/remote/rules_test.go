@@ -2,9 +2,6 @@ package remote_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"errors"
 	"net/http"
 	"net/http/httptest"
@@ -16,7 +13,6 @@ import (
 
 	verifierv1 "github.com/coffer-run/coffer/attest/api/verifier/v1"
 	"github.com/coffer-run/coffer/attest/api/verifier/v1/verifierv1connect"
-	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/runner/remote"
 )
 
@@ -44,18 +40,7 @@ func (a answers) RoundTrip(r *http.Request) (*http.Response, error) { return a(r
 // Many jobs ask at once and the verifier once in a while. One that is away has the rules
 // that it had.
 func TestRulesAreAskedForOnce(t *testing.T) {
-	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signer, err := receipt.NewSigner("verifier", key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	jwks, err := signer.JWKS()
-	if err != nil {
-		t.Fatal(err)
-	}
+	jwks := verifierKeys(t)
 	synctest.Test(t, func(t *testing.T) {
 		r := &ruler{id: "verifier", rules: "a"}
 		_, handler := verifierv1connect.NewVerifierServiceHandler(r)

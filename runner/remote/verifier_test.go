@@ -17,8 +17,9 @@ import (
 	"github.com/coffer-run/coffer/runner/remote"
 )
 
-// What goes into a bundle is what the verifier answered, whole and bounded.
-func TestEndorsements(t *testing.T) {
+// verifierKeys are the public keys of a verifier that signs nothing.
+func verifierKeys(t *testing.T) []byte {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -31,6 +32,12 @@ func TestEndorsements(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return jwks
+}
+
+// What goes into a bundle is what the verifier answered, whole and bounded.
+func TestEndorsements(t *testing.T) {
+	jwks := verifierKeys(t)
 	for situation, row := range map[string]struct {
 		status int
 		answer string
@@ -70,18 +77,7 @@ func TestEndorsements(t *testing.T) {
 // A verifier that dies in the middle of its answer is away: the job attests again. What it
 // says in a whole answer is its word.
 func TestHalfAnAnswer(t *testing.T) {
-	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signer, err := receipt.NewSigner("verifier", key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	jwks, err := signer.JWKS()
-	if err != nil {
-		t.Fatal(err)
-	}
+	jwks := verifierKeys(t)
 	for situation, row := range map[string]struct {
 		status      int
 		typ, answer string
