@@ -46,10 +46,12 @@ const (
 	MaxPage = 1_000
 )
 
-var principalForm = regexp.MustCompile(`^(spiffe://[a-z0-9._-]+(/[A-Za-z0-9._-]+)+|[a-z-]{1,32}/[^\s/]{1,255})$`)
+var spiffeForm = regexp.MustCompile(`^spiffe://[a-z0-9._-]+(/[A-Za-z0-9._-]+)+$`)
 
 // principal says whether s is "ROLE/NAME" or a SPIFFE ID.
-func principal(s string) bool { return len(s) <= 512 && principalForm.MatchString(s) }
+func principal(s string) bool {
+	return len(s) <= 512 && (roleName(s) || spiffeForm.MatchString(s))
+}
 
 // NewGrant is a request to let one plan use assets of one owner.
 type NewGrant struct {
