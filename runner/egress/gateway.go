@@ -113,11 +113,6 @@ func Is(address string) bool {
 	return ap.Addr().Unmap().IsLoopback() || ap == netip.AddrPortFrom(gatewayAddr, proxyPort) || ap == netip.AddrPortFrom(gatewayAddr, dnsPort)
 }
 
-// IsProxy reports whether an address is the gateway's proxy.
-func IsProxy(address string) bool {
-	return address == netip.AddrPortFrom(gatewayAddr, proxyPort).String()
-}
-
 // Namespace is where the sandbox of a job with egress runs.
 func Namespace(runDir string) string { return filepath.Join(runDir, jobNetName) }
 

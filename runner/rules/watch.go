@@ -78,18 +78,6 @@ func (w *Watch) Look(e Event) []Finding {
 	return out
 }
 
-// Strongest is the strongest action that findings ask for; "" if there are none.
-func Strongest(findings []Finding) Action {
-	best := -1
-	for _, f := range findings {
-		best = max(best, slices.Index(actions, f.Rule.Action))
-	}
-	if best < 0 {
-		return ""
-	}
-	return actions[best]
-}
-
 func (w *Watch) matches(i int, r rule, e Event) bool {
 	m := r.Match
 	if m.NotInImage && e.Digest != "" && w.job.InImage != nil && w.job.InImage(e.Digest) {

@@ -205,18 +205,6 @@ func (c *Cgroup) kill() {
 	}
 }
 
-// Version says which cgroup version this machine offers.
-func Version() string {
-	switch cgroups.Mode() {
-	case cgroups.Unified:
-		return "v2"
-	case cgroups.Legacy, cgroups.Hybrid:
-		return "v1"
-	default:
-		return "none"
-	}
-}
-
 // JobCgroup is the path of a job's group below the agent's.
 func JobCgroup(parent, job string) string {
 	return strings.TrimSuffix(parent, "/") + "/" + strings.ToLower(job)

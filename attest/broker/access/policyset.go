@@ -48,10 +48,6 @@ const (
 //go:embed schema.cedarschema
 var schemaText []byte
 
-// Schema returns the schema that policies are checked against, in Cedar's own
-// language.
-func Schema() []byte { return slices.Clone(schemaText) }
-
 //go:embed policies/*.cedar
 var defaults embed.FS
 
