@@ -21,6 +21,7 @@ import (
 	"net/url"
 	"os"
 	"regexp"
+	"runtime"
 	"strings"
 	"time"
 
@@ -215,13 +216,36 @@ func httpClient(caFile string) (*http.Client, error) {
 type bucket struct{ b *blob.Bucket }
 
 // Read is of cache.Bucket.
-func (b bucket) Read(ctx context.Context, object string, off, length int64) (io.ReadCloser, int64, error) {
+func (b bucket) Read(ctx context.Context, object string, off, length int64) (_ io.ReadCloser, _ int64, err error) {
+	// A panic leaves the answer's body open: its connection ends with the context.
+	ctx, cancel := context.WithCancel(ctx)
+	defer func() {
+		if err != nil {
+			cancel()
+		}
+	}()
+	defer contain(&err)
 	r, err := b.b.NewRangeReader(ctx, object, off, length, nil)
 	if err != nil {
 		return nil, 0, told(err)
 	}
-	return reader{r}, r.Size(), nil
+	return reader{r, cancel}, r.Size(), nil
 }
+
+// contain is deferred around calls of a provider's library. These read fields of an
+// answer that a store may have left out (LastModified of S3 and Azure, for one), and
+// whoever runs a store must not end the agent by that. Other panics are ours.
+func contain(err *error) {
+	switch p := recover().(type) {
+	case nil:
+	case runtime.Error:
+		*err = errAnswer
+	default:
+		panic(p)
+	}
+}
+
+var errAnswer = errors.New("the store's answer lacks what its protocol requires")
 
 // permanent says whether a store's answer will be the same next time: it is of
 // the request, and not that the store is busy.
@@ -249,7 +273,10 @@ func permanent(err error) bool {
 // Close is of cache.Bucket.
 func (b bucket) Close() error { return b.b.Close() }
 
-type reader struct{ r *blob.Reader }
+type reader struct {
+	r      *blob.Reader
+	cancel context.CancelFunc
+}
 
 func (r reader) Read(p []byte) (int, error) {
 	n, err := r.r.Read(p)
@@ -259,7 +286,10 @@ func (r reader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (r reader) Close() error { return r.r.Close() }
+func (r reader) Close() error {
+	defer r.cancel()
+	return r.r.Close()
+}
 
 const maxError = 600
 

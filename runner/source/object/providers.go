@@ -19,6 +19,7 @@ import (
 	awsconfig "github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/smithy-go/middleware"
 	"github.com/googleapis/gax-go/v2"
 	"gocloud.dev/blob"
 	"gocloud.dev/blob/azureblob"
@@ -74,9 +75,20 @@ func openS3(ctx context.Context, name string, c Config, secret []byte, client *h
 		if o.Region == "" {
 			o.Region = defaultRegion
 		}
+		o.APIOptions = append(o.APIOptions, func(s *middleware.Stack) error { return s.Initialize.Add(uploadsHaveIDs, middleware.Before) })
 	})
 	return s3blob.OpenBucket(ctx, s, name, &s3blob.Options{RequestChecksumCalculation: aws.RequestChecksumCalculationWhenRequired})
 }
+
+// uploadsHaveIDs refuses an answer that begins an upload of parts and does not name it.
+// The library reads the name in a goroutine of its own, where a panic ends the agent.
+var uploadsHaveIDs = middleware.InitializeMiddlewareFunc("UploadsHaveIDs", func(ctx context.Context, in middleware.InitializeInput, next middleware.InitializeHandler) (middleware.InitializeOutput, middleware.Metadata, error) {
+	out, meta, err := next.HandleInitialize(ctx, in)
+	if o, ok := out.Result.(*s3.CreateMultipartUploadOutput); ok && err == nil && aws.ToString(o.UploadId) == "" {
+		return middleware.InitializeOutput{}, meta, errAnswer
+	}
+	return out, meta, err
+})
 
 func openGCS(ctx context.Context, name string, c Config, secret []byte, client *http.Client, pause time.Duration) (*blob.Bucket, error) {
 	scope := storage.ScopeReadOnly

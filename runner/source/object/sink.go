@@ -67,14 +67,15 @@ func partRetries(pause time.Duration) aws.Retryer {
 type writable struct{ bucket }
 
 // Put is of sink.Bucket. Stores make an object when all of it has come.
-func (w writable) Put(ctx context.Context, object string, r io.Reader, size int64) error {
+func (w writable) Put(ctx context.Context, object string, r io.Reader, size int64) (err error) {
+	defer contain(&err)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	silence := time.AfterFunc(putStall, func() { cancel(errPutStalled) })
 	defer silence.Stop()
 	part := max(int64(partSize), size/maxParts+1)
 	exact := &exactReader{r: r, left: size, alive: func() { silence.Reset(putStall) }}
-	err := w.b.Upload(ctx, object, exact, &blob.WriterOptions{BufferSize: int(part), MaxConcurrency: partsAtOnce, ContentType: "application/octet-stream"})
+	err = w.b.Upload(ctx, object, exact, &blob.WriterOptions{BufferSize: int(part), MaxConcurrency: partsAtOnce, ContentType: "application/octet-stream"})
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		return cause
 	}
@@ -102,7 +103,8 @@ func (e *exactReader) Read(b []byte) (int, error) {
 const listPage = 1000
 
 // List is of sink.Bucket.
-func (w writable) List(ctx context.Context, prefix string, limit int) (map[string]int64, error) {
+func (w writable) List(ctx context.Context, prefix string, limit int) (_ map[string]int64, err error) {
+	defer contain(&err)
 	out := map[string]int64{}
 	for page := blob.FirstPageToken; len(page) > 0; {
 		l, next, err := w.b.ListPage(ctx, page, listPage, &blob.ListOptions{Prefix: prefix, Delimiter: "/"})
@@ -127,8 +129,9 @@ func (w writable) List(ctx context.Context, prefix string, limit int) (map[strin
 }
 
 // Delete is of sink.Bucket.
-func (w writable) Delete(ctx context.Context, object string) error {
-	err := w.b.Delete(ctx, object)
+func (w writable) Delete(ctx context.Context, object string) (err error) {
+	defer contain(&err)
+	err = w.b.Delete(ctx, object)
 	if gcerrors.Code(err) == gcerrors.NotFound {
 		return nil
 	}
