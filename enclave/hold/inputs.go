@@ -340,12 +340,15 @@ func (f *inputFile) Open(ctx context.Context, flags uint32) (fs.FileHandle, uint
 		return nil, 0, e
 	}
 	h := &inputHandle{f: f, source: src}
+	// A close has nothing to write and need not ask the holder. It would have to at each
+	// start of a program by a process that has the file open, and would wait for a holder
+	// that is paused.
 	if src.fd() >= 0 {
-		return h, 0, 0
+		return h, fuse.FOPEN_NOFLUSH, 0
 	}
 	// Reads come here, and must not leave plaintext in a page cache that nobody
 	// scrubs.
-	return h, fuse.FOPEN_DIRECT_IO, 0
+	return h, fuse.FOPEN_NOFLUSH | fuse.FOPEN_DIRECT_IO, 0
 }
 
 type inputHandle struct {
