@@ -247,8 +247,14 @@ func (s *starter) folders(context.Context) (string, error) {
 			return "", err
 		}
 	}
-	// Others may look up their own files below RUN, not list it.
-	return s.Dir, os.Chmod(s.Run, 0o711) // #nosec G302 -- a folder
+	// Others may look up their own files below RUN, as the runtime does a job's root, not
+	// list it.
+	for _, d := range []string{runRoot, s.Run} {
+		if err := os.Chmod(d, 0o711); err != nil { // #nosec G302 -- a folder
+			return "", err
+		}
+	}
+	return s.Dir, nil
 }
 
 // once makes dir with do, whole or anew: a folder without the mark was

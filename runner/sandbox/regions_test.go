@@ -8,13 +8,14 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // handing answers one packet on a socket in a folder for RegionsMount, with who
-// came: the control group of the process that connected.
-func handing(t *testing.T) (dir string, came <-chan string) {
+// came: the control group of the process that connected. The answer waits for goOn.
+func handing(t *testing.T, goOn <-chan struct{}) (dir string, came <-chan string) {
 	t.Helper()
 	dir = t.TempDir()
 	if err := os.Chmod(dir, 0o755); err != nil {
@@ -61,6 +62,7 @@ func handing(t *testing.T) (dir string, came <-chan string) {
 		})
 		buf := make([]byte, 100)
 		n, _ := c.Read(buf)
+		<-goOn
 		_, _ = c.Write(buf[:n])
 	}()
 	return dir, out
@@ -70,7 +72,8 @@ func handing(t *testing.T) (dir string, came <-chan string) {
 // knows its own job's programs.
 func TestASocketInAMountSeesTheJobsGroup(t *testing.T) {
 	n := startContainerd(t)
-	dir, came := handing(t)
+	goOn := make(chan struct{})
+	dir, came := handing(t, goOn)
 	j := n.testJobWith(t, "test-regions", []Bind{{Source: dir, Target: RegionsMount}}, "/usr/bin/python3", "-c", `
 import socket
 s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -80,9 +83,6 @@ print(s.recv(100).decode())
 `)
 	if err := j.Start(t.Context()); err != nil {
 		t.Fatal(err)
-	}
-	if out := <-j.stdout; out != "hello\n" {
-		t.Errorf("the job said %q", out)
 	}
 	select {
 	case groups := <-came:
@@ -98,7 +98,13 @@ print(s.recv(100).decode())
 			t.Errorf("connected from\n%swant %s", groups, want)
 		}
 		t.Log(groups)
-	default:
-		t.Error("nobody connected")
+	case <-time.After(20 * time.Second):
+		t.Fatal("nobody connected")
+	}
+	// The job's program runs, and waits.
+	processesOf(t, j)
+	close(goOn)
+	if out := <-j.stdout; out != "hello\n" {
+		t.Errorf("the job said %q", out)
 	}
 }

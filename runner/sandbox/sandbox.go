@@ -316,6 +316,9 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("create container: %w", err)
 	}
+	if err = n.makeMountPoints(ctx, s.id, spec); err != nil {
+		return nil, err
+	}
 	s.task, err = s.container.NewTask(ctx, pipes(r.Stdout, r.Stderr))
 	if err != nil {
 		return nil, fmt.Errorf("create sandbox process: %w", err)

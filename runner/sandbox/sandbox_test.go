@@ -65,6 +65,10 @@ func startContainerdIn(t *testing.T, base, store string) *Node {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// As containerd's folders are on a machine.
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
 	sock := filepath.Join(dir, "c.sock")
 	config := fmt.Sprintf("version = 3\nroot = %q\nstate = %q\noom_score = 0\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\", \"io.containerd.internal.v1.opt\", \"io.containerd.nri.v1.nri\"]\n[grpc]\naddress = %q\n[ttrpc]\naddress = %q\n",
 		filepath.Join(dir, "root"), filepath.Join(dir, "state"), sock, sock+".ttrpc")
@@ -230,12 +234,26 @@ func (n *Node) tryJob(t *testing.T, id string, change func(*Request), command ..
 
 // probe prints what a job can see and do.
 const probe = `
-import os, json, socket
+import os, json, socket, errno
 def can(f):
     try:
         f(); return "yes"
     except Exception as e:
         return type(e).__name__
+def look(p):
+    try:
+        return "folder of %d" % len(os.listdir(p)) if os.path.isdir(p) else "file of %d bytes" % len(open(p, "rb").read(100))
+    except OSError as e:
+        return errno.errorcode[e.errno]
+def change(p):
+    for at in [p] if not os.path.isdir(p) else [os.path.join(d, f) for d, _, fs in os.walk(p) for f in fs] + [p + "/new"]:
+        try:
+            os.close(os.open(at, os.O_WRONLY | os.O_CREAT, 0o600))
+            return at + " can be written"
+        except OSError as e:
+            if errno.errorcode[e.errno] not in ("EROFS", "EACCES", "ENOENT", "EPERM"):
+                return at + " " + errno.errorcode[e.errno]
+    return "ok"
 st = dict(l.split(":\t") for l in open("/proc/self/status").read().splitlines() if ":\t" in l)
 print(json.dumps({
   "uid": os.getuid(), "gid": os.getgid(), "groups": os.getgroups(),
@@ -249,6 +267,8 @@ print(json.dumps({
   "shm": os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize, "over": can(lambda: open("/dev/shm/x", "wb").write(bytes(3 << 20))),
   "secret": os.environ.get("SECRET"),
   "kernel": open("/proc/version").read()[:20],
+  "masked": {p: look(p) for p in MASKED},
+  "written": {p: change(p) for p in READONLY},
 }))
 `
 
@@ -256,7 +276,7 @@ func TestJobSeesOnlyWhatItWasGiven(t *testing.T) {
 	n := startContainerd(t)
 	j := n.testJobOf(t, "probe", func(r *Request) {
 		r.Plan.Resources.ShmBytes, r.Plan.Resources.IO = 2<<20, plan.IO{ReadBytesPerSecond: 1 << 30, WritesPerSecond: 1000}
-	}, "/usr/bin/python3", "-c", probe)
+	}, "/usr/bin/python3", "-c", strings.NewReplacer("MASKED", pathsOf(t, maskedPaths), "READONLY", pathsOf(t, readonlyPaths)).Replace(probe))
 	if strings.Contains(string(j.Description()), "value-of-the-variable") {
 		t.Error("the description shows the value of an environment variable")
 	}
@@ -291,6 +311,7 @@ func TestJobSeesOnlyWhatItWasGiven(t *testing.T) {
 		Ifs                                  []string
 		Secret, Kernel, Over                 string
 		Shm                                  int64
+		Masked, Written                      map[string]string
 	}
 	out := <-j.stdout
 	if err := json.Unmarshal([]byte(out), &got); err != nil {
@@ -310,6 +331,16 @@ func TestJobSeesOnlyWhatItWasGiven(t *testing.T) {
 	for name, v := range map[string]string{"write /": got.Root, "write /etc": got.Etc, "connect": got.Out, "packet socket": got.Raw, "mount": got.Mount} {
 		if v == "yes" {
 			t.Errorf("the job can %s", name)
+		}
+	}
+	for _, p := range maskedPaths {
+		if v := got.Masked[p]; v != "ENOENT" && v != "folder of 0" && v != "file of 0 bytes" {
+			t.Errorf("the job finds %q at %s", v, p)
+		}
+	}
+	for _, p := range readonlyPaths {
+		if v := got.Written[p]; v != "ok" {
+			t.Errorf("%s: %s", p, v)
 		}
 	}
 	if got.Tmp != "yes" {

@@ -12,14 +12,14 @@ import (
 
 // Rules names the version of the allow-list in this file. Whoever changes what a
 // specification may hold changes this name, and with it every plan digest.
-const Rules = "coffer.run/sandbox-rules/v4"
+const Rules = "coffer.run/sandbox-rules/v5"
 
 // RegionsMount is where a job finds the holder's socket for its inputs' memory
 // (docs/formats/regions.md).
 const RegionsMount = "/run/coffer"
 
 const (
-	// UID and GID are who a job runs as, inside and outside.
+	// UID and GID are who a job runs as, inside and outside. The runtime itself is RootUID.
 	UID, GID = 65532, 65532
 	// openFiles stays under the hard limit of a machine without CAP_SYS_RESOURCE.
 	openFiles = 1024
@@ -87,6 +87,7 @@ func buildSpec(p plan.Plan, env []string, binds []Bind, network *Network, cgroup
 		}
 		s.Mounts = append(s.Mounts, specs.Mount{Destination: b.Target, Type: "bind", Source: b.Source, Options: opts})
 	}
+	mapUsers(s)
 	if network != nil {
 		network.enter(s)
 	}
