@@ -13,12 +13,15 @@ import (
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/jobspec"
+	"github.com/coffer-run/coffer/runner/remote"
 	"github.com/coffer-run/coffer/runner/source/sink"
 )
 
 const (
 	// anchorRetry is how long after a broker was away it is asked again.
 	anchorRetry = 2 * time.Second
+	// anchorPause is how long after it when the job is over and waits for that.
+	anchorPause = 200 * time.Millisecond
 	// anchorLast bounds how long a job's end waits for the broker to countersign its
 	// last checkpoints, once they are in their bucket if they go to one.
 	anchorLast = 10 * time.Second
@@ -41,12 +44,14 @@ type anchors struct {
 	refused map[uint64]error
 	// removed are those whose sealed files the keep rules let go.
 	removed map[uint64]bool
-	stop    context.CancelFunc
-	done    chan struct{}
+	// told are those of which watchers know that they are countersigned.
+	told map[uint64]bool
+	stop context.CancelFunc
+	done chan struct{}
 }
 
 func newAnchors() *anchors {
-	return &anchors{news: make(chan struct{}, 1), heads: map[uint64]string{}, refused: map[uint64]error{}, removed: map[uint64]bool{}}
+	return &anchors{news: make(chan struct{}, 1), heads: map[uint64]string{}, refused: map[uint64]error{}, removed: map[uint64]bool{}, told: map[uint64]bool{}}
 }
 
 // note takes a commit, in the order of their making. One that is known changes
@@ -75,6 +80,15 @@ func (s *anchors) open() []holdapi.Checkpoint {
 		}
 	}
 	return out
+}
+
+// tell notes that watchers know of a countersignature, and says whether they did not.
+func (s *anchors) tell(sequence uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	known := s.told[sequence]
+	s.told[sequence] = true
+	return !known
 }
 
 func (s *anchors) head(sequence uint64) string {
@@ -127,8 +141,24 @@ func (a *Agent) settle(ctx context.Context, j *Job, commits []holdapi.Checkpoint
 	}
 	ctx, cancel := context.WithTimeout(ctx, anchorLast+a.sendTime(j))
 	defer cancel()
-	if err := a.anchor(ctx, j); err != nil {
+	if err := whileAway(ctx, func(ctx context.Context) error { return a.anchor(ctx, j) }); err != nil {
 		a.log.WarnContext(ctx, "checkpoints stay unanchored", slog.String("job", j.id), slog.Any("error", err))
+	}
+}
+
+// whileAway calls f again while a service that it needs is away, until ctx ends.
+func whileAway(ctx context.Context, f func(context.Context) error) error {
+	for {
+		err := f(ctx)
+		var away *remote.Unavailable
+		if !errors.As(err, &away) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(anchorPause):
+		}
 	}
 }
 
@@ -154,10 +184,17 @@ func (a *Agent) anchor(ctx context.Context, j *Job) error {
 			a.log.WarnContext(ctx, "the broker does not countersign a checkpoint", slog.String("job", j.id), slog.Uint64("sequence", c.Sequence), slog.Any("error", err))
 			continue
 		}
-		a.tell(ctx, j, checkpointEvent(c, true))
+		a.anchored(ctx, j, c)
 		a.prune(ctx, j)
 	}
 	return nil
+}
+
+// anchored tells watchers of a countersignature, unless an agent before this one did.
+func (a *Agent) anchored(ctx context.Context, j *Job, c holdapi.Checkpoint) {
+	if j.anchors.tell(c.Sequence) {
+		a.tell(ctx, j, checkpointEvent(c, true))
+	}
 }
 
 // anchorOne returns the countersignature of one checkpoint, which lies beside it

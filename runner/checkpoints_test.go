@@ -1,16 +1,20 @@
 package runner
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/jobspec"
+	"github.com/coffer-run/coffer/runner/remote"
 	"github.com/coffer-run/coffer/runner/source/sink"
 )
 
@@ -98,5 +102,39 @@ func TestTrim(t *testing.T) {
 	l, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil || len(l) != 2 || filepath.Base(l[0]) != "anchor.jwt" || filepath.Base(l[1]) != "record.json" {
 		t.Errorf("%v are left, %v", l, err)
+	}
+}
+
+// The end of a job waits for a broker that comes back, and for nothing else.
+func TestLastCheckpointsWaitForTheBroker(t *testing.T) {
+	away := &remote.Unavailable{Service: "broker", Err: errors.New("connection refused")}
+	refused := errors.New("no folder")
+	for name, tt := range map[string]struct {
+		answers []error
+		calls   int
+		took    time.Duration
+		want    error
+	}{
+		"it is there":             {[]error{nil}, 1, 0, nil},
+		"it comes back":           {[]error{away, away, nil}, 3, 2 * anchorPause, nil},
+		"it stays away":           {nil, int(anchorLast/anchorPause) + 1, anchorLast, away},
+		"something else is wrong": {[]error{away, refused}, 2, anchorPause, refused},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), anchorLast)
+				defer cancel()
+				began, calls := time.Now(), 0
+				err := whileAway(ctx, func(context.Context) error {
+					if calls++; calls > len(tt.answers) {
+						return away
+					}
+					return tt.answers[calls-1]
+				})
+				if !errors.Is(err, tt.want) || time.Since(began) != tt.took || calls < tt.calls-1 || calls > tt.calls {
+					t.Errorf("%v after %s and %d calls", err, time.Since(began), calls)
+				}
+			})
+		})
 	}
 }

@@ -218,6 +218,9 @@ func (a *Agent) replay(ctx context.Context, j *Job) error {
 		}
 		if c := w.GetCheckpoint(); c != nil {
 			j.seen = max(j.seen, c.GetSequence())
+			if c.GetAnchored() {
+				j.anchors.tell(c.GetSequence())
+			}
 		}
 		if f := w.GetAlert(); f != nil {
 			j.restoreFinding(f, w.GetTimeUnixNano())

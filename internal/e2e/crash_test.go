@@ -17,6 +17,7 @@ import (
 	_ "modernc.org/sqlite" // the journal's driver
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 )
 
 // TestDaemonsKilled kills each daemon with SIGKILL while one job runs, one after the
@@ -39,31 +40,41 @@ func TestDaemonsKilled(t *testing.T) {
 	n.verified(t, id)
 }
 
-// TestAgentKilledBeforeStart kills the agent as early as it can, again while the
-// jobs before are still at work. A job to which no key was released begins again;
-// one that may have keys is reported as failed with its stage. Either way it leaves
-// nothing.
-func TestAgentKilledBeforeStart(t *testing.T) {
+// TestAgentKilledAtEachStage kills the agent when a job enters each of its stages, while
+// the jobs before are still at work. A job to which no key was released begins again; one
+// that may have keys and had not started is reported as failed with its stage; one that had
+// started goes on, and one that had ended is concluded. Either way it leaves nothing.
+func TestAgentKilledAtEachStage(t *testing.T) {
 	n := need(t)
-	killed := map[time.Duration]string{}
-	for _, pause := range []time.Duration{0, 60 * time.Millisecond, 160 * time.Millisecond, 260 * time.Millisecond, 400 * time.Millisecond} {
-		job := n.jobFile(t, "early-"+pause.String(), func(s string) string {
+	killed := map[bundle.Stage]string{}
+	for _, stage := range []bundle.Stage{
+		bundle.StageAdmit, bundle.StageSandbox, bundle.StageCollect, bundle.StageVerify, bundle.StageRelease, bundle.StageDecrypt, bundle.StageStart, bundle.StageRun, bundle.StageEvidence,
+	} {
+		job := n.jobFile(t, "killed-at-"+string(stage), func(s string) string {
 			return strings.NewReplacer(trains, `[/usr/bin/python3, -c, "print(len(open('/inputs/model/model.safetensors', 'rb').read()))"]`, "gpus: 1", "gpus: 0", "cpu: 2", "cpu: 300m", "memory: 2Gi", "memory: 512Mi").Replace(s)
 		})
 		n.grant(t, n.planDigest(t, job), 1)
-		killed[pause] = n.submit(t, job)
-		time.Sleep(pause)
-		kill(t, n.pid(t, "cofferd"))
+		killed[stage] = n.submit(t, job)
+		agent := n.pid(t, "cofferd")
+		if stage != bundle.StageAdmit {
+			n.told(t, killed[stage], string(stage), func(e *agentv1.WatchResponse) bool { return e.GetStage().GetStage() == string(stage) })
+		}
+		kill(t, agent)
 		n.must(t, "restart")
 	}
-	for pause, id := range killed {
+	mayFail := []string{string(bundle.StageRelease), string(bundle.StageDecrypt), string(bundle.StageStart)}
+	for stage, id := range killed {
 		s := n.wait(t, id, "ended", ended)
-		t.Logf("killed after %s: %s at %s (%s)", pause, s.State, s.Stage, s.Reason)
-		if s.State != "succeeded" && (s.State != "failed" || s.Reason != "agent-restarted" || s.Stage == "") {
-			t.Errorf("killed after %s: %+v", pause, s)
+		t.Logf("killed at %s: %s at %s (%s)", stage, s.State, s.Stage, s.Reason)
+		if s.State != "succeeded" && (s.State != "failed" || s.Reason != "agent-restarted" || !slices.Contains(mayFail, s.Stage)) {
+			t.Errorf("killed at %s: %+v", stage, s)
+		}
+		// The kill comes after the stage was entered, and so never before it.
+		if after := stage == bundle.StageRun || stage == bundle.StageEvidence; after && s.State != "succeeded" {
+			t.Errorf("killed at %s, when it had started: %+v", stage, s)
 		}
 		if _, err := os.Stat(filepath.Join(n.layout.Jobs(), id)); !os.IsNotExist(err) {
-			t.Errorf("killed after %s: the job's run directory is still there", pause)
+			t.Errorf("killed at %s: the job's run directory is still there", stage)
 		}
 		if s.State == "succeeded" {
 			n.verified(t, id)
@@ -102,8 +113,18 @@ func TestHolderKilledWhileAgentIsAway(t *testing.T) {
 	}
 }
 
-// holderPid finds a job's holder by its command line.
+// holderPid finds a job's holder.
 func (n *node) holderPid(t *testing.T, job string) int {
+	t.Helper()
+	pid := findHolder(t, job)
+	if pid == 0 {
+		t.Fatalf("job %s has no holder", job)
+	}
+	return pid
+}
+
+// findHolder finds a job's holder by its command line; 0 means that it has none.
+func findHolder(t *testing.T, job string) int {
 	t.Helper()
 	dirs, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
@@ -122,7 +143,6 @@ func (n *node) holderPid(t *testing.T, job string) int {
 			return pid
 		}
 	}
-	t.Fatalf("job %s has no holder", job)
 	return 0
 }
 

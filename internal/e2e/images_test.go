@@ -246,3 +246,23 @@ func TestImagesMustBeSigned(t *testing.T) {
 		t.Errorf("the bundle does not verify: %v\n%s", err, verdict)
 	}
 }
+
+// An image that a job runs stays until the job has ended.
+func TestImageInUseStays(t *testing.T) {
+	n := need(t)
+	const image = "coffer.local/numpy:latest"
+	id := n.submit(t, n.small(t, "uses-the-image", "import time; time.sleep(90)", ""))
+	n.wait(t, id, "running", running)
+	out, err := n.coffer("image", "rm", image)
+	if exitCode(err) != 1 || !strings.Contains(out, "remove image "+image+": a job uses it: job-"+strings.ToLower(id)) {
+		t.Errorf("exit code %d: %s", exitCode(err), out)
+	}
+	if s := n.status(t, id); s.State != "running" {
+		t.Errorf("%+v", s)
+	}
+	if out := n.must(t, "image", "ls"); !strings.Contains(out, image) {
+		t.Errorf("%s", out)
+	}
+	n.must(t, "cancel", id)
+	n.wait(t, id, "ended", ended)
+}

@@ -21,6 +21,7 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
+	"github.com/coffer-run/coffer/runner/egress/egresstest"
 )
 
 const (
@@ -28,6 +29,8 @@ const (
 	soakDisk = 64 << 20
 	// soakMemory is by how much the agent's memory may grow, in bytes.
 	soakMemory = 64 << 20
+	// soakReleases is how many releases a grant allows: enough for jobs that begin anew.
+	soakReleases = 1000
 )
 
 // soakPlan is how large a soak is.
@@ -47,36 +50,11 @@ var (
 	wholeSoak = soakPlan{atOnce: 8, pause: time.Second, full: 2 * time.Second}
 )
 
-// soakKind is one sort of job: what it does, and how it ends where nothing fails.
-type soakKind struct {
-	name, script, state, reason string
-	lines                       int
-	alerts                      []string
-}
-
-var soakKinds = []soakKind{
-	{"prints", `
-import time
-for i in range(200):
-    print("line", i, flush=True)
-    time.sleep(0.005)
-`, "succeeded", "", 200, nil},
-	{"fails", "import sys; print('line 0'); sys.exit(3)", "failed", "exit-code", 1, nil},
-	{"is-found", `
-import ctypes, os, time
-try: open("/etc/shadow")
-except OSError: pass
-time.sleep(1)
-ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0)
-print("line 0")
-`, "succeeded", "", 1, []string{"key-material", "ptrace"}},
-}
-
 // soakFaults are the processes that are killed. A job may end for their sake with
 // one of these reasons, and for no other.
 var (
 	soakFaults  = []string{"cofferd", "coffer-verifier", "coffer-broker", "containerd"}
-	soakReasons = []string{"verifier-unavailable", "broker-unavailable", "containerd-unavailable", "agent-restarted", "lease-lapsed"}
+	soakReasons = []string{"verifier-unavailable", "broker-unavailable", "containerd-unavailable", "agent-restarted", "lease-lapsed", "gang-failed"}
 )
 
 // soak is one run.
@@ -87,11 +65,20 @@ type soak struct {
 	agent  agentv1connect.AgentServiceClient
 	faults sync.Mutex    // held while a process is down
 	broken chan struct{} // closed when each fault has happened
+	kinds  []*soakKind
+	world  *egresstest.World
 
-	mu     sync.Mutex // guards what follows
-	counts map[string]int
-	memory []uint64
-	filled bool
+	mu      sync.Mutex // guards what follows
+	counts  map[string]int
+	memory  []uint64
+	filled  bool
+	servers map[string]bool // of files, by the kernel's number
+}
+
+// soakWork is a job to run, or a gang.
+type soakWork struct {
+	kind   *soakKind
+	number int
 }
 
 // TestSoak runs jobs through one agent while the processes around them are killed and
@@ -106,7 +93,8 @@ func TestSoak(t *testing.T) {
 			t.Fatalf("COFFER_SOAK: %q is no number of jobs", v)
 		}
 	}
-	s := &soak{node: n, soakPlan: size, t: t, agent: n.agent(t), broken: make(chan struct{}), counts: map[string]int{}}
+	s := &soak{node: n, soakPlan: size, t: t, agent: n.agent(t), broken: make(chan struct{}), counts: map[string]int{}, servers: map[string]bool{}}
+	s.prepare()
 	s.smallDisk()
 	before := s.onMachine()
 	began := time.Now()
@@ -115,17 +103,19 @@ func TestSoak(t *testing.T) {
 	around.Go(func() { s.breakThings(ctx) })
 	around.Go(func() { s.sample(ctx) })
 	var work sync.WaitGroup
-	next := make(chan int)
+	next := make(chan soakWork)
 	for range s.atOnce {
 		work.Go(func() {
-			for i := range next {
-				s.job(i)
+			for w := range next {
+				s.unit(w.kind, w.number)
 			}
 		})
 	}
 	ran := 0
-	for ; ran < s.jobs || !s.allBroken(); ran++ {
-		next <- ran
+	for i := 0; ran < s.jobs || !s.allBroken(); i++ {
+		k := s.kinds[i%len(s.kinds)]
+		next <- soakWork{k, i}
+		ran += max(1, k.members)
 	}
 	s.jobs = ran
 	close(next)
@@ -134,6 +124,8 @@ func TestSoak(t *testing.T) {
 	around.Wait()
 	s.must(t, "restart")
 	s.leftOver(before)
+	s.reached()
+	s.tried()
 	s.table(time.Since(began))
 }
 
@@ -297,13 +289,14 @@ func (s *soak) fillDisk() {
 	s.mu.Unlock()
 }
 
-// sample reads the agent's resident memory.
+// sample reads the agent's resident memory, and sees which jobs have file servers.
 func (s *soak) sample(ctx context.Context) {
 	for {
+		s.seeFUSE()
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(time.Second):
+		case <-time.After(250 * time.Millisecond):
 		}
 		s.faults.Lock()
 		pid := s.pid(s.t, "cofferd")
@@ -337,30 +330,25 @@ func (s *soak) patiently(what string, call func(context.Context) error) error {
 }
 
 // job submits one and holds its end, its events, its output and its bundle against
-// each other.
-func (s *soak) job(i int) {
-	t, kind := s.t, soakKinds[i%len(soakKinds)]
-	file, err := os.ReadFile(s.small(t, fmt.Sprintf("soak-%d-%s", i, kind.name), kind.script, ""))
-	if err != nil {
-		t.Error(err)
-		return
-	}
+// each other. It is nil for a job that did not end.
+func (s *soak) job(kind *soakKind, file []byte, key string) *soakEnd {
+	t := s.t
 	var j *agentv1.Job
 	if err := s.patiently("submit", func(ctx context.Context) error {
-		res, err := s.agent.Submit(ctx, connect.NewRequest(&agentv1.SubmitRequest{JobFile: file, IdempotencyKey: fmt.Sprintf("soak-%d-%d", os.Getpid(), i)}))
+		res, err := s.agent.Submit(ctx, connect.NewRequest(&agentv1.SubmitRequest{JobFile: file, IdempotencyKey: fmt.Sprintf("soak-%d-%s", os.Getpid(), key)}))
 		if err == nil {
 			j = res.Msg.GetJob()
 		}
 		return err
 	}); err != nil {
 		t.Error(err)
-		return
+		return nil
 	}
 	id := j.GetId()
 	for deadline := time.Now().Add(3 * time.Minute); j.GetEndedUnix() == 0; time.Sleep(200 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Errorf("job %s (%s) does not end: %v", id, kind.name, j)
-			return
+			return nil
 		}
 		if res, err := s.agent.Get(t.Context(), connect.NewRequest(&agentv1.GetRequest{Id: id})); err == nil {
 			j = res.Msg.GetJob()
@@ -376,18 +364,22 @@ func (s *soak) job(i int) {
 	}
 	s.events(id, kind, asMeant)
 	s.output(id, kind, asMeant)
-	s.record(id, kind, j, asMeant)
+	end := &soakEnd{job: j}
+	end.ready, end.started = s.record(id, kind, j, asMeant)
+	return end
 }
 
 // events reads the job's events from the beginning: each has a number of its own,
 // and the last one says how the job ended.
-func (s *soak) events(id string, kind soakKind, asMeant bool) {
+func (s *soak) events(id string, kind *soakKind, asMeant bool) {
 	var last uint64
-	alerts := map[string]int{}
+	alerts, sealed, anchored := map[string]int{}, map[uint64]int{}, map[uint64]int{}
 	final := false
 	err := s.patiently("watch", func(ctx context.Context) error {
 		last, final = 0, false
 		clear(alerts)
+		clear(sealed)
+		clear(anchored)
 		st, err := s.agent.Watch(ctx, connect.NewRequest(&agentv1.WatchRequest{Id: id}))
 		if err != nil {
 			return err
@@ -401,6 +393,13 @@ func (s *soak) events(id string, kind soakKind, asMeant bool) {
 			last = e.GetSequence()
 			if a := e.GetAlert(); a != nil {
 				alerts[a.GetRule()]++
+			}
+			if c := e.GetCheckpoint(); c != nil {
+				of := sealed
+				if c.GetAnchored() {
+					of = anchored
+				}
+				of[c.GetSequence()]++
 			}
 			final = e.GetJob().GetEndedUnix() != 0
 		}
@@ -418,13 +417,20 @@ func (s *soak) events(id string, kind soakKind, asMeant bool) {
 			s.t.Errorf("job %s: %d events of rule %s, want 1", id, n, rule)
 		}
 	}
+	if !once(sealed) || !once(anchored) || asMeant && len(sealed) != kind.checkpoints {
+		s.t.Errorf("job %s: events of checkpoints %v, countersigned %v, want %d once", id, sealed, anchored, kind.checkpoints)
+	}
 	if asMeant && !slices.Equal(slices.Sorted(maps.Keys(alerts)), kind.alerts) {
 		s.t.Errorf("job %s: events of rules %v, want %v", id, alerts, kind.alerts)
 	}
 }
 
+func once(m map[uint64]int) bool {
+	return !slices.ContainsFunc(slices.Collect(maps.Values(m)), func(n int) bool { return n != 1 })
+}
+
 // output reads what the job printed: whole, in order and once.
-func (s *soak) output(id string, kind soakKind, asMeant bool) {
+func (s *soak) output(id string, kind *soakKind, asMeant bool) {
 	var out strings.Builder
 	err := s.patiently("logs", func(ctx context.Context) error {
 		out.Reset()
@@ -471,8 +477,9 @@ func (s *soak) output(id string, kind soakKind, asMeant bool) {
 	}
 }
 
-// record holds the job's bundle against what the agent says.
-func (s *soak) record(id string, kind soakKind, j *agentv1.Job, asMeant bool) {
+// record holds the job's bundle against what the agent says, and returns when by it the
+// job was ready to start and when it started.
+func (s *soak) record(id string, kind *soakKind, j *agentv1.Job, asMeant bool) (ready, started int64) {
 	var file []byte
 	err := s.patiently("bundle", func(ctx context.Context) error {
 		res, err := s.agent.Bundle(ctx, connect.NewRequest(&agentv1.BundleRequest{Id: id}))
@@ -489,147 +496,30 @@ func (s *soak) record(id string, kind soakKind, j *agentv1.Job, asMeant bool) {
 			s.t.Errorf("job %s has no bundle: %v", id, err)
 		}
 		s.count("without a bundle")
-		return
+		return 0, 0
 	}
 	b, err := bundle.Parse(file)
 	if err != nil {
 		s.t.Errorf("job %s: %v", id, err)
-		return
+		return 0, 0
 	}
 	st, err := bundle.ParseStatement(b.Statement)
 	if err != nil {
 		s.t.Errorf("job %s: %v", id, err)
-		return
+		return 0, 0
 	}
 	if string(st.Outcome.State) != j.GetState() || st.Outcome.Reason != j.GetReason() {
 		s.t.Errorf("job %s: the bundle says %s %s, the agent %s %s", id, st.Outcome.State, st.Outcome.Reason, j.GetState(), j.GetReason())
 	}
 	if !asMeant {
-		return
+		return 0, 0
 	}
 	a, err := bundle.Decode[bundle.Alerts](b.Parts[bundle.AlertsPart])
 	if err != nil || !slices.Equal(rulesOf(a), kind.alerts) || len(a.Findings) != len(kind.alerts) {
 		s.t.Errorf("job %s: %v, findings %+v, want %v", id, err, a.Findings, kind.alerts)
 	}
-}
-
-// leftOver looks for what jobs that have ended still have on the machine, besides what
-// was there before.
-func (s *soak) leftOver(before map[string][]string) {
-	for name, found := range s.onMachine() {
-		found = slices.DeleteFunc(found, func(f string) bool { return slices.Contains(before[name], f) })
-		s.mu.Lock()
-		s.counts["left over: "+name] = len(found)
-		s.mu.Unlock()
-		if len(found) > 0 {
-			s.t.Errorf("left over: %s: %v", name, found)
-		}
-	}
-}
-
-// onMachine lists what jobs have on the machine.
-func (s *soak) onMachine() map[string][]string {
-	return map[string][]string{
-		"run folders":    names(s.layout.Jobs()),
-		"control groups": s.groups(),
-		"mounts":         s.mounts(),
-		"containers":     s.containers("containers", "ls", "-q"),
-		"snapshots":      s.containers("snapshots", "--snapshotter", "overlayfs", "ls"),
-		"holders":        s.holders(),
-		"processes":      s.processes(),
-		"values":         names(filepath.Join(s.dir, "agent", "values")),
-	}
-}
-
-func names(dir string) []string {
-	entries, err := os.ReadDir(dir)
-	if err != nil && !os.IsNotExist(err) {
-		return []string{err.Error()}
-	}
-	var out []string
-	for _, e := range entries {
-		out = append(out, e.Name())
-	}
-	return out
-}
-
-// groups are the control groups below the stack's that are a job's.
-func (s *soak) groups() []string {
-	var out []string
-	for _, pattern := range []string{"/sys/fs/cgroup/*%s/*", "/sys/fs/cgroup%s/*"} {
-		found, err := filepath.Glob(fmt.Sprintf(pattern, s.layout.Cgroup()))
-		if err != nil {
-			return []string{err.Error()}
-		}
-		for _, f := range found {
-			if st, err := os.Stat(f); err == nil && st.IsDir() && len(filepath.Base(f)) >= 26 {
-				out = append(out, f)
-			}
-		}
-	}
-	return out
-}
-
-func (s *soak) mounts() []string {
-	b, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return []string{err.Error()}
-	}
-	var out []string
-	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], s.layout.Jobs()) {
-			out = append(out, f[4])
-		}
-	}
-	return out
-}
-
-// containers asks containerd for what is a job's.
-func (s *soak) containers(args ...string) []string {
-	out, err := ctr(s.node, args...)
-	if err != nil {
-		return []string{err.Error() + out}
-	}
-	var jobs []string
-	for line := range strings.Lines(out) {
-		if strings.HasPrefix(line, "job-") {
-			jobs = append(jobs, strings.TrimSpace(line))
-		}
-	}
-	return jobs
-}
-
-// holders are processes that hold a job's keys and regions.
-func (s *soak) holders() []string {
-	var out []string
-	for _, pid := range names("/proc") {
-		exe, err := os.Readlink(filepath.Join("/proc", pid, "exe"))
-		if err != nil || exe != filepath.Join(s.bin, "coffer-holder") {
-			continue
-		}
-		if b, err := os.ReadFile(filepath.Join("/proc", pid, "cmdline")); err == nil && strings.Contains(string(b), s.layout.Jobs()) {
-			out = append(out, pid)
-		}
-	}
-	return out
-}
-
-// processes are shims of the stack's containerd, and whatever was started with a folder
-// of a job: runtimes, gateways.
-func (s *soak) processes() []string {
-	var out []string
-	for _, pid := range names("/proc") {
-		b, err := os.ReadFile(filepath.Join("/proc", pid, "cmdline"))
-		if err != nil {
-			continue
-		}
-		args := strings.Split(string(b), "\x00")
-		shim := strings.HasPrefix(filepath.Base(args[0]), "containerd-shim") && slices.Contains(args, filepath.Join(filepath.Dir(s.layout.Jobs()), "containerd.sock"))
-		if shim || strings.Contains(string(b), s.layout.Jobs()) {
-			out = append(out, pid+" "+strings.Join(args, " "))
-		}
-	}
-	return out
+	s.work(id, kind, b)
+	return stepsOf(st)
 }
 
 // table prints what happened, and holds the agent's memory against its bound.
