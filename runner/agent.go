@@ -203,6 +203,8 @@ type Job struct {
 	notBefore time.Time
 	gang      gangState
 	spent     time.Duration // of the budget, by the attempts before this one
+	roomAt    time.Time     // when it got its room; zero before
+	before    plan.Digest   // of the statement of the attempt before
 	place     *place
 
 	// What follows belongs to the goroutine that runs the job.

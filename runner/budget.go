@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/plan"
 )
 
 var errBudget = errors.New("the budget of its plan is spent")
@@ -33,9 +34,12 @@ func (j *Job) budgetLeft() (time.Duration, bool) {
 	return time.Duration(s)*time.Second - j.spent - j.used(), true
 }
 
-// used is for how long this attempt has had its room. An attempt that an earlier
-// agent began does not get its time anew.
+// used is for how long this attempt has had its room.
 func (j *Job) used() time.Duration {
+	if !j.roomAt.IsZero() {
+		return time.Since(j.roomAt)
+	}
+	// Nothing that was kept outlived the agent that began it.
 	for _, s := range j.timeline {
 		if s.Stage == bundle.StageSandbox {
 			return time.Since(time.Unix(0, s.StartUnixNano))
@@ -44,17 +48,48 @@ func (j *Job) used() time.Duration {
 	return 0
 }
 
-// recallSpent reads back what the attempts before this one used. Where that is lost
-// it counts as all of it.
-func (a *Agent) recallSpent(j *Job) {
-	s, bounded := j.plan.BudgetSeconds()
-	if !bounded {
-		return
+// keepSpent notes when the job got its room, or with the zero time that it has none,
+// where the agent after this one finds it and the node's disk cannot change it: an
+// attempt that begins again does not get its time anew.
+func (a *Agent) keepSpent(j *Job, began time.Time) error {
+	j.roomAt = began
+	if _, bounded := j.plan.BudgetSeconds(); !bounded || a.Values == nil {
+		return nil
 	}
-	switch kept, err := a.Values.get(j.id, j.digest); {
+	return a.Values.edit(j.id, j.digest, func(s *submission) { s.Spent, s.Began = j.spent, began })
+}
+
+// recallSpent reads back what was used of the budget. Where that is lost it counts as
+// all of it.
+func (a *Agent) recallSpent(j *Job) {
+	kept, err := a.Values.get(j.id, j.digest)
+	s, bounded := j.plan.BudgetSeconds()
+	switch {
 	case err == nil:
-		j.spent = kept.Spent
-	case j.attempt > 1:
+		j.spent, j.roomAt, j.before = kept.Spent, kept.Began, kept.Before
+	case bounded && j.attempt > 1:
 		j.spent = time.Duration(s) * time.Second
 	}
+}
+
+// attemptWord is what the record says of this attempt.
+func (j *Job) attemptWord() *bundle.Attempt {
+	_, bounded := j.plan.BudgetSeconds()
+	if !bounded && j.plan.Attempts() == 1 {
+		return nil
+	}
+	w := &bundle.Attempt{Number: j.attempt, First: j.retryOf, Before: j.before}
+	if bounded {
+		w.SpentNanos, w.UsedNanos = j.spent.Nanoseconds(), j.used().Nanoseconds()
+	}
+	return w
+}
+
+// statementOf is the digest of a record's statement, empty if there is none.
+func statementOf(body []byte) plan.Digest {
+	b, err := bundle.Parse(body)
+	if err != nil {
+		return ""
+	}
+	return plan.Sum(b.Statement)
 }

@@ -61,6 +61,64 @@ func TestBudgetEndsAnAttempt(t *testing.T) {
 	}
 }
 
+// An attempt that begins again after a restart does not get its time anew; what it waits
+// for room does not count.
+func TestBudgetOutlivesTheAgent(t *testing.T) {
+	v, err := OpenValues(filepath.Join(t.TempDir(), "values"), bootkey.New())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &Agent{Deps: Deps{Values: v}}
+	synctest.Test(t, func(t *testing.T) {
+		j := withBudget(60, 1)
+		if err := v.keep(j.id, j.digest, submission{Submitter: j.submitter, Attempt: 1, Env: map[string]string{"A": "1"}}); err != nil {
+			t.Fatal(err)
+		}
+		must := func(err error) {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		left := func(j *Job, want time.Duration) {
+			t.Helper()
+			if got, bounded := j.budgetLeft(); !bounded || got.Round(time.Millisecond) != want {
+				t.Fatalf("%v left, want %v", got, want)
+			}
+		}
+		restarted := func() *Job {
+			j := withBudget(60, 1)
+			a.recallSpent(j)
+			return j
+		}
+		must(a.keepSpent(j, time.Now()))
+		time.Sleep(20 * time.Second)
+		left(j, 40*time.Second)
+		// Another agent finds it, and gives it no room for an hour; then a third does.
+		j = restarted()
+		left(j, 40*time.Second)
+		j.spent += j.used()
+		must(a.keepSpent(j, time.Time{}))
+		time.Sleep(time.Hour)
+		left(j, 40*time.Second)
+		j = restarted()
+		left(j, 40*time.Second)
+		must(a.keepSpent(j, time.Now()))
+		time.Sleep(15 * time.Second)
+		left(restarted(), 25*time.Second)
+		// The record says the same, and what else was kept is still there.
+		w := restarted().attemptWord()
+		if w == nil || w.Number != 1 || w.SpentNanos != int64(20*time.Second) || time.Duration(w.UsedNanos).Round(time.Millisecond) != 15*time.Second {
+			t.Errorf("the record says %+v", w)
+		}
+		if kept, err := v.get(j.id, j.digest); err != nil || kept.Env["A"] != "1" || kept.Submitter != j.submitter {
+			t.Errorf("kept: %+v, %v", kept, err)
+		}
+		if w := newJob("x", "user/ada").attemptWord(); w != nil {
+			t.Errorf("of a plan without attempts: %+v", w)
+		}
+	})
+}
+
 // What earlier attempts used is known after a restart, or counts as all of it.
 func TestBudgetIsRecalled(t *testing.T) {
 	v, err := OpenValues(filepath.Join(t.TempDir(), "values"), bootkey.New())

@@ -86,6 +86,7 @@ func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 func (a *Agent) end(ctx context.Context, j *Job, end journal.Job, body []byte) *Job {
 	next := a.next(j, end)
 	if next != nil {
+		next.before = statementOf(body)
 		if err := a.handOn(j, next); err != nil {
 			a.log.ErrorContext(ctx, "no further attempt", slog.String("job", j.id), slog.Any("error", err))
 			next = nil
@@ -161,7 +162,7 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 		b.Add(bundle.JobFile, j.redacted), b.Add(bundle.Plan, j.canonical),
 		b.Add(bundle.VerifierKeys, a.Verifier.JWKS()), b.Add(bundle.BrokerKeys, a.Broker.JWKS()),
 		b.AddJSON(bundle.AgentPart, bundle.Agent{
-			Node: a.Name, Agent: a.Version, Containerd: a.Node.ContainerdVersion(), Runtime: runtime, Shim: shim, Submitter: j.submitter, Devices: j.devices(),
+			Node: a.Name, Agent: a.Version, Containerd: a.Node.ContainerdVersion(), Runtime: runtime, Shim: shim, Submitter: j.submitter, Attempt: j.attemptWord(), Devices: j.devices(),
 		}),
 	}
 	if len(j.record.Sandbox) > 0 {

@@ -106,6 +106,10 @@ func (a *Agent) takeUpOne(ctx context.Context, j *Job, started bool) (work func(
 			if err := a.cleanUp(ctx, j); err != nil {
 				return err
 			}
+			j.spent += j.used()
+			if err := a.keepSpent(j, time.Time{}); err != nil {
+				return err
+			}
 			j.holder, j.sandbox, j.record, j.at = nil, nil, record{}, ""
 			j.timeline = slices.DeleteFunc(j.timeline, func(s bundle.Step) bool { return !slices.Contains(beforeSandbox, s.Stage) })
 			return a.begin(ctx, j)

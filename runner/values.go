@@ -35,9 +35,13 @@ type submission struct {
 	Submitter string `json:"submitter"`
 	Attempt   int    `json:"attempt"`
 	RetryOf   string `json:"retryOf,omitempty"`
-	// Spent is what the attempts before this one used of the job's budget.
-	Spent time.Duration     `json:"spentNanos,omitempty"`
-	Env   map[string]string `json:"env,omitempty"`
+	// Spent is what was used of the job's budget before Began, which is when this
+	// attempt got its room, and zero before.
+	Spent time.Duration `json:"spentNanos,omitempty"`
+	Began time.Time     `json:"began,omitzero"`
+	// Before is the digest of the statement of the attempt before.
+	Before plan.Digest       `json:"before,omitempty"`
+	Env    map[string]string `json:"env,omitempty"`
 	// Outcome is how the job ended, from when its record is being made.
 	Outcome *journal.Job `json:"outcome,omitempty"`
 }
@@ -96,11 +100,16 @@ func (v *Values) conclude(job string, p plan.Digest, end journal.Job) error {
 	if v == nil {
 		return nil
 	}
+	return v.edit(job, p, func(s *submission) { s.Outcome = &end })
+}
+
+// edit changes what is kept of a job.
+func (v *Values) edit(job string, p plan.Digest, change func(*submission)) error {
 	s, err := v.get(job, p)
 	if err != nil {
 		return err
 	}
-	s.Outcome = &end
+	change(&s)
 	return v.keep(job, p, s)
 }
 

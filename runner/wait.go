@@ -26,6 +26,9 @@ func (a *Agent) begin(ctx context.Context, j *Job) error {
 	if err := a.waits(ctx, j); err != nil {
 		return err
 	}
+	if err := a.keepSpent(j, time.Now()); err != nil {
+		return err
+	}
 	return j.spending(ctx, func(ctx context.Context) error { return a.run(ctx, j) })
 }
 
@@ -127,7 +130,7 @@ func (a *Agent) next(j *Job, end journal.Job) *Job {
 
 // handOn sees to it that the next attempt has the values of this one.
 func (a *Agent) handOn(j, next *Job) error {
-	s := submission{Submitter: j.submitter, Attempt: next.attempt, RetryOf: next.retryOf, Spent: next.spent, Env: map[string]string{}}
+	s := submission{Submitter: j.submitter, Attempt: next.attempt, RetryOf: next.retryOf, Spent: next.spent, Before: next.before, Env: map[string]string{}}
 	switch {
 	case len(j.env) == len(j.plan.Env):
 		for i, e := range j.plan.Env {

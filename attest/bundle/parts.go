@@ -18,6 +18,8 @@ type Agent struct {
 	Shim    string `json:"shim"`
 	// Submitter is who submitted the job, as the agent authenticated it.
 	Submitter string `json:"submitter"`
+	// Attempt is there if and only if the plan has a budget or allows several attempts.
+	Attempt *Attempt `json:"attempt,omitempty"`
 	// Devices are the job's GPUs; absent for a job without.
 	Devices *Devices `json:"devices,omitempty"`
 }

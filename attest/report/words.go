@@ -70,6 +70,8 @@ var phrases = map[string]string{
 	"logs.budget":           "Did the job print no more than the plan allows?",
 	"logs.":                 "What did the job print?",
 	"egress.":               "Where did the job connect to?",
+	"attempt.":              "Is it one of the attempts that the plan allows?",
+	"budget.":               "Did the attempts use no more time than the plan allows?",
 	"checkpoint.signature":  "Did the attested job sign this checkpoint?",
 	"checkpoint.anchor":     "Has the broker countersigned this checkpoint?",
 	"checkpoint.":           "Is the chain of checkpoints unbroken and this job's?",

@@ -76,6 +76,7 @@ type options struct {
 	policies        []string
 	references      []string
 	attestationKeys []string
+	earlier         []string
 	paravisors      []string
 	at              time.Time
 	output          string
@@ -166,6 +167,8 @@ Flags:
                           SEV-SNP reports name it (SHA-384, in hex); may be repeated
   --approvers FILE        whose approvals of grants you count: lines of
                           NAME GROUP[,GROUP...] KEY, an SSH public key
+  --earlier FILE          the record of an attempt before this one, to add up what the
+                          attempts used of a budget; may be repeated, for all of them
   --at TIME               judge certificates at this time (RFC 3339), not at
                           the time at which the result was issued
   --simulation-roots DIR  believe the roots in DIR, of a simulation, instead of
@@ -202,7 +205,7 @@ func parse(args []string, stdout, stderr io.Writer) (options, error) {
 	f.IntVar(&o.witnesses, "witnesses", 0, "")
 	f.StringVar(&o.endorsements, "endorsements", "", "")
 	f.StringVar(&o.approvers, "approvers", "", "")
-	for name, to := range map[string]*[]string{"policy": &o.policies, "reference-values": &o.references, "attestation-key": &o.attestationKeys, "paravisor": &o.paravisors, "controls": &o.controls, "export": &o.exports} {
+	for name, to := range map[string]*[]string{"policy": &o.policies, "reference-values": &o.references, "attestation-key": &o.attestationKeys, "paravisor": &o.paravisors, "earlier": &o.earlier, "controls": &o.controls, "export": &o.exports} {
 		f.Func(name, "", func(s string) error {
 			*to = append(*to, s)
 			return nil
@@ -300,6 +303,13 @@ func (o options) trust() (verify.Trust, error) {
 		if t.Approvers, err = verify.ParseApprovers(b); err != nil {
 			return verify.Trust{}, fmt.Errorf("%s: %w", o.approvers, err)
 		}
+	}
+	for _, name := range o.earlier {
+		b, err := read(name, nil, bundle.MaxSize)
+		if err != nil {
+			return verify.Trust{}, err
+		}
+		t.Earlier = append(t.Earlier, b)
 	}
 	if o.endorsements == "" {
 		return t, nil

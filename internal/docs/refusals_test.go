@@ -59,6 +59,8 @@ var groups = map[string][2]string{
 	"logs":         {"Whether a bundle's digest of what the job printed is one.", "do not rely on this bundle; ask for the job's bundle again"},
 	"metrics":      {"Whether the numbers that a bundle says the job reported are within its plan.", "do not rely on this bundle; ask for the job's bundle again"},
 	"nonce":        {"Whether evidence answers a question that the verifier just asked.", "attest again: the challenge was used, or is too old"},
+	"attempt":      {"Whether a bundle is of an attempt that its plan allows, and the attempts before are those that it names.", "ask for the bundles of all attempts of the job (coffer ps, coffer evidence get)"},
+	"budget":       {"Whether the attempts of a job used no more than the budget of its plan.", "ask who operates the node why the job was not ended in time"},
 	"outcome":      {"Whether a bundle's account of how the job ended fits what it contains.", "do not rely on this bundle; ask for the job's bundle again"},
 	"part":         {"Whether a bundle has the parts that were signed, unchanged.", "ask for the job's bundle again"},
 	"plan":         {"Whether a plan is one, and the same everywhere.", "plan the job file again with coffer plan"},
@@ -208,6 +210,14 @@ func (r reader) assigned(name string, in *ast.FuncDecl, depth int) (out []string
 			for i, l := range a.Lhs {
 				if id, ok := l.(*ast.Ident); ok && id.Name == name {
 					out = append(out, r.strings(a.Rhs[i], in, depth-1)...)
+				}
+			}
+		}
+		// Constants of the function.
+		if a, ok := n.(*ast.ValueSpec); ok && len(a.Names) == len(a.Values) {
+			for i, id := range a.Names {
+				if id.Name == name {
+					out = append(out, r.strings(a.Values[i], in, depth-1)...)
 				}
 			}
 		}

@@ -163,7 +163,7 @@ func (n *node) verified(t *testing.T, id string) {
 // own, and the agent is killed before the last begins.
 func TestRetry(t *testing.T) {
 	n := need(t)
-	first := n.submit(t, n.small(t, "fails", "import os, sys; print(os.environ['A']); sys.exit(75)", "env: {A: value}\nretry: {limit: 1, onExitCodes: [75], backoff: 1s}\n"))
+	first := n.submit(t, n.small(t, "fails", "import os, sys; print(os.environ['A']); sys.exit(75)", "env: {A: value}\nretry: {limit: 1, onExitCodes: [75], backoff: 1s}\nbudget: {time: 10m}\n"))
 	id := first
 	for attempt := int32(1); attempt <= 2; attempt++ {
 		if s := n.wait(t, id, "ended", ended); s.State != "failed" || s.Reason != "exit-code" {
@@ -185,6 +185,18 @@ func TestRetry(t *testing.T) {
 		if attempt < 2 {
 			id = j.GetRetriedAs()
 		}
+	}
+	// The second's record names the first's, and together they are within the budget.
+	files := t.TempDir()
+	for _, j := range []string{first, id} {
+		n.must(t, "evidence", "get", j, "-o", filepath.Join(files, j))
+	}
+	second, err := os.ReadFile(filepath.Join(files, id))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := n.verify(t, second, true, "--earlier", filepath.Join(files, first)); err != nil || !strings.Contains(out, "budget.attempts") {
+		t.Errorf("the attempts together: %v\n%s", err, out)
 	}
 	once := n.submit(t, n.small(t, "fails-otherwise", "import sys; sys.exit(1)", "retry: {limit: 2, onExitCodes: [75]}\n"))
 	n.wait(t, once, "ended", ended)

@@ -216,6 +216,13 @@ type Options struct {
 	Reseal, Export bool
 	// Reattest is the plan's; the job attests twice while it runs.
 	Reattest *plan.Reattest
+	// Attempt makes the job one of at most three attempts with a budget of a minute.
+	Attempt *bundle.Attempt
+	// Argument is the last of the command's; empty means the job's id, so that each job
+	// has a plan of its own.
+	Argument string
+	// Fail ends the job with exit code 1.
+	Fail bool
 	// RefuseAdmit ends the job before there is a holder.
 	RefuseAdmit bool
 }
@@ -263,7 +270,11 @@ func (l *Lab) Job(o Options) (*Job, error) {
 	if err := j.course(); err != nil {
 		return nil, fmt.Errorf("run: %w", err)
 	}
-	j.end(bundle.StageRun, bundle.Outcome{State: bundle.Succeeded, Stage: bundle.StageRun})
+	how := bundle.Outcome{State: bundle.Succeeded, Stage: bundle.StageRun}
+	if o.Fail {
+		how.State, how.Reason, how.ExitCode = bundle.Failed, "exit-code", 1
+	}
+	j.end(bundle.StageRun, how)
 	if o.Reattest != nil {
 		if err := j.AttestTwice(o); err != nil {
 			return nil, fmt.Errorf("attest again: %w", err)
@@ -293,6 +304,10 @@ func (j *Job) documents(o Options) error {
 		return err
 	}
 	d := func(s string) plan.Digest { return plan.Sum([]byte(s)) }
+	argument := o.Argument
+	if argument == "" {
+		argument = j.ID
+	}
 	image := "sha256:" + hex.EncodeToString(make([]byte, 32))
 	profile := plan.Profile{
 		Version: plan.SandboxVersion, Shim: "io.containerd.runc.v2", ShimDigest: d("shim"), Runtime: "runsc test", RuntimeDigest: d("runsc"),
@@ -319,13 +334,16 @@ func (j *Job) documents(o Options) error {
 		return err
 	}
 	j.plan = plan.Plan{
-		Version: plan.Version, Name: "fashion", Image: image, Command: []string{"python3", "/app/train.py", j.ID},
+		Version: plan.Version, Name: "fashion", Image: image, Command: []string{"python3", "/app/train.py", argument},
 		Inputs:      []plan.Input{{Name: "data", Asset: "dataset", Digest: d("dataset"), Mount: "/inputs/data"}, {Name: "model", Asset: "weights", Digest: d("weights"), Mount: "/inputs/model"}},
 		Checkpoints: &plan.Checkpoints{Asset: "checkpoints", Mount: "/checkpoints", Resume: o.Resume},
 		Egress:      []plan.Egress{{Host: EgressHost, Port: 443, MaxBytes: 10_000, BytesPerSecond: 1000}},
 		Output:      plan.Output{LogBytes: 1 << 20, EgressBytes: 10_000, EgressBytesPerSecond: 1000, EgressEvents: 2, Metrics: &plan.Metrics{Names: []string{"accuracy", "loss"}, MaxValues: 100, ValuesPerSecond: 10}},
 		Resources:   plan.Resources{CPUMillis: 1000, MemoryBytes: 1 << 30, Pids: 100, GPUs: 1, CC: o.CC, MaxSeconds: 60},
 		Policy:      ref, SandboxProfile: pd, Reattest: o.Reattest,
+	}
+	if o.Attempt != nil {
+		j.plan.Retry, j.plan.Budget = &plan.Retry{Limit: 2}, &plan.Budget{Seconds: 60}
 	}
 	if j.Parts[bundle.Plan], err = j.plan.Canonical(); err != nil {
 		return err
@@ -342,7 +360,7 @@ func (j *Job) documents(o Options) error {
 		return err
 	}
 	j.Parts[bundle.JobFile] = []byte("apiVersion: coffer.run/v1\nname: fashion\n")
-	return j.json(bundle.AgentPart, bundle.Agent{Node: "node-1", Agent: "test", Containerd: "2.4.2", Runtime: profile.Runtime, Shim: profile.Shim, Submitter: "engineer/engineer"})
+	return j.json(bundle.AgentPart, bundle.Agent{Node: "node-1", Agent: "test", Containerd: "2.4.2", Runtime: profile.Runtime, Shim: profile.Shim, Submitter: "engineer/engineer", Attempt: o.Attempt})
 }
 
 func (j *Job) attest(o Options) error {

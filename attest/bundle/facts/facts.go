@@ -204,6 +204,9 @@ func (r *reader) machine() Section {
 		s.add("runtime", "%s", a.Runtime)
 		s.add("shim", "%s", a.Shim)
 		s.add("submitter", "%s", a.Submitter)
+		if w := a.Attempt; w != nil {
+			s.add("attempt", "%d", w.Number)
+		}
 		if d := a.Devices; d != nil {
 			s.add("GPUs cleared", "%t", d.Cleared)
 		}

@@ -287,6 +287,7 @@ func (v *verification) outcomeGroup() {
 		g.Pass("outcome.stage", string(o.Stage))
 	}
 	v.exitCode(g)
+	v.attempt(g)
 	switch {
 	case o.State == bundle.Succeeded:
 		v.success(g, last)

@@ -257,7 +257,8 @@ func wholeJob(t *testing.T, l *bundletest.Lab, id string, again *plan.Reattest) 
 	t.Helper()
 	// No program but the verifier has this policy, and rules need not be compiled for
 	// each of many files.
-	o := bundletest.Options{ID: id, Resume: plan.ResumeLatest, Policy: bundletest.OwnPolicy, Reattest: again}
+	o := bundletest.Options{ID: id, Resume: plan.ResumeLatest, Policy: bundletest.OwnPolicy, Reattest: again,
+		Attempt: &bundle.Attempt{Number: 2, First: id + "-first", Before: plan.Sum([]byte(id)), SpentNanos: 10e9, UsedNanos: 30e9}}
 	j := newJob(t, l, o)
 	must(t, j.ReleaseUnder(ownedBy(t, j)))
 	if again != nil {

@@ -63,6 +63,9 @@ type Trust struct {
 	// References are signed reference values for the plan's policy, if that is
 	// one of Policies: those that were valid at the time.
 	References []string
+	// Earlier are the records of the attempts before this one, in any order. Nil has
+	// none, and what those attempts used of a budget is the agent's word then.
+	Earlier [][]byte
 }
 
 // Verdict is what a report comes to. The zero value is not a pass.
