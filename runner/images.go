@@ -27,7 +27,7 @@ type Images struct {
 	Trust *image.Trust
 	// Signatures is a folder of Sigstore bundles: in it, a folder for each image, by
 	// the hex digits of its digest, with files *.json; bills of materials that nobody
-	// signed are *.cdx.json. What registries have is added. Nothing in it is trusted
+	// signed are *.cdx.json and *.spdx.json. What registries have is added. Nothing in it is trusted
 	// before Trust has verified it.
 	Signatures string
 	// Hosts lists the registries, host or host:port, that images are fetched from.
@@ -171,8 +171,11 @@ func (i *Images) fetch(ctx context.Context, n *sandbox.Node, ref string) (admitt
 	return out, nil
 }
 
-// sbomSuffix is of files with bills of materials that nobody signed.
-const sbomSuffix = ".cdx.json"
+// The suffixes of files with bills of materials that nobody signed.
+const (
+	sbomSuffix = ".cdx.json"
+	spdxSuffix = ".spdx.json"
+)
 
 // kept reads what the folder has of an image.
 func (i *Images) kept(digest string) (found, error) {
@@ -190,7 +193,7 @@ func (i *Images) kept(digest string) (found, error) {
 	}
 	for _, e := range entries {
 		into := &out.bundles
-		if strings.HasSuffix(e.Name(), sbomSuffix) {
+		if strings.HasSuffix(e.Name(), sbomSuffix) || strings.HasSuffix(e.Name(), spdxSuffix) {
 			into = &out.documents
 		}
 		if !e.Type().IsRegular() || filepath.Ext(e.Name()) != ".json" || len(*into) > image.MaxBundles {
@@ -226,9 +229,15 @@ func (i *Images) keep(a admitted) error {
 		if err != nil {
 			return fmt.Errorf("keep bill of materials: %w", err)
 		}
-		if len(s.Bundle) > 0 {
+		list, err := s.SBOM()
+		switch {
+		case err != nil:
+			return fmt.Errorf("keep bill of materials: %w", err)
+		case len(s.Bundle) > 0:
 			files[keptName+".sbom.json"] = s.Bundle
-		} else {
+		case list.Predicate == bundle.SPDXPredicate:
+			files[keptName+spdxSuffix] = s.Document
+		default:
 			files[keptName+sbomSuffix] = s.Document
 		}
 	}

@@ -44,6 +44,11 @@ func TestFoundBesideAnImage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	spdx := []byte(`{"spdxVersion":"SPDX-2.3","documentDescribes":["i"],"packages":[{"SPDXID":"i","versionInfo":"` + digest + `"}]}`)
+	spdxSigned, err := sign.SBOM(k, digest, spdx)
+	if err != nil {
+		t.Fatal(err)
+	}
 	img := sandbox.Image{Name: "train", Digest: digest}
 	for name, row := range map[string]struct {
 		trust *image.Trust
@@ -55,6 +60,8 @@ func TestFoundBesideAnImage(t *testing.T) {
 		"signed":                        {trust, map[string][]byte{"a.json": signature, "b.json": signed, "c.cdx.json": list}, "key releases"},
 		"signed by nobody":              {trust, map[string][]byte{"a.json": signature, "c.cdx.json": list}, "nobody"},
 		"an image that nobody signed":   {nil, map[string][]byte{"c.cdx.json": list}, "nobody"},
+		"SPDX, signed":                  {trust, map[string][]byte{"a.json": signature, "b.json": spdxSigned}, "key releases"},
+		"SPDX, signed by nobody":        {nil, map[string][]byte{"c.spdx.json": spdx}, "nobody"},
 		"a file that is neither":        {nil, map[string][]byte{"c.txt": list}, ""},
 		"a list that is no list at all": {nil, map[string][]byte{"c.cdx.json": signature}, ""},
 	} {

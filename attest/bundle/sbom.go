@@ -29,16 +29,18 @@ type ImageSBOM struct {
 	// Signer is "key NAME" or "SUBJECT by ISSUER", one of the profile's signers.
 	Signer string `json:"signer,omitempty"`
 	// Bundle is a Sigstore bundle (JSON, version 0.3): a statement of the type
-	// SBOMPredicate about the image.
+	// SBOMPredicate or SPDXPredicate about the image.
 	Bundle []byte `json:"bundle,omitempty"`
-	// Document is CycloneDX (JSON) that nobody signed, and that names the image.
+	// Document is CycloneDX or SPDX (JSON) that nobody signed, and that names the image.
 	Document []byte `json:"document,omitempty"`
 }
 
-// SBOM is what is read of a CycloneDX document (ECMA-424).
+// SBOM is what is read of a CycloneDX document (ECMA-424) or an SPDX document.
 type SBOM struct {
 	// Document is the whole of it.
 	Document []byte
+	// Predicate is SBOMPredicate or SPDXPredicate: the type of a statement that has it.
+	Predicate string
 	// Images are the digests, "sha256:<hex>", by which the document names what it is of.
 	Images []string
 	// Components are those that it lists, nested ones after what they are in.
@@ -84,10 +86,14 @@ func (s ImageSBOM) SBOM() (SBOM, error) {
 	if err := json.Unmarshal(s.Bundle, &b); err != nil {
 		return SBOM{}, errors.New("bill of materials: not a Sigstore bundle")
 	}
-	if err := json.Unmarshal(b.Envelope.Payload, &st); err != nil || st.Type != SBOMPredicate {
-		return SBOM{}, fmt.Errorf("bill of materials: not a statement of type %s", SBOMPredicate)
+	if err := json.Unmarshal(b.Envelope.Payload, &st); err != nil || st.Type != SBOMPredicate && st.Type != SPDXPredicate {
+		return SBOM{}, fmt.Errorf("bill of materials: not a statement of type %s or %s", SBOMPredicate, SPDXPredicate)
 	}
-	return ParseSBOM(st.Predicate)
+	out, err := ParseSBOM(st.Predicate)
+	if err == nil && out.Predicate != st.Type {
+		return SBOM{}, fmt.Errorf("bill of materials: a statement of type %.60q with a document of another", st.Type)
+	}
+	return out, err
 }
 
 // component is one as a document has it, with those in it.
@@ -97,13 +103,14 @@ type component struct {
 	Components []component `json:"components"`
 }
 
-// ParseSBOM reads a CycloneDX document in JSON.
+// ParseSBOM reads a CycloneDX document or an SPDX document in JSON.
 func ParseSBOM(b []byte) (SBOM, error) {
 	if len(b) > MaxImageSBOM {
 		return SBOM{}, fmt.Errorf("bill of materials: %d bytes, at most %d are read", len(b), MaxImageSBOM)
 	}
 	var d struct {
-		Format   string `json:"bomFormat"`
+		Format   string  `json:"bomFormat"`
+		SPDX     *string `json:"spdxVersion"`
 		Metadata struct {
 			Component Component `json:"component"`
 		} `json:"metadata"`
@@ -112,10 +119,15 @@ func ParseSBOM(b []byte) (SBOM, error) {
 	if err := json.Unmarshal(b, &d); err != nil {
 		return SBOM{}, fmt.Errorf("bill of materials: %w", err)
 	}
-	if d.Format != "CycloneDX" {
-		return SBOM{}, fmt.Errorf("bill of materials: format %.40q: want CycloneDX", d.Format)
+	switch {
+	case d.SPDX != nil && d.Format != "":
+		return SBOM{}, errors.New("bill of materials: CycloneDX and SPDX at once")
+	case d.SPDX != nil:
+		return parseSPDX(b)
+	case d.Format != "CycloneDX":
+		return SBOM{}, fmt.Errorf("bill of materials: format %.40q: want CycloneDX or SPDX", d.Format)
 	}
-	out := SBOM{Document: b, Images: d.Metadata.Component.images()}
+	out := SBOM{Document: b, Predicate: SBOMPredicate, Images: d.Metadata.Component.images()}
 	if out.Components = flat(nil, d.Components); len(out.Components) > MaxComponents {
 		return SBOM{}, fmt.Errorf("bill of materials: more than %d components", MaxComponents)
 	}

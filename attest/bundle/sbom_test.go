@@ -42,7 +42,7 @@ func TestParseSBOM(t *testing.T) {
 	}
 	many := `{"bomFormat":"CycloneDX","components":[` + strings.Repeat(`{},`, bundle.MaxComponents) + `{}]}`
 	for name, bad := range map[string][]byte{
-		"nothing": nil, "no JSON": []byte("x"), "no CycloneDX": []byte(`{"spdxVersion":"SPDX-2.3"}`), "too many components": []byte(many),
+		"nothing": nil, "no JSON": []byte("x"), "another format": []byte(`{"bomFormat":"SPDX"}`), "too many components": []byte(many),
 		"too many within one another": []byte(`{"bomFormat":"CycloneDX","components":[{"components":[` + strings.Repeat(`{},`, bundle.MaxComponents) + `{}]}]}`),
 		"too large":                   append(bytes.Repeat([]byte(" "), bundle.MaxImageSBOM), `{"bomFormat":"CycloneDX"}`...),
 	} {
@@ -57,6 +57,7 @@ func FuzzParseSBOM(f *testing.F) {
 	image := "sha256:" + strings.Repeat("ab", 32)
 	f.Add([]byte(bundletest.SBOM(image)))
 	f.Add([]byte(`{"bomFormat":"CycloneDX","components":[{"components":[{}]}],"metadata":{"component":{"purl":"pkg:oci/x@?"}}}`))
+	f.Add([]byte(`{"spdxVersion":"SPDX-2.3","documentDescribes":["a"],"packages":[{"SPDXID":"a","externalRefs":[{"referenceType":"purl","referenceLocator":"pkg:oci/x@?"}]},{}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		s, err := bundle.ParseSBOM(b)
 		if err != nil {

@@ -37,7 +37,7 @@ type Image struct {
 	// Signatures are Sigstore bundles, nobody having checked them: signatures, and
 	// other statements about the image.
 	Signatures [][]byte
-	// Documents are bills of materials (CycloneDX) that nobody signed.
+	// Documents are bills of materials (CycloneDX or SPDX) that nobody signed.
 	Documents [][]byte
 
 	image v1.Image
@@ -154,7 +154,7 @@ func (i *Image) referrers(index v1.ImageIndex, subject *v1.Hash, fetch func(v1.H
 		return err
 	}
 	wanted := func(mediaType string) bool {
-		return strings.HasPrefix(mediaType, BundleType) || mediaType == SBOMType
+		return strings.HasPrefix(mediaType, BundleType) || mediaType == SBOMType || mediaType == SPDXType
 	}
 	for _, d := range m.Manifests {
 		if subject == nil && !wanted(d.ArtifactType) {
@@ -190,7 +190,7 @@ func (i *Image) referrers(index v1.ImageIndex, subject *v1.Hash, fetch func(v1.H
 			if err != nil {
 				return err
 			}
-			if mediaType == SBOMType {
+			if mediaType == SBOMType || mediaType == SPDXType {
 				i.Documents = append(i.Documents, b)
 			} else {
 				i.Signatures = append(i.Signatures, b)

@@ -12,8 +12,12 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle"
 )
 
-// SBOMType is the media type of a CycloneDX document in JSON (ECMA-424, "Media types").
-const SBOMType = "application/vnd.cyclonedx+json"
+// SBOMType and SPDXType are the media types of documents in JSON: CycloneDX (ECMA-424,
+// "Media types") and SPDX (as registered with IANA).
+const (
+	SBOMType = "application/vnd.cyclonedx+json"
+	SPDXType = "application/spdx+json"
+)
 
 // SBOM chooses the bill of materials of an image, "sha256:<hex>": the first of bundles
 // that is a statement by a trusted signer, or else the first of documents, which nobody
@@ -52,8 +56,8 @@ func (t *Trust) SBOM(digest string, bundles, documents [][]byte) (*bundle.ImageS
 
 // onlyLists refuses statements about an image that are no bill of materials.
 func onlyLists(r *verify.VerificationResult) error {
-	if r.Statement == nil || r.Statement.GetPredicateType() != bundle.SBOMPredicate {
-		return fmt.Errorf("no statement of type %s", bundle.SBOMPredicate)
+	if t := r.Statement.GetPredicateType(); t != bundle.SBOMPredicate && t != bundle.SPDXPredicate {
+		return fmt.Errorf("no statement of type %s or %s", bundle.SBOMPredicate, bundle.SPDXPredicate)
 	}
 	return nil
 }

@@ -39,7 +39,7 @@ func (v *verification) imageSBOM(g *check.List) {
 	}
 	switch {
 	case err != nil:
-		g.Fail(id, "a bill of materials in CycloneDX", err.Error(), "")
+		g.Fail(id, "a bill of materials in CycloneDX or SPDX", err.Error(), "")
 		return
 	case len(s.Images) > 0 && !s.Of(v.sb.Image), len(s.Images) == 0 && part.Signer == "":
 		g.Fail(id, "one of "+v.sb.Image, fmt.Sprintf("one of %.200q", strings.Join(s.Images, ", ")), "it tells of another image")
@@ -60,7 +60,7 @@ func (v *verification) imageSBOM(g *check.List) {
 				continue
 			}
 			if err = json.Unmarshal(part.Bundle, &sb); err == nil {
-				err = sb.states(k.Key, v.sb.Image, bundle.SBOMPredicate)
+				err = sb.states(k.Key, v.sb.Image, s.Predicate)
 			}
 			if err == nil {
 				g.Pass(id, "of this image, signed by key "+name)

@@ -26,6 +26,9 @@ func TestImageSBOM(t *testing.T) {
 	}
 	honest := signed(l.ImageKey, bundle.SBOMPredicate, bundletest.SBOM(image), image)
 	nameless := json.RawMessage(`{"bomFormat":"CycloneDX","components":[]}`)
+	spdx := func(image string) json.RawMessage {
+		return json.RawMessage(`{"spdxVersion":"SPDX-2.3","documentDescribes":["i"],"packages":[{"SPDXID":"i","versionInfo":"` + image + `"},{"SPDXID":"p","name":"python3"}]}`)
+	}
 	const id = "sandbox.image-sbom"
 	by := func(signer string, b []byte) bundle.ImageSBOM { return bundle.ImageSBOM{Signer: signer, Bundle: b} }
 	for name, row := range map[string]struct {
@@ -35,6 +38,11 @@ func TestImageSBOM(t *testing.T) {
 	}{
 		"by the key":                                   {by("key releases", honest), "pass"},
 		"by the key, and naming no image itself":       {by("key releases", signed(l.ImageKey, bundle.SBOMPredicate, nameless, image)), "pass"},
+		"by the key, in SPDX":                          {by("key releases", signed(l.ImageKey, bundle.SPDXPredicate, spdx(image), image)), "pass"},
+		"in SPDX, by another key":                      {by("key releases", signed(stranger, bundle.SPDXPredicate, spdx(image), image)), "fail"},
+		"in SPDX, of another image":                    {by("key releases", signed(l.ImageKey, bundle.SPDXPredicate, spdx(another), image)), "fail"},
+		"in SPDX, stated as CycloneDX":                 {by("key releases", signed(l.ImageKey, bundle.SBOMPredicate, spdx(image), image)), "fail"},
+		"in SPDX, by nobody":                           {bundle.ImageSBOM{Document: spdx(image)}, "not checked"},
 		"by an identity":                               {by("alice@example.com by https://issuer.example.com", honest), "not checked"},
 		"by nobody":                                    {bundle.ImageSBOM{Document: bundletest.SBOM(image)}, "not checked"},
 		"by nobody, of another image":                  {bundle.ImageSBOM{Document: bundletest.SBOM(another)}, "fail"},

@@ -68,14 +68,16 @@ func Image(key *ecdsa.PrivateKey, digest string) ([]byte, error) {
 }
 
 // SBOM returns a Sigstore bundle as Image does, with a bill of materials of the image
-// (CycloneDX in JSON), as `cosign attest --type cyclonedx` makes it.
+// (CycloneDX or SPDX in JSON), as `cosign attest --type cyclonedx` or spdxjson makes it.
 func SBOM(key *ecdsa.PrivateKey, digest string, document []byte) ([]byte, error) {
-	if s, err := coffer.ParseSBOM(document); err != nil {
+	s, err := coffer.ParseSBOM(document)
+	if err != nil {
 		return nil, fmt.Errorf("sign: %w", err)
-	} else if !s.Of(digest) {
+	}
+	if !s.Of(digest) {
 		return nil, fmt.Errorf("sign: a bill of materials of %q, not of %s", s.Images, digest)
 	}
-	return state(key, digest, coffer.SBOMPredicate, document)
+	return state(key, digest, s.Predicate, document)
 }
 
 func state(key *ecdsa.PrivateKey, digest, predicate string, body json.RawMessage) ([]byte, error) {
