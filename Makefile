@@ -91,7 +91,7 @@ JUDGES  := $(MODULE)/attest/.*
 ONE_BY_ONE := ^Test(Mutations|LiesAbout|Later|Flips|EveryFlip|Tamper|LyingAgent|HonestAgent|StoppedJobs|CarriedEndorsements|ReleaseAttacks|OwnersAreBounded|Approval|Principals|Revoke)
 
 .PHONY: test
-test: deps build image-numpy lint ## everything: vet, linters, unit tests, and integration tests on real parts (as root)
+test: deps build images lint ## everything: vet, linters, unit tests, and integration tests on real parts (as root)
 	@go test -timeout 20m ./attest/...
 	@go test -race -short -timeout 20m -skip '$(ONE_BY_ONE)' ./attest/...
 	@go test -race -timeout 20m $$(go list ./... | grep -vxE '$(OUTSIDE)|$(INTEGRATION)|$(JUDGES)|$(PROGRAMS)')

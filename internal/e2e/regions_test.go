@@ -5,8 +5,9 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"os"
-	"strconv"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/coffer-run/coffer/attest/bundle"
@@ -22,7 +23,7 @@ exec(sys.argv[1], regions.__dict__)
 view = regions.open("model", "model.safetensors")
 regions.open = lambda given, name: view
 at = numpy.frombuffer(view, "u1").ctypes.data
-out = {"digest": hashlib.sha256(view).hexdigest(), "torch": "none", "wrote": []}
+out = {"digest": hashlib.sha256(view).hexdigest(), "wrote": []}
 a = regions.array("model", "model.safetensors", "u1", offset=8)
 out["array"] = a.ctypes.data - at
 out["shares"] = bool(numpy.shares_memory(a, numpy.frombuffer(view, "u1")))
@@ -43,12 +44,13 @@ try:
     out["wrote"].append("another file")
 except OSError as e:
     out["refused"] = str(e)
-try:
-    import torch
-    t = regions.tensor("model", "model.safetensors", "u1", offset=8)
-    out["torch"] = t.data_ptr() - at
-except ImportError:
-    pass
+t = regions.tensor("model", "model.safetensors", "u1", offset=8)
+out["tensor"], out["same"] = t.data_ptr() - at, bool((t.numpy() == a).all())
+child = os.fork()
+if child == 0:
+    t[:1].add_(1)
+    os._exit(0)
+out["inPlace"] = os.waitpid(child, 0)[1]
 line = [l for l in open("/proc/self/maps") if int(l.split("-")[0], 16) <= at < int(l.split("-")[1].split()[0], 16)][0]
 out["map"] = line.split()[1]
 print("GOT " + json.dumps(out))
@@ -66,7 +68,12 @@ func TestRegionsFromPython(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	job := n.jobFile(t, "regions", func(s string) string { return strings.Replace(s, trains, string(command), 1) })
+	// The other jobs' image has no torch.
+	n.must(t, "image", "import", filepath.Join(os.Getenv("COFFER_IMAGES"), "torch.tar"))
+	t.Cleanup(func() { n.must(t, "image", "rm", "coffer.local/torch:latest") })
+	job := n.jobFile(t, "regions", func(s string) string {
+		return strings.NewReplacer(trains, string(command), "coffer.local/numpy:latest", "coffer.local/torch:latest").Replace(s)
+	})
 	n.grant(t, n.planDigest(t, job), 1)
 	id := n.submit(t, job)
 	if s := n.wait(t, id, "its end", ended); s.State != "succeeded" {
@@ -78,7 +85,9 @@ func TestRegionsFromPython(t *testing.T) {
 		Shares, Owns         bool
 		Writeable            bool
 		Wrote                []string
-		Torch                json.RawMessage
+		Tensor               int
+		Same                 bool
+		InPlace              int
 	}
 	_, said, _ := strings.Cut(n.must(t, "logs", id), "GOT ")
 	if err := json.NewDecoder(strings.NewReader(said)).Decode(&got); err != nil {
@@ -90,8 +99,11 @@ func TestRegionsFromPython(t *testing.T) {
 	if got.Array != 8 || !got.Shares || got.Owns || got.Writeable || len(got.Wrote) > 0 || got.Map != "r--s" || got.Refused == "" {
 		t.Errorf("%+v", got)
 	}
-	if torch := string(got.Torch); torch != `"none"` && torch != strconv.Itoa(8) {
-		t.Errorf("the tensor lies %s bytes from the region", torch)
+	if got.Tensor != 8 || !got.Same {
+		t.Errorf("the tensor lies %d bytes from the region, want 8; same bytes: %v", got.Tensor, got.Same)
+	}
+	if s := syscall.WaitStatus(got.InPlace); !s.Signaled() || s.Signal() != syscall.SIGSEGV { //nolint:gosec // of wait(2)
+		t.Errorf("an operation in place ended with status %#x, want SIGSEGV", got.InPlace)
 	}
 	body, err := os.ReadFile(n.evidence(t, id))
 	if err != nil {
