@@ -190,6 +190,9 @@ func (d *direct) stream() (output, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map buffers for sealing: %w", err)
 	}
+	// A hint: the kernel pins a buffer for each of its writes, and the disk takes it in
+	// pieces, page by page.
+	_ = unix.Madvise(mem, unix.MADV_HUGEPAGE)
 	s := &stream{d: d, mem: mem}
 	if d.f != nil {
 		// Without it a worker waits for each of its writes.
