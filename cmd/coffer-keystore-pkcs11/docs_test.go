@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/coffer-run/coffer/internal/docs/pages"
 )
 
 // TestDocumented types what docs/keystores.md says of this program, in its order.
@@ -42,9 +44,11 @@ func TestDocumented(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	typed := pages.For(t, "cmd/coffer-keystore-pkcs11 TestDocumented")
 	script := "set -eu\n"
 	for _, f := range fences {
 		script += f[1]
+		typed.TypedFence("docs/keystores.md", f[1])
 	}
 	cmd := exec.Command("bash", "-c", script+"coffer-keystore-pkcs11 --config pkcs11.json status\n")
 	cmd.Dir = dir

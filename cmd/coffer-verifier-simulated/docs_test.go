@@ -25,6 +25,7 @@ import (
 	"github.com/coffer-run/coffer/attest/verifier"
 	"github.com/coffer-run/coffer/attest/vtpm/vtpmtest"
 	"github.com/coffer-run/coffer/internal/daemon"
+	"github.com/coffer-run/coffer/internal/docs/pages"
 )
 
 var fence = regexp.MustCompile("(?ms)^```(sh|json)\n(.*?)^```$")
@@ -38,11 +39,13 @@ type page struct {
 	// addr is where the daemon answers, in place of the documented address.
 	addr string
 	env  []string
+	// script has what the test types; other commands of the page are another's.
+	script *pages.Script
 }
 
 const documented = "127.0.0.1:7441"
 
-func openPage(t *testing.T) *page {
+func openPage(t *testing.T, script *pages.Script) *page {
 	for _, tool := range []string{"openssl", "curl", "jq", "base64", "bash", "od", "dd"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			if os.Getenv("CI") == "true" {
@@ -55,7 +58,7 @@ func openPage(t *testing.T) *page {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &page{t: t, dir: t.TempDir()}
+	p := &page{t: t, dir: t.TempDir(), script: script}
 	for _, m := range fence.FindAllStringSubmatch(string(text), -1) {
 		if m[1] == "json" {
 			p.document = m[2]
@@ -87,6 +90,7 @@ func (p *page) bash(commands string) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		p.t.Fatalf("%s\n%v\n%s", commands, err, out)
 	}
+	p.script.TypedFence("docs/verifier.md", commands)
 }
 
 func (p *page) read(name string) string {
@@ -172,7 +176,7 @@ func built(t *testing.T, program string) string {
 // TestDocumentedByItself types what docs/verifier.md says of a whole machine. What
 // the page leaves to the attester is a simulation's.
 func TestDocumentedByItself(t *testing.T) {
-	p := openPage(t)
+	p := openPage(t, pages.For(t, "cmd/coffer-verifier-simulated TestDocumentedByItself"))
 	simulation, tpm := mint(t, p.dir)
 	p.start("coffer-verifier-simulated", func(c map[string]any) {
 		c["simulationDir"], c["id"] = simulation, c["id"].(string)+".simulated"
@@ -217,7 +221,7 @@ func TestDocumentedByItself(t *testing.T) {
 func TestDocumentedDevices(t *testing.T) {
 	const dir = "snp/milan-v2-vcek/"
 	report := vectortest.Read(t, dir+"report.bin")
-	p := openPage(t)
+	p := openPage(t, pages.For(t, "cmd/coffer-verifier-simulated TestDocumentedDevices"))
 	p.start("coffer-verifier", func(map[string]any) {})
 	p.write("report.bin", report)
 	p.write("report-data.bin", report[0x50:0x90])

@@ -2,7 +2,6 @@ package docs
 
 import (
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/coffer-run/coffer/internal/docs/pages"
 )
 
 const root = "../.."
@@ -17,25 +18,7 @@ const root = "../.."
 // documents are the repository's own, by path from its root.
 func documents(t *testing.T) map[string]string {
 	t.Helper()
-	out := map[string]string{}
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		if n := d.Name(); d.IsDir() && (n == "build" || n == "testdata" || n == "node_modules" || (strings.HasPrefix(n, ".") && path != root)) {
-			return filepath.SkipDir
-		}
-		if d.IsDir() || filepath.Ext(path) != ".md" {
-			return nil
-		}
-		b, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(root, path)
-		out[rel] = string(b)
-		return err
-	})
+	out, err := pages.Documents()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,48 +28,48 @@ func documents(t *testing.T) map[string]string {
 	return out
 }
 
-// command is one command of a fence that is marked sh.
+// command is one simple command.
 type command struct {
 	at    string
 	words []string
 }
 
-var fence = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
-
-// commands reads what the fences hold: simple commands, with comments,
-// continued lines, sudo, variables and && between them.
-func commands(name, text string) []command {
+// commands takes what a document has people type apart: sudo, variables and &&.
+func commands(t *testing.T, name, text string) []command {
+	t.Helper()
+	parsed, err := pages.Parse(name, text)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var out []command
-	for _, m := range fence.FindAllStringSubmatchIndex(text, -1) {
-		line := strings.Count(text[:m[2]], "\n")
-		at := 0
-		for l := range strings.SplitSeq(text[m[2]:m[3]], "\n") {
-			line++
-			if at == 0 {
-				at = line
-			}
-			l, _, _ = strings.Cut(l, "# ")
-			l, more := strings.CutSuffix(strings.TrimRight(l, " "), "\\")
-			if n := len(out); n > 0 && at != line {
-				out[n-1].words = append(out[n-1].words, strings.Fields(l)...)
-			} else {
-				for c := range strings.SplitSeq(l, "&&") {
-					w := strings.Fields(c)
-					for len(w) > 0 && (w[0] == "sudo" || strings.Contains(w[0], "=")) {
-						if _, command, ok := strings.Cut(w[0], "=$("); ok {
-							w[0] = command
-							break
-						}
-						w = w[1:]
-					}
-					if len(w) > 0 {
-						out = append(out, command{fmt.Sprintf("%s:%d", name, line), w})
-					}
+	for _, p := range parsed {
+		for c := range strings.SplitSeq(p.Text, "&&") {
+			w := strings.Fields(c)
+			for len(w) > 0 && (w[0] == "sudo" || strings.Contains(w[0], "=")) {
+				if _, command, ok := strings.Cut(w[0], "=$("); ok {
+					w[0] = command
+					break
 				}
+				w = w[1:]
 			}
-			if !more {
-				at = 0
+			// What follows a pipe, and the end of $(...), is the shell's.
+			if i := slices.IndexFunc(w, func(s string) bool { return s == "|" }); i >= 0 {
+				w = w[:i]
 			}
+			if len(w) > 0 {
+				out = append(out, command{p.At(), w})
+			}
+		}
+	}
+	return out
+}
+
+// inline are the commands of coffer's that a document names in its sentences.
+func inline(name, text string) []command {
+	var out []command
+	for _, m := range spans.FindAllStringSubmatch(fences.ReplaceAllString(text, ""), -1) {
+		if w := strings.Fields(m[1]); len(w) > 1 && w[0] == "coffer" && w[1] != "sealed" && !strings.HasPrefix(w[1], "-") {
+			out = append(out, command{name, w})
 		}
 	}
 	return out
@@ -106,7 +89,7 @@ func TestCommands(t *testing.T) {
 	}
 	found := 0
 	for name, text := range documents(t) {
-		for _, c := range commands(name, text) {
+		for _, c := range append(commands(t, name, text), inline(name, text)...) {
 			found++
 			var err error
 			switch program := filepath.Base(c.words[0]); program {
@@ -120,15 +103,8 @@ func TestCommands(t *testing.T) {
 				err = checkCoffer(bin, c.words[1:])
 			case "coffer-verify":
 				err = checkFlags(help(bin, program), c.words[1:])
-			case "git", "cd", "go", "mkdir", "cp", "ssh-keygen":
-			case "openssl", "chmod", "base64", "jq", "curl", "dd", "kill":
-				// docs/verifier.md runs as a test of cmd/coffer-verifier-simulated.
-			case "grep", "perl":
-				// docs/scheduler.md runs as a test of internal/e2e.
-			case "coffer-keystore-local", "coffer-keystore-pkcs11", "softhsm2-util":
-				// docs/keystores.md runs as tests of the first two.
 			default:
-				err = fmt.Errorf("unknown program %s: teach this test what it is", program)
+				// Whoever types it finds out: TestEveryCommandIsTyped.
 			}
 			if err != nil {
 				t.Errorf("%s: %s: %v", c.at, strings.Join(c.words, " "), err)
@@ -140,12 +116,20 @@ func TestCommands(t *testing.T) {
 	}
 }
 
+// helps has what programs said to --help: pages name the same few commands often.
+var helps = map[string]string{}
+
 func help(bin, program string, words ...string) string {
+	key := strings.Join(append([]string{bin, program}, words...), " ")
+	if text, ok := helps[key]; ok {
+		return text
+	}
 	out, err := exec.Command(filepath.Join(bin, program), append(words, "--help")...).CombinedOutput()
 	if err != nil {
-		return ""
+		out = nil
 	}
-	return string(out)
+	helps[key] = string(out)
+	return helps[key]
 }
 
 // checkCoffer follows subcommands as far as there are some: for an unknown one
@@ -168,7 +152,14 @@ func checkCoffer(bin string, words []string) error {
 	if len(path) == 0 {
 		return fmt.Errorf("no subcommand")
 	}
-	return checkFlags(text, words[len(path):])
+	own := words[len(path):]
+	if i := slices.Index(own, "--"); i >= 0 {
+		if err := checkFlags(help(bin, "coffer-verify"), own[i+1:]); err != nil {
+			return err
+		}
+		own = own[:i]
+	}
+	return checkFlags(text, own)
 }
 
 func checkFlags(help string, words []string) error {
@@ -185,6 +176,8 @@ var (
 	link    = regexp.MustCompile(`\]\(([^)\s]+)\)`)
 	heading = regexp.MustCompile(`(?m)^#+ (.+)$`)
 	code    = regexp.MustCompile("(?s)```.*?```|`[^`\n]*`")
+	fences  = regexp.MustCompile("(?s)```.*?```")
+	spans   = regexp.MustCompile("`([^`\n]+)`")
 )
 
 // slugs are the anchors that headings have.
@@ -220,8 +213,8 @@ func TestLinks(t *testing.T) {
 
 // The checks above pass on anything if they cannot tell a good command from a bad one.
 func TestRefusals(t *testing.T) {
-	got := commands("x.md", "```sh\nsudo A=$(make demo) # now\ncoffer up \\\n  --nonsense\nmake a && make b\n```\n```text\nmake c\n```\n")
-	want := []string{"x.md:2 make demo)", "x.md:3 coffer up --nonsense", "x.md:5 make a", "x.md:5 make b"}
+	got := commands(t, "x.md", "```sh\nsudo A=$(make demo) # now\ncoffer up \\\n  --nonsense\nmake a && make b\n```\n```text\nmake c\nbob$ make d\n```\n")
+	want := []string{"x.md:2 make demo)", "x.md:3 coffer up --nonsense", "x.md:5 make a", "x.md:5 make b", "x.md:9 make d"}
 	var have []string
 	for _, c := range got {
 		have = append(have, c.at+" "+strings.Join(c.words, " "))

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/internal/docs/pages"
 	"github.com/coffer-run/coffer/runner/egress/egresstest"
 )
 
@@ -94,14 +95,18 @@ func TestEgressLimitedJob(t *testing.T) {
 	if got := w.Asked(); slices.Contains(got, "downloads.example.com") || len(w.Strange()) > 0 {
 		t.Errorf("the world was asked for %v and saw packets from %v", got, w.Strange())
 	}
-	report := n.must(t, "egress", "report", id)
+	page := pages.For(t, "internal/e2e TestEgressLimitedJob")
+	sh := n.shell(t, page)
+	sh.Vars["JOB"] = id
+	typed := page.Commands("docs/egress.md", "")
+	report := sh.Must(typed[0], 0, "")
 	t.Log(report)
 	for _, want := range []string{"metrics.example.com:443", "downloads.example.com:443", "not-listed", "python3"} {
 		if !strings.Contains(report, want) {
 			t.Errorf("the report has no %s", want)
 		}
 	}
-	proposed := n.must(t, "egress", "propose", id)
+	proposed := sh.Must(typed[1], 0, "")
 	t.Log(proposed)
 	if !strings.Contains(proposed, "  - host: downloads.example.com\n    port: 443\n    maxBytes: 65536\n") {
 		t.Errorf("the proposal lacks the name that was refused")

@@ -31,6 +31,7 @@ import (
 	"github.com/coffer-run/coffer/enclave/keys"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/pki"
+	"github.com/coffer-run/coffer/internal/docs/pages"
 	"github.com/coffer-run/coffer/internal/stack"
 )
 
@@ -220,6 +221,7 @@ func TestAccessExample(t *testing.T) {
 		return strings.NewReplacer("asset: ckpt\n", "asset: guarded-checkpoints\n", `EPOCHS: "1"`, `EPOCHS: "500"`, "maxDuration: 30m", "maxDuration: 10m").Replace(s)
 	})
 	own := strings.NewReplacer("/var/lib/coffer", n.dir, "job.yaml", job, "fashion-mnist-model", "model", "fashion-mnist", "data", "approvers bundle", n.approvers(t)+" bundle")
+	typed := pages.For(t, "internal/e2e TestAccessExample")
 	dir, sessions := t.TempDir(), t.TempDir()
 	known := map[string]string{}
 	learn := map[string]*regexp.Regexp{"PLAN": regexp.MustCompile(`sha384:[0-9a-f]{96}`), "GRANT": regexp.MustCompile(`grant-[a-z0-9]+`), "JOB": jobID}
@@ -244,6 +246,10 @@ func TestAccessExample(t *testing.T) {
 			case known["JOB"] != "" && len(known) == len(learn) && strings.Contains(line, "coffer why"):
 				n.wait(t, known["JOB"], "held or ended", func(s status) bool { return s.Stage == "approval" || ended(s) })
 			}
+			if strings.TrimSpace(line) == "" {
+				continue
+			}
+			typed.TypedFence("docs/access.md", line)
 			cmd := exec.Command("bash", "-euc", own.Replace(line))
 			cmd.Dir = dir
 			cmd.Env = append(os.Environ(), "PATH="+n.bin+":"+os.Getenv("PATH"), "COFFER_DIR="+n.dir, "COFFER_SESSIONS="+sessions, "NO_COLOR=1")

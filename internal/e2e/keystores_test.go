@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/coffer-run/coffer/internal/docs/pages"
 )
 
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
@@ -59,7 +61,7 @@ func (k token) owner(t *testing.T, what string) {
 
 // documented runs the commands of a section of docs/keystores.md over its
 // configuration, both changed as replace says.
-func (n *node) documented(t *testing.T, section, file, dir string, replace *strings.Replacer) {
+func (n *node) documented(t *testing.T, script *pages.Script, section, file, dir string, replace *strings.Replacer) {
 	t.Helper()
 	page, err := os.ReadFile("../../docs/keystores.md")
 	if err != nil {
@@ -81,6 +83,7 @@ func (n *node) documented(t *testing.T, section, file, dir string, replace *stri
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", commands[1], err, out)
 	}
+	script.TypedFence("docs/keystores.md", commands[1])
 }
 
 // TestKeyStoreOfAnOwner trains from weights whose key only a token can open. Its
@@ -116,7 +119,7 @@ func TestKeyStoreOfAnOwner(t *testing.T) {
 		n.must(t, "restart", "coffer-broker")
 	})
 	sealed := filepath.Join(n.dir, "hsm-sealed")
-	n.documented(t, "In the stack", "hsm.json", secret, strings.NewReplacer(
+	n.documented(t, pages.For(t, "internal/e2e TestKeyStoreOfAnOwner"), "In the stack", "hsm.json", secret, strings.NewReplacer(
 		"/usr/local/bin/coffer-keystore-pkcs11", k.program, "the output of sha256sum", hex.EncodeToString(sum[:]), "/etc/coffer", k.dir, "/var/lib/coffer", n.dir,
 		"--out sealed", "--out "+sealed, "--asset frontier-weights", "--asset hsm-model",
 	))

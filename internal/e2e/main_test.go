@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coffer-run/coffer/internal/docs/pages"
 	"github.com/coffer-run/coffer/internal/stack"
 	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
 )
@@ -129,12 +130,28 @@ func (n *node) up() (err error) {
 	if n.layout, err = stack.NewLayout(n.dir); err != nil {
 		return err
 	}
-	out, err := n.coffer("up", "--image", filepath.Join(os.Getenv("COFFER_IMAGES"), "numpy.tar"), "--tools", os.Getenv("COFFER_TOOLS"),
-		"--port-base", fmt.Sprint(n.portBase), "--faults")
+	script, err := pages.Of("internal/e2e up")
 	if err != nil {
+		return err
+	}
+	// Beside what the README says: ports of its own, and damaged evidence for other tests.
+	if out, err := n.readme(script, "--port-base", fmt.Sprint(n.portBase), "--faults"); err != nil {
 		return fmt.Errorf("%w\n%s", err, out)
 	}
 	return n.seal()
+}
+
+// readme types a command of the README, with more at its end.
+func (n *node) readme(script *pages.Script, more ...string) (string, error) {
+	c := script.Commands("README.md", "By hand")
+	if len(c) != 1 {
+		return "", fmt.Errorf("README.md: %d commands where one is expected", len(c))
+	}
+	line, found := strings.CutPrefix(strings.NewReplacer("build/tools", os.Getenv("COFFER_TOOLS"), "build/images", os.Getenv("COFFER_IMAGES")).Replace(c[0].Text), "sudo build/bin/coffer ")
+	if !found {
+		return "", fmt.Errorf("README.md: %q is not by the clone's coffer", c[0].Text)
+	}
+	return n.coffer(append(strings.Fields(line), more...)...)
 }
 
 // claimPorts finds a range that no other stack has. It is taken until the listener
@@ -203,7 +220,11 @@ func (n *node) down() error {
 		return nil
 	}
 	dir := n.dir
-	out, err := n.coffer("down")
+	script, err := pages.Of("internal/e2e down")
+	if err != nil {
+		return err
+	}
+	out, err := n.readme(script)
 	n.dir = ""
 	if err != nil {
 		return fmt.Errorf("%w\n%s", err, out)

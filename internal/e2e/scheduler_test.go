@@ -18,6 +18,7 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
 	"github.com/coffer-run/coffer/internal/daemon"
+	"github.com/coffer-run/coffer/internal/docs/pages"
 	"github.com/coffer-run/coffer/internal/stack"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 )
@@ -103,12 +104,13 @@ func TestSchedulerPage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
+	dir, typed := t.TempDir(), pages.For(t, "internal/e2e TestSchedulerPage")
 	script := "set -euo pipefail\n"
 	here := strings.NewReplacer("https://127.0.0.1:7443", e.Agent(), "/var/lib/coffer/pki", filepath.Join(n.dir, "pki"))
 	for _, m := range pageFence.FindAllStringSubmatch(string(page), -1) {
 		if m[1] == "sh" {
 			script += here.Replace(m[2])
+			typed.TypedFence("docs/scheduler.md", m[2])
 			continue
 		}
 		if err := os.WriteFile(filepath.Join(dir, "node.curl"), []byte(here.Replace(m[2])), 0o600); err != nil {

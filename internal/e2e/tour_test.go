@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/coffer-run/coffer/internal/docs/pages"
 )
 
 const tourPath = "../../docs/tour.md"
@@ -101,6 +103,10 @@ func TestTour(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(demo, "fine-tune-checkpoints"), 0o700); err != nil {
 		t.Fatal(err)
 	}
+	var typed *pages.Script
+	if !*update {
+		typed = pages.For(t, "internal/e2e TestTour")
+	}
 	vars := map[string]string{"STACK": n.dir, "DEMO": demo}
 	expand := func(s string) string { return os.Expand(s, func(k string) string { return vars[k] }) }
 	shown := strings.NewReplacer(demo, "/var/lib/coffer/demo", n.dir, "/var/lib/coffer", dir, ".")
@@ -127,9 +133,13 @@ func TestTour(t *testing.T) {
 		for _, r := range stable {
 			text = r.what.ReplaceAllString(text, r.is)
 		}
-		fmt.Fprintf(&b, "\n```text\n%s$ coffer %s\n%s", s.who, shown.Replace(os.Expand(s.args, func(k string) string {
-			return map[string]string{"STACK": "/var/lib/coffer", "DEMO": "/var/lib/coffer/demo"}[k] + map[string]string{"JOB": "JOB", "GRANT": "GRANT"}[k]
-		})), kept(text, s.keep))
+		line := "coffer " + os.Expand(s.args, func(k string) string {
+			return map[string]string{"STACK": "/var/lib/coffer", "DEMO": "/var/lib/coffer/demo", "JOB": "JOB", "GRANT": "GRANT"}[k]
+		})
+		if typed != nil {
+			typed.TypedFence("docs/tour.md", line+"\n")
+		}
+		fmt.Fprintf(&b, "\n```text\n%s$ %s\n%s", s.who, line, kept(text, s.keep))
 		if s.exit != 0 {
 			fmt.Fprintf(&b, "(exit code %d)\n", s.exit)
 		}
