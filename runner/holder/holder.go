@@ -130,7 +130,8 @@ func Start(ctx context.Context, c Config) (_ *Holder, err error) {
 		case <-exited:
 			return nil, fmt.Errorf("start holder: it ended at once; see %s", filepath.Join(c.RunDir, logName))
 		case <-ctx.Done():
-			return nil, fmt.Errorf("start holder: no answer: %w", err)
+			// A job that was told to end meanwhile has not failed: that must show.
+			return nil, fmt.Errorf("start holder: no answer: %w", errors.Join(ctx.Err(), err))
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
