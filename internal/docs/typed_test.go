@@ -66,13 +66,14 @@ func typist(by, text string) error {
 		if err != nil {
 			return err
 		}
-		m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(name) + `:(.*)$`).FindSubmatch(b)
-		if m == nil {
-			return fmt.Errorf("make has no target %s", name)
+		made := []string{name}
+		for i := 0; i < len(made); i++ {
+			if m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(made[i]) + `:([^#\n]*)`).FindSubmatch(b); m != nil {
+				made = append(made, strings.Fields(string(m[1]))...)
+			}
 		}
-		before, _, _ := strings.Cut(string(m[1]), "##")
 		for _, target := range words[1:] {
-			if !slices.Contains(strings.Fields(before), target) {
+			if !slices.Contains(made[1:], target) {
 				return fmt.Errorf("make %s does not make %s", name, target)
 			}
 		}
