@@ -22,6 +22,13 @@ import (
 // MaxLayers bounds the layers of an image.
 const MaxLayers = 128
 
+const (
+	// maxConfig bounds an image's configuration, in bytes: it is read into memory whole.
+	maxConfig = 8 << 20
+	// maxReferrers bounds what a registry may have to be looked at beside an image.
+	maxReferrers = 64
+)
+
 // nameAnnotation is under which name containerd's import stores an image.
 const nameAnnotation = "io.containerd.image.name"
 
@@ -46,7 +53,8 @@ type Image struct {
 // Registries is how images are fetched. The zero value fetches over HTTPS with the
 // machine's certificate authorities, without signing in.
 type Registries struct {
-	// Transport speaks to registries; nil means remote.DefaultTransport.
+	// Transport speaks to registries; nil means remote.DefaultTransport, but to no
+	// metadata service.
 	Transport http.RoundTripper
 	// Keychain has passwords and tokens; nil means none.
 	Keychain authn.Keychain
@@ -62,9 +70,9 @@ func (r Registries) Pull(ctx context.Context, ref string) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("image %.200q: want registry/repository@sha256:<digest>: %w", ref, err)
 	}
-	options := []remote.Option{remote.WithContext(ctx)}
-	if r.Transport != nil {
-		options = append(options, remote.WithTransport(r.Transport))
+	options := []remote.Option{remote.WithContext(ctx), remote.WithTransport(r.Transport)}
+	if r.Transport == nil {
+		options[1] = remote.WithTransport(toRegistries)
 	}
 	if r.Keychain != nil {
 		options = append(options, remote.WithAuthFromKeychain(r.Keychain))
@@ -133,6 +141,9 @@ func (r Registries) describe(ref string, img v1.Image) (*Image, error) {
 	if len(m.Layers) > MaxLayers {
 		return nil, fmt.Errorf("image %s has %d layers: at most %d are allowed", ref, len(m.Layers), MaxLayers)
 	}
+	if m.Config.Size > maxConfig {
+		return nil, fmt.Errorf("image %s has a configuration of %d bytes: at most %d are allowed", ref, m.Config.Size, maxConfig)
+	}
 	size := m.Config.Size
 	for _, l := range m.Layers {
 		if l.Size < 0 || size < 0 || size+l.Size < size {
@@ -156,9 +167,13 @@ func (i *Image) referrers(index v1.ImageIndex, subject *v1.Hash, fetch func(v1.H
 	wanted := func(mediaType string) bool {
 		return strings.HasPrefix(mediaType, BundleType) || mediaType == SBOMType || mediaType == SPDXType
 	}
+	looked := 0
 	for _, d := range m.Manifests {
 		if subject == nil && !wanted(d.ArtifactType) {
 			continue
+		}
+		if looked++; subject == nil && looked > maxReferrers {
+			return fmt.Errorf("more than %d manifests say that they are signatures", maxReferrers)
 		}
 		if subject != nil && d.Digest == *subject {
 			continue
