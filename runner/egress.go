@@ -306,10 +306,9 @@ func (e *jobEgress) saw(ev holdapi.Event, budget int64) *agentv1.EgressEvent {
 	defer e.mu.Unlock()
 	switch ev.Kind {
 	case bundle.EventExec:
-		// The kernel names a process after its program, cut to 15 bytes (prctl(2),
-		// PR_SET_NAME). Two programs of one name are told apart by nothing.
+		// The holder names a process after its program. Two programs of one name are
+		// told apart by nothing.
 		name := path.Base(ev.Detail)
-		name = name[:min(len(name), 15)]
 		if known, ok := e.programs[name]; ok && known != ev.Digest {
 			e.programs[name] = ""
 		} else if len(e.programs) < maxSuspects {

@@ -27,7 +27,7 @@ func TestWhoWasRefused(t *testing.T) {
 	}{
 		"the only program":                 {[]holdapi.Event{exec("/usr/bin/curl", "sha256:1"), connectTo(before(time.Second), proxy, "curl")}, "curl", "sha256:1"},
 		"the first one, without an exec":   {[]holdapi.Event{connectTo(before(time.Second), proxy, "python3")}, "python3", ""},
-		"a long name is cut":               {[]holdapi.Event{exec("/usr/bin/a-program-with-a-long-name", "sha256:1"), connectTo(before(time.Second), proxy, "a-program-with-")}, "a-program-with-", "sha256:1"},
+		"a long name":                      {[]holdapi.Event{exec("/usr/bin/a-program-with-a-long-name", "sha256:1"), connectTo(before(time.Second), proxy, "a-program-with-a-long-name")}, "a-program-with-a-long-name", "sha256:1"},
 		"two programs of one name":         {[]holdapi.Event{exec("/usr/bin/curl", "sha256:1"), exec("/tmp/curl", "sha256:2"), connectTo(before(time.Second), proxy, "curl")}, "curl", ""},
 		"one of two":                       {[]holdapi.Event{connectTo(before(time.Second), proxy, "curl"), connectTo(before(2*time.Second), proxy, "wget")}, "", ""},
 		"one before, another one too long": {[]holdapi.Event{connectTo(before(time.Second), proxy, "curl"), connectTo(before(time.Minute), proxy, "wget")}, "curl", ""},

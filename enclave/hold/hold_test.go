@@ -596,7 +596,7 @@ func TestTrace(t *testing.T) {
 		h := start(t)
 		tr := h.trace()
 		tr.start()
-		tr.send(pb.MessageType_MESSAGE_SENTRY_EXEC, &pb.ExecveInfo{BinaryPath: "/bin/sh", ContextData: &pb.ContextData{IsExecSession: true, ProcessName: "sh"}})
+		tr.send(pb.MessageType_MESSAGE_SENTRY_EXEC, &pb.ExecveInfo{BinaryPath: "/bin/sh", ContextData: &pb.ContextData{IsExecSession: true, ProcessName: "sh", ThreadGroupId: 1}})
 		tr.send(pb.MessageType_MESSAGE_SYSCALL_CONNECT, &pb.Connect{Address: []byte{2, 0, 0, 80, 10, 1, 2, 3}})
 		for _, b := range [][]byte{{1}, {0, 0, 1, 0, 0, 0, 0, 0}, {0xff, 0xff, 1, 0, 0, 0, 0, 0}, {8, 0, 3, 0, 0, 0, 0, 0, 0xff}} {
 			_, err := tr.c.Write(b)
@@ -610,7 +610,7 @@ func TestTrace(t *testing.T) {
 			must(t, err)
 			return len(evs) == 4
 		})
-		if evs[1].Kind != "operator-exec" || evs[1].Process != "sh" || evs[2].Kind != "connect" || evs[2].Detail != "10.1.2.3:80" || evs[3].Kind != "ptrace" {
+		if evs[1].Kind != "operator-exec" || evs[1].Process != "" || evs[2].Kind != "connect" || evs[2].Detail != "10.1.2.3:80" || evs[3].Kind != "ptrace" {
 			t.Errorf("%+v", evs)
 		}
 	})

@@ -53,6 +53,7 @@ type trace struct {
 	uncounted bool
 	execs     int64
 	dropped   int64
+	groups    groups
 }
 
 func listenTrace(path string, events *eventLog, watched opens, grace time.Duration, log *slog.Logger) (*trace, error) {
@@ -236,7 +237,7 @@ func (t *trace) message(b []byte) error {
 		}
 		t.events.add(holdapi.Event{Kind: "container-start", Detail: m.Id, UnixNano: m.ContextData.GetTimeNs()})
 		t.mu.Lock()
-		t.tasks, t.ended = 1, false
+		t.tasks, t.ended, t.groups = 1, false, startGroups(&m)
 		if !isClosed(t.started) {
 			close(t.started)
 		}
@@ -247,20 +248,20 @@ func (t *trace) message(b []byte) error {
 			return fmt.Errorf("sentry/clone: %w", err)
 		}
 		t.session(m.ContextData, "a new task")
-		t.count(1)
+		t.count(1, func(g groups) { g.clone(&m) })
 	case pb.MessageType_MESSAGE_SENTRY_TASK_EXIT:
 		var m pb.TaskExit
 		if err := proto.Unmarshal(body, &m); err != nil {
 			return fmt.Errorf("sentry/task_exit: %w", err)
 		}
 		t.session(m.ContextData, "the end of a task")
-		t.count(-1)
+		t.count(-1, func(g groups) { g.exit(&m) })
 	case pb.MessageType_MESSAGE_SENTRY_EXEC:
 		var m pb.ExecveInfo
 		if err := proto.Unmarshal(body, &m); err != nil {
 			return fmt.Errorf("sentry/execve: %w", err)
 		}
-		e := holdapi.Event{Kind: "exec", Detail: m.BinaryPath, Process: m.ContextData.GetProcessName(), UnixNano: m.ContextData.GetTimeNs()}
+		e := holdapi.Event{Kind: "exec", Detail: m.BinaryPath, Process: t.program(m.ContextData), UnixNano: m.ContextData.GetTimeNs()}
 		if len(m.BinarySha256) > 0 {
 			e.Digest = "sha256:" + hex.EncodeToString(m.BinarySha256)
 		}
@@ -271,6 +272,7 @@ func (t *trace) message(b []byte) error {
 		t.mu.Lock()
 		t.execs++
 		t.uncounted = t.uncounted || session
+		t.groups.exec(&m)
 		t.mu.Unlock()
 		t.events.add(e)
 	case pb.MessageType_MESSAGE_SYSCALL_OPEN:
@@ -279,20 +281,20 @@ func (t *trace) message(b []byte) error {
 			return fmt.Errorf("syscall/open: %w", err)
 		}
 		if p, watched := t.opens.look(&m); watched {
-			t.events.add(holdapi.Event{Kind: "open", Detail: p, Process: m.ContextData.GetProcessName(), UnixNano: m.ContextData.GetTimeNs()})
+			t.events.add(holdapi.Event{Kind: "open", Detail: p, Process: t.program(m.ContextData), UnixNano: m.ContextData.GetTimeNs()})
 		}
 	case pb.MessageType_MESSAGE_SYSCALL_CONNECT:
 		var m pb.Connect
 		if err := proto.Unmarshal(body, &m); err != nil {
 			return fmt.Errorf("syscall/connect: %w", err)
 		}
-		t.events.add(holdapi.Event{Kind: "connect", Detail: sockaddr(m.Address), Process: m.ContextData.GetProcessName(), UnixNano: m.ContextData.GetTimeNs()})
+		t.events.add(holdapi.Event{Kind: "connect", Detail: sockaddr(m.Address), Process: t.program(m.ContextData), UnixNano: m.ContextData.GetTimeNs()})
 	case pb.MessageType_MESSAGE_SYSCALL_PTRACE:
 		var m pb.Ptrace
 		if err := proto.Unmarshal(body, &m); err != nil {
 			return fmt.Errorf("syscall/ptrace: %w", err)
 		}
-		t.events.add(holdapi.Event{Kind: "ptrace", Detail: fmt.Sprintf("request %d on pid %d", m.Request, m.Pid), Process: m.ContextData.GetProcessName(), UnixNano: m.ContextData.GetTimeNs()})
+		t.events.add(holdapi.Event{Kind: "ptrace", Detail: fmt.Sprintf("request %d on pid %d", m.Request, m.Pid), Process: t.program(m.ContextData), UnixNano: m.ContextData.GetTimeNs()})
 	default:
 	}
 	return nil
@@ -308,14 +310,15 @@ func (t *trace) session(c *pb.ContextData, what string) {
 	t.mu.Lock()
 	t.uncounted = true
 	t.mu.Unlock()
-	t.events.add(holdapi.Event{Kind: "operator-exec", Detail: what, Process: c.GetProcessName(), UnixNano: c.GetTimeNs()})
+	t.events.add(holdapi.Event{Kind: "operator-exec", Detail: what, Process: t.program(c), UnixNano: c.GetTimeNs()})
 }
 
 // count follows the living tasks, so that the end of the last one is told from a
 // trace that was cut.
-func (t *trace) count(n int64) {
+func (t *trace) count(n int64, note func(groups)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	note(t.groups)
 	t.tasks += n
 	t.ended = t.tasks <= 0
 }

@@ -141,9 +141,11 @@ func TestEventsAreBounded(t *testing.T) {
 
 func FuzzTraceMessage(f *testing.F) {
 	f.Add(packet(f, pb.MessageType_MESSAGE_CONTAINER_START, &pb.Start{Id: "c"}))
-	f.Add(packet(f, pb.MessageType_MESSAGE_SENTRY_EXEC, &pb.ExecveInfo{BinaryPath: "/bin/x", ContextData: &pb.ContextData{ProcessName: "x"}}))
+	f.Add(packet(f, pb.MessageType_MESSAGE_SENTRY_EXEC, &pb.ExecveInfo{BinaryPath: "/bin/x", ContextData: &pb.ContextData{ThreadGroupId: 1}}))
 	f.Add(packet(f, pb.MessageType_MESSAGE_SYSCALL_CONNECT, &pb.Connect{Address: []byte{1, 0, '/', 'x', 0}}))
 	f.Add(packet(f, pb.MessageType_MESSAGE_SYSCALL_PTRACE, &pb.Ptrace{}))
+	f.Add(packet(f, pb.MessageType_MESSAGE_SENTRY_CLONE, &pb.CloneInfo{CreatedThreadGroupId: 2}))
+	f.Add(packet(f, pb.MessageType_MESSAGE_SENTRY_TASK_EXIT, &pb.TaskExit{}))
 	f.Fuzz(func(_ *testing.T, b []byte) {
 		tr := &trace{started: make(chan struct{}), finished: make(chan struct{}), lost: make(chan struct{}), events: newEventLog(time.Now)}
 		_ = tr.message(b)

@@ -121,9 +121,11 @@ type traceSink struct {
 // container/start to arrive before it hands anything over. With opens, it is told of
 // every file that is opened, and picks.
 func trace(endpoint string, opens bool) ([]byte, error) {
-	who := []string{"time", "container_id", "process_name", "is_exec_session"}
+	// No process_name: a job gives itself one, and the runtime drops a message in which
+	// text is no UTF-8. The receiver names programs by the groups of their threads.
+	who := []string{"time", "container_id", "group_id", "is_exec_session"}
 	points := []tracePoint{
-		{Name: "container/start", Context: []string{"time", "container_id"}},
+		{Name: "container/start", Context: []string{"time", "container_id", "group_id"}},
 		{Name: "sentry/execve", Optional: []string{"binary_sha256"}, Context: who},
 		// Clones and exits tell the end of the last task from a trace that was cut.
 		{Name: "sentry/clone", Context: who},
@@ -133,7 +135,7 @@ func trace(endpoint string, opens bool) ([]byte, error) {
 		{Name: "syscall/ptrace/enter", Context: who},
 	}
 	if opens {
-		at := []string{"time", "process_name", "cwd"}
+		at := []string{"time", "group_id", "cwd"}
 		points = append(points, tracePoint{Name: "syscall/open/enter", Context: at},
 			tracePoint{Name: "syscall/openat/enter", Optional: []string{"fd_path"}, Context: at})
 	}
