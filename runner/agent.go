@@ -70,6 +70,9 @@ type Deps struct {
 	Holder string
 	// RunDir holds a directory per running job.
 	RunDir string
+	// WarmRegions are the sizes, in bytes, of the regions that one holder makes ready
+	// for the next job while no job runs; none: no holder is started before its job.
+	WarmRegions []int64
 	// Room bounds the jobs that run at once. What is zero is the machine's memory,
 	// four times its cores, and DefaultJobs.
 	Room Room
@@ -117,6 +120,7 @@ type Agent struct {
 	queue   *queue
 
 	machine *device.Machine
+	warm    *warm
 	// predicting has a value while a prediction is made.
 	predicting chan struct{}
 
@@ -163,9 +167,13 @@ func Open(ctx context.Context, d Deps) (*Agent, error) {
 		Deps: d, log: d.Log, profile: profile, uuids: uuids, queue: newQueue(room, uuids, queues), machine: device.New(d.GPUs, uuids, device.Defaults), live: map[string]*Job{}, ended: map[string]*feed{}, predicting: make(chan struct{}, 1),
 	}
 	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
+	if a.warm, err = a.openWarm(ctx); err != nil {
+		return nil, fmt.Errorf("open agent: %w", err)
+	}
 	if err := a.takeUp(ctx); err != nil {
 		return nil, err
 	}
+	a.warmUp()
 	a.jobs.Go(func() { a.renewals(a.ctx) }) //nolint:contextcheck // for as long as the agent runs
 	a.jobs.Go(func() { a.sweeps(a.ctx) })   //nolint:contextcheck // for as long as the agent runs
 	return a, nil
@@ -175,6 +183,7 @@ func Open(ctx context.Context, d Deps) (*Agent, error) {
 func (a *Agent) Close() {
 	a.stop(errShutdown)
 	a.jobs.Wait()
+	a.coolDown()
 }
 
 // Job is a job that was admitted. Only Submit and an agent's restart make one.
@@ -527,6 +536,7 @@ func (a *Agent) giveBack(j *Job) {
 	if j.placed {
 		a.queue.leave(j.place)
 	}
+	a.warmUp()
 }
 
 // maxRemembered bounds how many ended jobs keep their log lines in memory.

@@ -117,7 +117,7 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	h, err := holder.Start(ctx, holder.Config{
+	h, settle, err := a.startHolder(ctx, j, cgroup, holder.Config{
 		Path: a.Holder, RunDir: j.runDir, JobID: j.id, UID: sandbox.UID, GID: sandbox.GID, LogBytes: j.plan.Output.LogBytes, LogRate: j.plan.Output.LogRate(), Metrics: j.plan.Output.Metrics,
 		RegionBytes: regionBytes(j.plan.Resources), NearNode: j.nearNode(), WatchOpen: a.Rules.Opens(), Join: cgroup.Add, Procs: cgroup.Procs,
 	})
@@ -142,6 +142,9 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 	}
 	if len(binds) > 0 {
 		binds = append(binds, sandbox.Bind{Source: filepath.Join(j.runDir, holdapi.RegionsDir), Target: sandbox.RegionsMount})
+	}
+	if err := settle(ctx); err != nil {
+		return nil, "", err
 	}
 	if secrets > 0 {
 		binds = append(binds, sandbox.Bind{Source: filepath.Join(j.runDir, holdapi.InputsName, holdapi.SecretsName), Target: plan.SecretsMount})

@@ -1,5 +1,6 @@
 // Command coffer-holder holds one job's keys and plaintext: the agent starts one
-// for each job and speaks to it over a unix socket.
+// for each job and speaks to it over a unix socket. With "wait" it is started
+// before there is a job, makes memory ready, and is told of its job later.
 package main
 
 import (
@@ -15,7 +16,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/coffer-run/coffer/enclave/dma"
 	"github.com/coffer-run/coffer/enclave/hold"
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 )
 
 func main() {
@@ -35,16 +38,28 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 			log.ErrorContext(ctx, "holder ended", "error", err)
 		}
 	}()
-	cfg, err := parse(args)
-	if err != nil {
-		return err
-	}
-	cfg.Log = log.With("job", cfg.JobID)
-	// The FUSE library writes to the log package.
-	slog.SetDefault(cfg.Log)
 	if err := hold.Harden(); err != nil {
 		return err
 	}
+	var reserve *dma.Reserve
+	if len(args) > 0 && args[0] == holdapi.WaitArg {
+		args, reserve, err = wait(ctx, args[1:], log)
+		if errors.Is(err, io.EOF) {
+			log.InfoContext(ctx, "there is no job for this holder")
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	cfg, err := parse(args)
+	if err != nil {
+		return errors.Join(err, reserve.Close())
+	}
+	cfg.Reserve = reserve
+	cfg.Log = log.With("job", cfg.JobID)
+	// The FUSE library writes to the log package.
+	slog.SetDefault(cfg.Log)
 	h, err := hold.Create(ctx, cfg)
 	if err != nil {
 		return err

@@ -18,7 +18,7 @@ import (
 )
 
 // Config is the agent's configuration file. Every field but FirmwareLog, Sources,
-// Capacity, LogBytes and Access is required.
+// Capacity, WarmRegions, LogBytes and Access is required.
 type Config struct {
 	// Listen is the API's address.
 	Listen string     `json:"listen"`
@@ -66,6 +66,10 @@ type Config struct {
 	Capacity runner.Room `json:"capacity,omitzero"`
 	// Queues divide the node between its users. One for everybody if absent.
 	Queues []runner.Queue `json:"queues,omitempty"`
+	// WarmRegions are sizes, in bytes, of regions that a holder makes ready for the
+	// next job's inputs while no job runs. They are a part of the memory of Capacity,
+	// and a job that needs it has it first. None if absent.
+	WarmRegions []int64 `json:"warmRegions,omitempty"`
 	// LogBytes bounds the kept logs of ended jobs; default 1 GiB.
 	LogBytes int64 `json:"logBytes,omitempty"`
 	// Access lets people call with tokens; without it certificates alone do.

@@ -145,7 +145,7 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 		Images:    images,
 		Egress:    network,
 		Rules:     set, Alerts: told,
-		Room: cfg.Capacity, Queues: cfg.Queues, Logs: kept, Values: values,
+		Room: cfg.Capacity, Queues: cfg.Queues, WarmRegions: cfg.WarmRegions, Logs: kept, Values: values,
 		Holder: cfg.Holder, RunDir: cfg.RunDir, Cgroup: cfg.Cgroup, Name: cfg.Node, Version: version(), Log: log,
 	})
 	if err != nil {

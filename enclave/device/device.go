@@ -175,11 +175,12 @@ func (m *Machine) Begin(ctx context.Context, uuids []string) (*Use, error) {
 	for _, u := range uuids {
 		m.used[u], m.clean[u] = true, false
 	}
-	return &Use{m: m, uuids: slices.Clone(uuids), path: path, near: near(st.GPUs)}, nil
+	return &Use{m: m, uuids: slices.Clone(uuids), path: path, near: Near(st.GPUs)}, nil
 }
 
-// near is the node that all of gpus are near to, or 0.
-func near(gpus []GPU) int {
+// Near is where all of gpus are near to: 1 more than the number of the memory node,
+// or 0.
+func Near(gpus []GPU) int {
 	if len(gpus) == 0 {
 		return 0
 	}

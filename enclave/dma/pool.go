@@ -13,8 +13,8 @@ import (
 // A pool belongs to one process, and the process that holds a job's plaintext is
 // that job's alone. A pool for a whole node would need a process that outlives
 // jobs, which lends regions out with their only writable map, and which a job has
-// to trust with its plaintext. Pages are prefaulted within the job instead, while
-// it attests.
+// to trust with its plaintext. What can be made ready before there is a job is a
+// Reserve, by the process that becomes its holder.
 type Pool struct {
 	mu sync.Mutex
 	// limit bounds held; none if zero or less.
@@ -54,23 +54,8 @@ func (p *Pool) Get(name string, size int64) (*Region, error) {
 		p.free[size] = l[:len(l)-1]
 		return r, nil
 	}
-	if p.limit > 0 {
-		if size > p.limit {
-			return nil, ErrFull
-		}
-		for s, l := range p.free {
-			for len(l) > 0 && p.held+size > p.limit {
-				r := l[len(l)-1]
-				l = l[:len(l)-1]
-				p.free[s] = l
-				if err := p.drop(r); err != nil {
-					return nil, err
-				}
-			}
-		}
-		if p.held+size > p.limit {
-			return nil, ErrFull
-		}
+	if err := p.room(size); err != nil {
+		return nil, err
 	}
 	r, err := New(name, size)
 	if err != nil {
@@ -83,6 +68,45 @@ func (p *Pool) Get(name string, size int64) (*Region, error) {
 	p.live[r] = true
 	p.held += size
 	return r, nil
+}
+
+// Take returns a region of size bytes out of a reserve, or nil if it has none that
+// suits or the bound leaves no room.
+func (p *Pool) Take(s *Reserve, size int64) *Region {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed || p.room(size) != nil {
+		return nil
+	}
+	r := s.take(size)
+	if r != nil {
+		p.live[r] = true
+		p.held += size
+	}
+	return r
+}
+
+// room gives free regions up until size bytes fit. p.mu is held.
+func (p *Pool) room(size int64) error {
+	if p.limit > 0 {
+		if size > p.limit {
+			return ErrFull
+		}
+		for s, l := range p.free {
+			for len(l) > 0 && p.held+size > p.limit {
+				r := l[len(l)-1]
+				l = l[:len(l)-1]
+				p.free[s] = l
+				if err := p.drop(r); err != nil {
+					return err
+				}
+			}
+		}
+		if p.held+size > p.limit {
+			return ErrFull
+		}
+	}
+	return nil
 }
 
 // Put scrubs a region and takes it back. ErrShared means that it cannot be taken

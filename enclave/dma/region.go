@@ -62,7 +62,20 @@ var (
 // is there, kept out of core dumps, and sealed against every other writer. It is
 // an error if memory cannot be locked, for plaintext must not be swapped out.
 // Pages come with Prefault, or as Fill reaches them.
-func New(name string, size int64) (_ *Region, err error) {
+func New(name string, size int64) (*Region, error) {
+	r, err := unsealed(name, size)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.seal(); err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	return r, nil
+}
+
+// unsealed makes a region that is all that New says but sealed: its length can
+// still change, and nobody can read it.
+func unsealed(name string, size int64) (_ *Region, err error) {
 	if size < 0 || int64(int(size)) != size {
 		return nil, fmt.Errorf("region of %d bytes", size)
 	}
@@ -75,7 +88,7 @@ func New(name string, size int64) (_ *Region, err error) {
 		_ = first.Close()
 		return nil, fmt.Errorf("size region: %w", err)
 	}
-	r := &Region{size: size, alloc: first, in: make([]atomic.Bool, (size+piece-1)/piece)}
+	r := &Region{size: size, alloc: first, in: make([]atomic.Bool, pieces(size))}
 	defer func() {
 		if err != nil {
 			_ = r.Close()
@@ -94,21 +107,33 @@ func New(name string, size int64) (_ *Region, err error) {
 			return nil, fmt.Errorf("lock region of %d bytes (is RLIMIT_MEMLOCK too small?): %w", size, err)
 		}
 	}
-	// F_SEAL_WRITE would need this map gone, and then nobody could scrub.
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_FUTURE_WRITE|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
-		return nil, fmt.Errorf("seal region: %w", err)
-	}
-	if r.ro, err = reopen(first); err != nil {
-		return nil, err
-	}
-	if size < allocAhead {
-		if err := first.Close(); err != nil {
-			return nil, fmt.Errorf("close region: %w", err)
-		}
-		r.alloc = nil
-	}
 	return r, nil
 }
+
+// seal keeps the region's length, and everyone but its one map from writing. It
+// can be read from then on.
+func (r *Region) seal() error {
+	// F_SEAL_WRITE would need this map gone, and then nobody could scrub.
+	if _, err := unix.FcntlInt(r.alloc.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_FUTURE_WRITE|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
+		return fmt.Errorf("seal region: %w", err)
+	}
+	var err error
+	if r.ro, err = reopen(r.alloc); err != nil {
+		return err
+	}
+	if r.size >= allocAhead {
+		return nil
+	}
+	err = r.alloc.Close()
+	r.alloc = nil
+	if err != nil {
+		return fmt.Errorf("close region: %w", err)
+	}
+	return nil
+}
+
+// pieces is how many pieces a region of size bytes has.
+func pieces(size int64) int64 { return (size + piece - 1) / piece }
 
 func reopen(f *os.File) (*os.File, error) {
 	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.O_RDONLY|unix.O_CLOEXEC, 0)

@@ -229,9 +229,9 @@ func (h *Holder) addResume(ctx context.Context, folder *seal.Folder, root *os.Ro
 	}
 	in := &heldInput{
 		Input: holdapi.Input{Name: resumeInput, Asset: folder.Manifest().Asset, Digest: folder.Digest()}, root: root, folder: folder,
-		prepared: make([]*dma.Region, len(sizes)), done: make(chan struct{}),
+		prepared: make([]*dma.Region, len(sizes)), done: make(chan struct{}), sizes: sizes,
 	}
-	h.prepare(in, sizes) //nolint:contextcheck // it ends with the job, not with the request
+	h.plan(in) //nolint:contextcheck // it ends with the job, not with the request
 	h.inputs = append(h.inputs, in)
 	h.inputFS.share(resumeInput, h.ckptFS.showResume(ctx, h.inputFS))
 	return nil

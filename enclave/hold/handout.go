@@ -137,7 +137,7 @@ func (h *handout) serve(c *net.UnixConn) {
 			return
 		}
 		// Descriptors from a job are nobody's to use.
-		fds, err := descriptors(oob[:oobn])
+		fds, err := holdapi.Descriptors(oob[:oobn])
 		for _, f := range fds {
 			_ = f.Close()
 		}

@@ -84,6 +84,9 @@ type Config struct {
 	// NearNode is 1 more than the number of the memory node that regions should lie
 	// on; 0: any.
 	NearNode int
+	// Reserve is memory that was made ready for the inputs; nil: none. It becomes
+	// the holder's.
+	Reserve *dma.Reserve
 	// Procs is cgroup.procs of the job's control group, in which this process is
 	// too. When the lease is over, all others in it are killed. It becomes the
 	// holder's.
@@ -115,8 +118,10 @@ type heldInput struct {
 	// prepared are regions by place in the manifest, nil where there is none. They
 	// are read once done is closed, which follows stop.
 	prepared []*dma.Region
-	stop     context.CancelFunc
+	stop     context.CancelFunc // nil before prepare
 	done     chan struct{}
+	// sizes are those of its files, in bytes.
+	sizes []int64
 }
 
 type heldSink struct {
@@ -157,6 +162,7 @@ type Holder struct {
 	mu       sync.Mutex
 	keys     map[string]heldKey
 	inputs   []*heldInput
+	reserve  *dma.Reserve // nil once it is settled
 	sink     *heldSink
 	resume   resume
 	reseal   reseal
@@ -166,7 +172,7 @@ type Holder struct {
 	result   holdapi.Decrypted
 	failure  error
 	demand   *demand // nil if inputs are resident
-	planned  int64   // bytes of the regions that inputs prepared
+	planned  int64   // bytes of all inputs' files
 	commits  []holdapi.Checkpoint
 	finished chan struct{} // closed when Finish is over; nil before it began
 	scrubbed bool
@@ -189,7 +195,7 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 	cfg.StartWait = cmp.Or(cfg.StartWait, DefaultStartWait)
 	cfg.TraceGrace = cmp.Or(cfg.TraceGrace, DefaultTraceGrace)
 	cfg.LogRate = cmp.Or(cfg.LogRate, plan.DefaultLogBytesPerSecond)
-	h := &Holder{cfg: cfg, log: cfg.Log, keys: map[string]heldKey{}, events: newEventLog(time.Now), budget: newBudget(cfg.LogBytes, cfg.LogRate, time.Now), begun: make(chan struct{}), filled: make(chan struct{}), first: openFirst, pool: dma.NewPool(cfg.RegionBytes)}
+	h := &Holder{cfg: cfg, log: cfg.Log, keys: map[string]heldKey{}, events: newEventLog(time.Now), budget: newBudget(cfg.LogBytes, cfg.LogRate, time.Now), begun: make(chan struct{}), filled: make(chan struct{}), first: openFirst, pool: dma.NewPool(cfg.RegionBytes), reserve: cfg.Reserve}
 	h.pool.Near(cfg.NearNode)
 	// The job's end is said by an operation, not by the caller's context.
 	h.ending, h.end = context.WithCancel(context.WithoutCancel(ctx))
@@ -451,8 +457,8 @@ func (h *Holder) input(ctx context.Context, in holdapi.Input, root *os.Root) (er
 			return err
 		}
 	}
-	held := &heldInput{Input: in, root: root, folder: folder, prepared: make([]*dma.Region, len(sizes)), done: make(chan struct{})}
-	h.prepare(held, sizes) //nolint:contextcheck // it ends with the job, not with the request
+	held := &heldInput{Input: in, root: root, folder: folder, prepared: make([]*dma.Region, len(sizes)), done: make(chan struct{}), sizes: sizes}
+	h.plan(held) //nolint:contextcheck // it ends with the job, not with the request
 	h.inputs = append(h.inputs, held)
 	if in.Secret {
 		h.inputFS.addSecret(ctx, in.Name)
@@ -462,15 +468,23 @@ func (h *Holder) input(ctx context.Context, in holdapi.Input, root *os.Root) (er
 	return nil
 }
 
-// prepare makes regions while the job attests, for new memory comes slower than
-// the cipher fills it. Half the cores do it: the others have work. h.mu is held.
-func (h *Holder) prepare(in *heldInput, sizes []int64) {
-	ctx, stop := context.WithCancel(h.ending)
-	in.stop = stop
-	for _, n := range sizes {
+// plan counts an input, and prepares it unless there is a reserve: then that waits
+// until all inputs are known. h.mu is held.
+func (h *Holder) plan(in *heldInput) {
+	for _, n := range in.sizes {
 		h.planned += n
 	}
-	if h.cfg.RegionBytes > 0 && h.planned > h.cfg.RegionBytes {
+	if h.reserve == nil {
+		h.prepare(in)
+	}
+}
+
+// prepare makes regions while the job attests, for new memory comes slower than
+// the cipher fills it. Half the cores do it: the others have work. h.mu is held.
+func (h *Holder) prepare(in *heldInput) {
+	ctx, stop := context.WithCancel(h.ending)
+	in.stop = stop
+	if !h.resident() {
 		stop()
 		close(in.done)
 		return
@@ -479,14 +493,16 @@ func (h *Holder) prepare(in *heldInput, sizes []int64) {
 	go func() {
 		defer close(in.done)
 		defer stop()
-		for i, n := range sizes {
+		for i, n := range in.sizes {
 			if n < minPrefault || ctx.Err() != nil {
 				continue
 			}
-			r, err := h.pool.Get(regionName, n)
+			var err error
+			if in.prepared[i] == nil {
+				in.prepared[i], err = h.pool.Get(regionName, n)
+			}
 			if err == nil {
-				in.prepared[i] = r
-				err = r.Prefault(ctx, workers)
+				err = in.prepared[i].Prefault(ctx, workers)
 			}
 			if err != nil {
 				// Whoever fills the region meets the same error, and it counts there.
@@ -499,8 +515,14 @@ func (h *Holder) prepare(in *heldInput, sizes []int64) {
 	}()
 }
 
+// resident says whether the inputs so far fit into memory together. h.mu is held.
+func (h *Holder) resident() bool { return h.cfg.RegionBytes <= 0 || h.planned <= h.cfg.RegionBytes }
+
 // unprepare ends prepare.
 func (in *heldInput) unprepare() {
+	if in.stop == nil {
+		return
+	}
 	in.stop()
 	<-in.done
 }
@@ -547,7 +569,7 @@ func (h *Holder) decrypt(ctx context.Context) (holdapi.Decrypted, error) {
 		defer h.mu.Unlock()
 		return h.result, h.failure
 	}
-	if err := h.running(); err != nil {
+	if err := errors.Join(h.running(), h.share()); err != nil { //nolint:contextcheck // it ends with the job, not with the request
 		h.mu.Unlock()
 		return holdapi.Decrypted{}, err
 	}
@@ -872,7 +894,7 @@ func (h *Holder) release(ctx context.Context) error {
 	if h.demand != nil {
 		errs = append(errs, h.demand.close())
 	}
-	errs = append(errs, h.pool.Close())
+	errs = append(errs, h.reserve.Close(), h.pool.Close())
 	for _, k := range h.keys {
 		k.key.Destroy()
 	}

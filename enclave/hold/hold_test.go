@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -112,6 +113,20 @@ type holder struct {
 
 func start(t *testing.T, args ...string) *holder {
 	t.Helper()
+	h := launch(t, nil, func(h *holder) []string { return append(append(h.args(), "--procs", "3"), args...) })
+	h.attach()
+	return h
+}
+
+// args are those of a job, but for the list of its processes.
+func (h *holder) args() []string {
+	return []string{"--run", h.run, "--job", jobID, "--uid", "65532", "--gid", "65532", "--log-bytes", "1000"}
+}
+
+// launch starts the program with one descriptor, which is the list of the job's
+// processes if fd is nil.
+func launch(t *testing.T, fd *os.File, args func(h *holder) []string) *holder {
+	t.Helper()
 	needRoot(t)
 	run, err := os.MkdirTemp("/tmp", "coffer-run-")
 	must(t, err)
@@ -120,10 +135,14 @@ func start(t *testing.T, args ...string) *holder {
 	h.procs, err = os.CreateTemp(t.TempDir(), "procs")
 	must(t, err)
 	t.Cleanup(func() { _ = h.procs.Close() })
-	h.cmd = exec.Command(holderBinary(t), append([]string{"--run", run, "--job", jobID, "--uid", "65532", "--gid", "65532", "--log-bytes", "1000", "--procs", "3"}, args...)...)
-	h.cmd.ExtraFiles = []*os.File{h.procs}
+	if fd == nil {
+		fd = h.procs
+	}
+	h.cmd = exec.Command(holderBinary(t), args(h)...)
+	h.cmd.ExtraFiles = []*os.File{fd}
 	h.cmd.Stderr = h.log
 	h.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: syscall.CLONE_NEWNET}
+	must(t, unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC))
 	must(t, h.cmd.Start())
 	t.Cleanup(func() {
 		_ = h.cmd.Process.Kill()
@@ -143,14 +162,20 @@ func start(t *testing.T, args ...string) *holder {
 			t.Log(h.log)
 		}
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
-	h.c, err = holdapi.DialWait(ctx, run)
-	must(t, err)
-	t.Cleanup(func() { _ = h.c.Close() })
-	h.hi, err = h.c.Hello(ctx)
-	must(t, err)
 	return h
+}
+
+// attach connects to a holder that has its job.
+func (h *holder) attach() {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
+	defer cancel()
+	var err error
+	h.c, err = holdapi.DialWait(ctx, h.run)
+	must(h.t, err)
+	h.t.Cleanup(func() { _ = h.c.Close() })
+	h.hi, err = h.c.Hello(ctx)
+	must(h.t, err)
 }
 
 func (h *holder) path(p ...string) string { return filepath.Join(append([]string{h.run}, p...)...) }

@@ -113,7 +113,7 @@ func (h *Holder) conn(ctx context.Context, c *net.UnixConn, stop func()) {
 		if err != nil || n == 0 {
 			return
 		}
-		fds, err := descriptors(oob[:oobn])
+		fds, err := holdapi.Descriptors(oob[:oobn])
 		var res holdapi.Response
 		exit := false
 		switch {
@@ -140,25 +140,6 @@ func (h *Holder) conn(ctx context.Context, c *net.UnixConn, stop func()) {
 			return
 		}
 	}
-}
-
-func descriptors(oob []byte) ([]*os.File, error) {
-	ms, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, err
-	}
-	var out []*os.File
-	for _, m := range ms {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			return out, err
-		}
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-			out = append(out, os.NewFile(uintptr(fd), "received"))
-		}
-	}
-	return out, nil
 }
 
 func failed(err error) holdapi.Response {
@@ -210,6 +191,8 @@ func (h *Holder) answer(ctx context.Context, b []byte, fds []*os.File) (res hold
 		if root, err = openFolder(fds[0]); err == nil {
 			err = h.input(ctx, *q.Input, root)
 		}
+	case holdapi.OpSettle:
+		err = h.settle() //nolint:contextcheck // it ends with the job, not with the request
 	case holdapi.OpSink:
 		var root *os.Root
 		if root, err = openFolder(fds[0]); err == nil {
@@ -289,7 +272,7 @@ func checkParts(q holdapi.Request, fds int) error {
 	}
 	want := 0
 	switch q.Op {
-	case holdapi.OpHello, holdapi.OpLease, holdapi.OpDecrypt, holdapi.OpStatus, holdapi.OpFinish, holdapi.OpExit:
+	case holdapi.OpHello, holdapi.OpLease, holdapi.OpSettle, holdapi.OpDecrypt, holdapi.OpStatus, holdapi.OpFinish, holdapi.OpExit:
 	case holdapi.OpInput, holdapi.OpSink, holdapi.OpResume, holdapi.OpResealSource, holdapi.OpReseal:
 		want = 1
 		if q.Resume != nil && q.Resume.Nothing {

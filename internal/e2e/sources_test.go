@@ -109,6 +109,12 @@ func TestInputsFromS3(t *testing.T) {
 // configureAgent gives the agent sources until the test ends.
 func (n *node) configureAgent(t *testing.T, sources map[string]any) {
 	t.Helper()
+	n.configureAgentWith(t, "sources", sources)
+}
+
+// configureAgentWith sets one field of the agent's configuration until the test ends.
+func (n *node) configureAgentWith(t *testing.T, field string, value any) {
+	t.Helper()
 	path := filepath.Join(n.dir, "config", "cofferd.json")
 	old, err := os.ReadFile(path)
 	if err != nil {
@@ -118,7 +124,7 @@ func (n *node) configureAgent(t *testing.T, sources map[string]any) {
 	if err := json.Unmarshal(old, &c); err != nil {
 		t.Fatal(err)
 	}
-	c["sources"] = sources
+	c[field] = value
 	b, err := json.Marshal(c)
 	if err != nil {
 		t.Fatal(err)

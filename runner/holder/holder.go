@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -58,6 +59,23 @@ type Config struct {
 	// Procs opens the list of the processes in that cgroup. The holder gets it, to
 	// end the job when its lease is over and no agent is there.
 	Procs func() (*os.File, error)
+	// Warm becomes the holder; nil: Path is started.
+	Warm *Warm
+}
+
+// args are the holder's, without --procs.
+func (c Config) args() []string {
+	out := []string{
+		"--run", c.RunDir, "--job", c.JobID, "--uid", strconv.Itoa(c.UID), "--gid", strconv.Itoa(c.GID),
+		"--log-bytes", strconv.FormatInt(c.LogBytes, 10), "--log-rate", strconv.FormatInt(c.LogRate, 10), "--region-bytes", strconv.FormatInt(c.RegionBytes, 10), "--near-node", strconv.Itoa(c.NearNode),
+	}
+	if m := c.Metrics; m != nil {
+		out = append(out, "--metrics", fmt.Sprintf("%d,%d,%s", m.MaxValues, m.ValuesPerSecond, strings.Join(m.Names, ",")))
+	}
+	for _, glob := range c.WatchOpen {
+		out = append(out, "--watch-open", glob)
+	}
+	return out
 }
 
 // Holder is a running holder process.
@@ -70,56 +88,89 @@ type Holder struct {
 	pidfd  int
 }
 
-// Start runs a holder in a session and a network namespace of its own and waits
-// until it answers. On an error nothing is left running.
+// process is a holder's, in a session and a network namespace of its own.
+type process struct {
+	cmd *exec.Cmd
+	// exited is closed once it is gone.
+	exited chan struct{}
+}
+
+// launch starts the holder with extra as its first descriptor after the standard
+// ones. It gets no other, and no environment.
+func launch(path string, args []string, dir string, out, extra *os.File) (*process, error) {
+	cmd := exec.Command(path, args...) //nolint:gosec,noctx // the configured holder; it must outlive the call
+	cmd.ExtraFiles = []*os.File{extra}
+	cmd.Env = []string{}
+	cmd.Dir = dir
+	cmd.Stdout, cmd.Stderr = out, out
+	// A network namespace of its own has no interface that is up: the holder
+	// cannot reach anything, whatever it links.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: syscall.CLONE_NEWNET}
+	// This process may have been started with descriptors that its programs would
+	// have too.
+	if err := unix.CloseRange(procsFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("keep descriptors from it: %w", err)
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	p := &process{cmd: cmd, exited: make(chan struct{})}
+	go func() {
+		defer close(p.exited)
+		_ = cmd.Wait() // the holder's end is noticed through its pidfd
+	}()
+	return p, nil
+}
+
+func (p *process) kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.exited
+}
+
+// Start runs a holder, or tells one that waits of its job, and waits until it
+// answers. On an error nothing is left running.
 func Start(ctx context.Context, c Config) (_ *Holder, err error) {
+	var p *process
+	if c.Warm != nil {
+		p = c.Warm.process
+		defer c.Warm.conn.Close()
+	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		if p != nil {
+			p.kill()
+		}
+		err = errors.Join(fmt.Errorf("start holder: %w", err), holdapi.Cleanup(c.RunDir))
+	}()
 	stderr, err := os.OpenFile(filepath.Join(c.RunDir, logName), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("start holder: %w", err)
+		return nil, err
 	}
 	defer stderr.Close()
 	procs, err := c.Procs()
 	if err != nil {
-		return nil, fmt.Errorf("start holder: %w", err)
+		return nil, err
 	}
 	defer procs.Close()
-	cmd := exec.Command(c.Path, "--run", c.RunDir, "--job", c.JobID, "--uid", strconv.Itoa(c.UID), "--gid", strconv.Itoa(c.GID), //nolint:gosec,noctx // the configured holder; it must outlive ctx
-		"--log-bytes", strconv.FormatInt(c.LogBytes, 10), "--log-rate", strconv.FormatInt(c.LogRate, 10), "--region-bytes", strconv.FormatInt(c.RegionBytes, 10), "--near-node", strconv.Itoa(c.NearNode), "--procs", strconv.Itoa(procsFD))
-	if m := c.Metrics; m != nil {
-		cmd.Args = append(cmd.Args, "--metrics", fmt.Sprintf("%d,%d,%s", m.MaxValues, m.ValuesPerSecond, strings.Join(m.Names, ",")))
-	}
-	for _, glob := range c.WatchOpen {
-		cmd.Args = append(cmd.Args, "--watch-open", glob)
-	}
-	cmd.ExtraFiles = []*os.File{procs}
-	cmd.Env = []string{}
-	cmd.Dir = c.RunDir
-	cmd.Stdout, cmd.Stderr = stderr, stderr
-	// A network namespace of its own has no interface that is up: the holder
-	// cannot reach anything, whatever it links.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: syscall.CLONE_NEWNET}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start holder: %w", err)
-	}
-	exited := make(chan struct{})
-	go func() {
-		defer close(exited)
-		_ = cmd.Wait() // the holder's end is noticed through its pidfd
-	}()
-	defer func() {
-		if err != nil {
-			_ = cmd.Process.Kill()
-			<-exited
-			err = errors.Join(err, holdapi.Cleanup(c.RunDir))
+	if p == nil {
+		if p, err = launch(c.Path, append(c.args(), "--procs", strconv.Itoa(procsFD)), c.RunDir, stderr, procs); err != nil {
+			return nil, err
 		}
-	}()
-	if err := c.Join(cmd.Process.Pid); err != nil {
-		return nil, fmt.Errorf("start holder: %w", err)
+	}
+	if err := c.Join(p.cmd.Process.Pid); err != nil {
+		return nil, err
+	}
+	if c.Warm != nil {
+		if err := holdapi.GiveJob(c.Warm.conn, holdapi.Job{Args: c.args(), Log: stderr, Procs: procs}); err != nil {
+			return nil, err
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	for {
-		h, err := attach(ctx, c.RunDir, c.JobID, cmd.Process.Pid)
+		h, err := attach(ctx, c.RunDir, c.JobID, p.cmd.Process.Pid)
 		if err == nil {
 			return h, nil
 		}
@@ -127,11 +178,11 @@ func Start(ctx context.Context, c Config) (_ *Holder, err error) {
 			return nil, err
 		}
 		select {
-		case <-exited:
-			return nil, fmt.Errorf("start holder: it ended at once; see %s", filepath.Join(c.RunDir, logName))
+		case <-p.exited:
+			return nil, fmt.Errorf("it ended at once; see %s", filepath.Join(c.RunDir, logName))
 		case <-ctx.Done():
 			// A job that was told to end meanwhile has not failed: that must show.
-			return nil, fmt.Errorf("start holder: no answer: %w", errors.Join(ctx.Err(), err))
+			return nil, fmt.Errorf("no answer: %w", errors.Join(ctx.Err(), err))
 		case <-time.After(5 * time.Millisecond):
 		}
 	}

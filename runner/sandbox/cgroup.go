@@ -62,6 +62,10 @@ func CreateCgroup(path string, r plan.Resources) (*Cgroup, error) {
 	}
 	room := r.Pids + runtimeTasks
 	res.Pids.Limit = &room
+	return createCgroup(path, res)
+}
+
+func createCgroup(path string, res *specs.LinuxResources) (_ *Cgroup, err error) {
 	c := &Cgroup{path: path, unified: cgroups.Mode() == cgroups.Unified}
 	if err := swapAccounted(c.unified); err != nil {
 		return nil, fmt.Errorf("create cgroup %s: %w", path, err)

@@ -144,6 +144,13 @@ func (c *Client) Input(ctx context.Context, in Input, path string) error {
 	})
 }
 
+// Settle says that all inputs were handed over. When it has returned, the memory
+// that was made ready and that they do not need is the kernel's again.
+func (c *Client) Settle(ctx context.Context) error {
+	_, err := c.do(ctx, Request{Op: OpSettle}, nil)
+	return err
+}
+
 // Sink hands over the folder at path, into which checkpoints are sealed.
 func (c *Client) Sink(ctx context.Context, s Sink, path string) error {
 	return c.withDir(path, unix.O_RDONLY, func(f *os.File) error {

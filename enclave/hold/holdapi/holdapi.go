@@ -48,6 +48,9 @@ const (
 	// OpInput hands over one sealed input: descriptor 0 is the sealed folder
 	// (O_PATH|O_DIRECTORY). Input.
 	OpInput = "input"
+	// OpSettle says that all inputs were handed over: a holder with memory that was
+	// made ready before takes of it what they need, and gives the rest back.
+	OpSettle = "settle"
 	// OpSink names where sealed checkpoints go: descriptor 0 is a directory. Sink.
 	OpSink = "sink"
 	// OpResumeBegin asks what the plan says of resuming: the answer has the
