@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -306,7 +307,7 @@ func failedIDs(l check.List) []string {
 // maxReattestMessage bounds what a record says of a failure, in bytes.
 const maxReattestMessage = 400
 
-func clipped(s string) string { return s[:min(len(s), maxReattestMessage)] }
+func clipped(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxReattestMessage)], "?") }
 
 // reattesting is what others see of a job's later attestations.
 type reattesting struct {

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/check"
@@ -374,6 +375,15 @@ func TestDriverDiffers(t *testing.T) {
 		now := began
 		if change(&now); device.Differs(began, now) == "" {
 			t.Errorf("%s: no difference", name)
+		}
+	}
+}
+
+// What a device or a service says of a failure stands in the record, which is JSON.
+func TestFailuresAreClippedAtACharacter(t *testing.T) {
+	for _, s := range []string{"", "short", strings.Repeat("x", maxReattestMessage-1) + "é", "\xff"} {
+		if got := clipped(s); !utf8.ValidString(got) || len(got) > maxReattestMessage {
+			t.Errorf("%d bytes, %q", len(got), got)
 		}
 	}
 }
