@@ -111,7 +111,7 @@ func (c *cli) given(cmd *cobra.Command, arg, as string) ([]byte, error) {
 	if arg != "-" {
 		f, err := os.Open(arg) // #nosec G304 -- the user names the file
 		switch {
-		case errors.Is(err, os.ErrNotExist) && !strings.ContainsRune(arg, filepath.Separator):
+		case errors.Is(err, os.ErrNotExist) && !strings.ContainsAny(arg, "./"):
 			return c.bundleOf(cmd, arg, as)
 		case err != nil:
 			return nil, &exitError{code: exitUsage, text: err.Error(), err: err}

@@ -3,10 +3,10 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -84,7 +84,7 @@ type grantFlags struct {
 
 func (f *grantFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.digest, "plan", "", "plan `digest`, as coffer plan prints it")
-	cmd.Flags().StringArrayVar(&f.assets, "asset", nil, "`name` of an asset; may be repeated")
+	cmd.Flags().StringArrayVar(&f.assets, "asset", nil, "`name` of an asset; may be repeated (default: with --job all that the job names)")
 	cmd.Flags().StringVar(&f.job, "job", "", "job `file` whose plan it is, in place of --plan")
 	cmd.Flags().Int32Var(&f.releases, "releases", 0, "`number` of attempts that may use the grant (default: 1, and with --job the retries of the job)")
 	cmd.Flags().DurationVar(&f.lasts, "for", 24*time.Hour, "how `long` the grant lasts, from now")
@@ -105,6 +105,14 @@ func (f *grantFlags) check(cmd *cobra.Command, c *cli) (plan.Digest, []byte, err
 			return "", nil, err
 		}
 		f.digest, canonical = p.GetPlanDigest(), p.GetPlan()
+		if len(f.assets) == 0 {
+			if f.assets, err = assetsOf(canonical); err != nil {
+				return "", nil, err
+			}
+			if len(f.assets) == 0 {
+				return "", nil, usagef(cmd, "%s names no asset: its jobs need no grant", f.job)
+			}
+		}
 	}
 	d, err := f.valid(cmd)
 	return d, canonical, err
@@ -137,7 +145,7 @@ func (f *grantFlags) valid(cmd *cobra.Command) (plan.Digest, error) {
 func (c *cli) grantCreateCmd() *cobra.Command {
 	var f grantFlags
 	cmd := &cobra.Command{
-		Use:   "create --plan DIGEST --asset NAME [--asset NAME]...",
+		Use:   "create (--job FILE | --plan DIGEST --asset NAME...)",
 		Short: "Grant one plan the use of your assets",
 		Long: `create lets jobs of one plan, and of no other, obtain the keys of the named
 assets once a verifier has accepted their evidence. coffer plan prints the
@@ -181,12 +189,12 @@ func (c *cli) grantRequestCmd() *cobra.Command {
 	var f grantFlags
 	var key string
 	cmd := &cobra.Command{
-		Use:   "request --plan DIGEST --asset NAME [--asset NAME]...",
+		Use:   "request (--job FILE | --plan DIGEST --asset NAME...)",
 		Short: "Ask for a grant on assets of another",
 		Long: `request asks that one plan may use assets. The grant begins to count when those
 whom the policies of the assets name have approved it, or the owner has where
 they name nobody. A job of the plan may be submitted at once: it waits.`,
-		Example: "  coffer grant request --plan sha384:4f2c... --asset frontier-weights --for 8h --purpose 'fine-tune for the safety evals'",
+		Example: "  coffer grant request --job job.yaml --for 8h --purpose 'fine-tune for the safety evals'\n  coffer grant request --plan sha384:4f2c... --asset frontier-weights --for 8h --purpose 'fine-tune for the safety evals'",
 		Args:    exactly(),
 	}
 	f.add(cmd)
@@ -223,7 +231,7 @@ func (c *cli) printNewGrant(g *brokerv1.Grant, out format) error {
 		return err
 	}
 	for _, m := range g.GetMissing() {
-		if _, err := fmt.Fprintf(c.stderr, "it lacks %s: `coffer grant approve %s`\n", clean(m), g.GetId()); err != nil {
+		if _, err := fmt.Fprintf(c.stderr, "it lacks %s: `%s`\n", clean(m), approveCommand(g.GetId(), m)); err != nil {
 			return err
 		}
 	}
@@ -842,8 +850,12 @@ func (c *cli) whyApproval(ctx context.Context, j *agentv1.Job, v *whyView) error
 		if g.GetState() != "requested" {
 			continue
 		}
-		v.Who = append(v.Who, g.GetMissing()...)
-		v.Next = append(v.Next, fmt.Sprintf("coffer grant approve %s --reason TEXT", g.GetId()))
+		for _, m := range g.GetMissing() {
+			v.Who = append(v.Who, m)
+			if next := approveCommand(g.GetId(), m); !slices.Contains(v.Next, next) {
+				v.Next = append(v.Next, next)
+			}
+		}
 	}
 	if want := j.GetExpectedApprovals(); len(want) > 0 {
 		v.Who = append(v.Who, "its submitter expects approval by: "+strings.Join(want, ", "))
@@ -851,56 +863,34 @@ func (c *cli) whyApproval(ctx context.Context, j *agentv1.Job, v *whyView) error
 	return nil
 }
 
-// planJSON is the part of a plan that a preview needs.
-type planJSON struct {
-	Inputs []struct {
-		Asset string `json:"asset"`
-	} `json:"inputs"`
-	Checkpoints *struct {
-		Asset string `json:"asset"`
-	} `json:"checkpoints"`
-}
-
 // previewGrants says, for each asset of a plan, what stands between the plan and
-// its key. It is no part of the plan and may change with every call.
-func (c *cli) previewGrants(ctx context.Context, digest string, canonical []byte) ([]string, error) {
-	var p planJSON
-	if err := json.Unmarshal(canonical, &p); err != nil {
-		return nil, fmt.Errorf("read plan: %w", err)
-	}
-	var assets []string
-	for _, in := range p.Inputs {
-		assets = append(assets, in.Asset)
-	}
-	if p.Checkpoints != nil {
-		assets = append(assets, p.Checkpoints.Asset)
-	}
-	if len(assets) == 0 {
-		return nil, nil
+// its key, and names those that nobody has asked for. It is no part of the plan and
+// may change with every call.
+func (c *cli) previewGrants(ctx context.Context, digest string, canonical []byte) (out, unasked []string, err error) {
+	assets, err := assetsOf(canonical)
+	if err != nil || len(assets) == 0 {
+		return nil, nil, err
 	}
 	b, err := c.broker(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	res, err := call(ctx, c, "look up grants of the plan", serverBroker, b.ListGrants, &brokerv1.ListGrantsRequest{PlanDigest: digest})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var out []string
-	seen := map[string]bool{}
 	for _, a := range assets {
-		if seen[a] {
-			continue
+		text := grantFor(a, res.GetGrants())
+		if text == "" {
+			text, unasked = "no grant", append(unasked, a)
 		}
-		seen[a] = true
-		out = append(out, a+": "+grantFor(a, digest, res.GetGrants()))
+		out = append(out, a+": "+text)
 	}
-	return out, nil
+	return out, unasked, nil
 }
 
-// grantFor says how the best grant on an asset stands.
-func grantFor(asset, digest string, grants []*brokerv1.Grant) string {
-	text := fmt.Sprintf("no grant; ask for one: coffer grant request --plan %s --asset %s", digest, asset)
+// grantFor says how the best grant on an asset stands, and nothing if there is none.
+func grantFor(asset string, grants []*brokerv1.Grant) (text string) {
 	for _, g := range grants {
 		names := false
 		for _, a := range g.GetAssets() {

@@ -29,6 +29,8 @@ type preview struct {
 	Plan   json.RawMessage `json:"plan"`
 	// Keys says for each asset what stands between the plan and its key.
 	Keys []string `json:"preview"`
+	// Request is the command that asks for the grants which nobody has asked for.
+	Request string `json:"request,omitempty"`
 	// Verdict is what the verifier says of the machine as it is: accepted, refused or
 	// unknown. A job is attested anew.
 	Verdict *verdict `json:"predictedVerdict,omitempty"`
@@ -93,11 +95,18 @@ func (c *cli) previewPlan(ctx context.Context, a agentv1connect.AgentServiceClie
 	if !json.Valid(p.Plan) {
 		return preview{}, fmt.Errorf("plan %s: the agent's answer is not JSON", name)
 	}
-	if p.Keys, err = c.previewGrants(ctx, p.Digest, p.Plan); err != nil {
+	var unasked []string
+	if p.Keys, unasked, err = c.previewGrants(ctx, p.Digest, p.Plan); err != nil {
 		return preview{}, err
 	}
 	if v := res.GetPrediction(); v != nil {
 		p.Verdict = &verdict{v.GetVerdict(), v.GetSimulated(), checksOf(v.GetFailed()), v.GetUnknown()}
+	}
+	if len(unasked) > 0 {
+		p.Request = "coffer grant request --plan " + p.Digest + " --asset " + strings.Join(unasked, " --asset ")
+		if p.Verdict != nil && p.Verdict.Simulated {
+			p.Request += " --allow-simulated"
+		}
 	}
 	if spec, err := jobspec.Parse(file); err == nil {
 		p.Approvals = spec.Approvals
@@ -199,6 +208,9 @@ func (c *cli) sayPreview(p preview) error {
 	var say []string
 	for _, k := range p.Keys {
 		say = append(say, "key      "+k)
+	}
+	if p.Request != "" {
+		say = append(say, "next     "+p.Request)
 	}
 	if p.Verdict != nil {
 		say = append(say, p.Verdict.lines()...)

@@ -47,7 +47,7 @@ func tour() []tourStep {
 		{who: "engineer", args: "validate job.yaml"},
 		{say: "What would be submitted, and what stands in its way?", who: "engineer", args: "submit job.yaml --dry-run"},
 		{say: "The engineer asks for the grant, and submits the job before anybody has answered.",
-			who: "engineer", args: "grant request --job job.yaml --asset base-weights --asset fashion-mnist --asset fine-tune-checkpoints --allow-simulated --purpose 'fine-tuning on Fashion-MNIST'", find: anyGrant, name: "GRANT"},
+			who: "engineer", args: "grant request --job job.yaml --allow-simulated --purpose 'fine-tuning on Fashion-MNIST'", find: anyGrant, name: "GRANT"},
 		{who: "engineer", args: "submit job.yaml", find: jobID, name: "JOB"},
 		{say: "It does not begin. Why?", who: "engineer", args: "why $JOB", exit: 3},
 		{say: "Two of the three approvers read the request, compare it with the job file, and sign. The owner agrees for the assets that ask for no approvals.",

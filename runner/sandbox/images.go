@@ -33,7 +33,7 @@ func (n *Node) Image(ctx context.Context, ref string) (Image, error) {
 		img, err = n.find(ctx, name)
 	}
 	if errdefs.IsNotFound(err) {
-		return Image{}, fmt.Errorf("image %q: %w: import it first", ref, ErrNoImage)
+		return Image{}, fmt.Errorf("image %q: %w: import it first (coffer image import FILE; coffer image ls says what is there)", ref, ErrNoImage)
 	}
 	if err != nil {
 		return Image{}, fmt.Errorf("find image %q: %w", ref, err)
