@@ -115,6 +115,12 @@ func (c *cli) explain(doing, server string, err error) error {
 		return &exitError{code: exitUnknown, text: text, err: err}
 	case connect.CodeCanceled:
 		return &exitError{code: exitUnknown, text: doing + ": interrupted", err: err}
+	case connect.CodeNotFound:
+		list := "`coffer ps` lists jobs"
+		if server == serverBroker {
+			list = "`coffer assets ls` and `coffer grants ls` list what there is"
+		}
+		return &exitError{code: exitFailed, text: text + ": " + list, err: err}
 	case connect.CodeInvalidArgument:
 		return &exitError{code: exitUsage, text: text, err: err}
 	case connect.CodePermissionDenied, connect.CodeUnauthenticated:

@@ -515,7 +515,7 @@ func TestLogsOfARunningJobEnd(t *testing.T) {
 	}
 	s.coffer(t.Context(), "checkpoints", "ls", "job-1").want(t, 0, "SEQUENCE", "ck", "2048")
 	s.coffer(t.Context(), "checkpoints", "ls", "job-1", "-o", "json").want(t, 0, `"name": "ck"`)
-	s.coffer(t.Context(), "logs", "job-9").want(t, exitFailed, "read the log of job job-9: no such job")
+	s.coffer(t.Context(), "logs", "job-9").want(t, exitFailed, "read the log of job job-9: no such job: `coffer ps` lists jobs")
 }
 
 func TestJobCommands(t *testing.T) {

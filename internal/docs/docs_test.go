@@ -213,7 +213,7 @@ func TestLinks(t *testing.T) {
 
 // The checks above pass on anything if they cannot tell a good command from a bad one.
 func TestRefusals(t *testing.T) {
-	got := commands(t, "x.md", "```sh\nsudo A=$(make demo) # now\ncoffer up \\\n  --nonsense\nmake a && make b\n```\n```text\nmake c\nbob$ make d\n```\n")
+	got := commands(t, "x.md", "```sh\nsudo A=$(make demo) # now\ncoffer up \\\n  --nonsense\nmake a && make b\n```\n```text\nsays c\nbob$ make d\n```\n")
 	want := []string{"x.md:2 make demo)", "x.md:3 coffer up --nonsense", "x.md:5 make a", "x.md:5 make b", "x.md:9 make d"}
 	var have []string
 	for _, c := range got {

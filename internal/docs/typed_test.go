@@ -49,6 +49,29 @@ func TestEveryCommandIsTyped(t *testing.T) {
 	}
 }
 
+// TestShownOutput: what a page shows right below commands is what they print, so it
+// stands in a section of which a test compares it.
+func TestShownOutput(t *testing.T) {
+	compared, seen := "docs/access.md An example: two of three", false
+	shown := regexp.MustCompile("(?m)^```\n\n*```text\n")
+	for page, text := range documents(t) {
+		for _, at := range shown.FindAllStringIndex(text, -1) {
+			above := heading.FindAllStringSubmatch(fences.ReplaceAllString(text[:at[0]]+"```", ""), -1)
+			section := above[len(above)-1][1]
+			switch place := page + " " + section; {
+			case page == "docs/tour.md":
+			case place == compared:
+				seen = true
+			default:
+				t.Errorf("%s: output is shown, and no test compares it", place)
+			}
+		}
+	}
+	if !seen {
+		t.Errorf("%s shows no output", compared)
+	}
+}
+
 // typist finds out whether by types a command: a test that takes its commands from
 // the table, the script of CI, or what make does first for a target.
 func typist(by, text string) error {

@@ -34,6 +34,8 @@ var (
 	header  = regexp.MustCompile(`^#+ (.+)$`)
 	prompt  = regexp.MustCompile(`^[a-z]*\$ (.+)$`)
 	comment = regexp.MustCompile(`(^| +)# .*$`)
+	// What is typed without a prompt, in a fence that is not marked sh.
+	hidden = regexp.MustCompile(`^(sudo|make|coffer|coffer-[a-z-]+|curl|build/bin/\S+) [^:=|]*$`)
 )
 
 // languages are those that a fence may say; commands are in sh, and behind a
@@ -41,7 +43,8 @@ var (
 var languages = []string{"", "sh", "text", "json", "yaml", "hcl", "python", "mermaid"}
 
 // Parse returns a document's commands in its order. A fence in a language that it
-// does not know is an error: what is in it could be typed, too.
+// does not know is an error, and so is a line that looks like a command in one that
+// is not marked sh: nothing would type it.
 func Parse(page, text string) ([]Command, error) {
 	var out []Command
 	section, language, fenced, continued := "", "", false, false
@@ -53,6 +56,9 @@ func Parse(page, text string) ([]Command, error) {
 			language = m[1]
 			continue
 		}
+		if !fenced && strings.HasPrefix(strings.TrimSpace(line), "~~~") {
+			return nil, fmt.Errorf("%s:%d: a fence of tildes: documents have fences of backticks", page, i+1)
+		}
 		if m := header.FindStringSubmatch(line); m != nil && !fenced {
 			section = m[1]
 		}
@@ -62,6 +68,9 @@ func Parse(page, text string) ([]Command, error) {
 		if language != "sh" {
 			m := prompt.FindStringSubmatch(line)
 			if m == nil {
+				if hidden.MatchString(line) {
+					return nil, fmt.Errorf("%s:%d: %q looks like a command: mark the fence sh", page, i+1, line)
+				}
 				continue
 			}
 			line = m[1]

@@ -18,6 +18,8 @@ func TestParse(t *testing.T) {
 	for name, text := range map[string]string{
 		"a language that may be a shell's": "```console\ncoffer up\n```\n",
 		"a fence without an end":           "```sh\ncoffer up\n",
+		"a command in a fence of text":     "```text\ncoffer up --image x\n```\n",
+		"a fence of tildes":                "~~~sh\ncoffer up\n~~~\n",
 	} {
 		if got, err := Parse("x.md", text); err == nil {
 			t.Errorf("%s is read as %+v", name, got)
