@@ -234,6 +234,7 @@ type Job struct {
 	pumps       sync.WaitGroup
 	logs        [2]logDigest // stdout, stderr
 	seen        uint64       // newest checkpoint that watchers know of
+	pumped      bool         // the pumps have begun
 	checkpoints bundle.Step
 	anchors     *anchors
 	metrics     metrics
@@ -495,7 +496,7 @@ func (a *Agent) launch(j *Job, work func(context.Context) error) {
 	a.mu.Unlock()
 	a.jobs.Go(func() {
 		defer cancel(nil)
-		err := work(ctx)
+		err := cause(ctx, work(ctx))
 		if errors.Is(context.Cause(ctx), errShutdown) {
 			// The next agent takes the job up; nothing of it is touched.
 			a.detach(j)

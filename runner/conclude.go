@@ -153,6 +153,16 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 		j.goneNow()
 		a.finishGPUs(ctx, j)
 	}
+	if kept, st := a.keptRecord(ctx, j, end); kept != nil {
+		last, err := a.finish(ctx, j)
+		if err != nil {
+			// It was there when the record was made.
+			a.log.InfoContext(ctx, "a job's holder, when its record was there", slog.String("job", j.id), slog.Any("error", err))
+		}
+		a.reportStopped(ctx, j, end.Reason, st.Outcome.Stop, last.trace)
+		out, err := a.logRecord(ctx, j, kept)
+		return out, errors.Join(err, gone)
+	}
 	runtime, shim := a.Node.Profile().Runtime, sandbox.Shim
 	if j.plan.Reseal != nil {
 		runtime, shim = "", "" // no container
@@ -220,8 +230,9 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	if heldErr == nil && j.checkpoints.StartUnixNano != 0 {
 		j.step(j.checkpoints)
 	}
+	stop := j.stopped(end.Reason, last.trace)
 	statement, err := b.Statement(j.id, j.digest, bundle.Outcome{
-		State: bundle.State(end.State), ExitCode: end.ExitCode, Stage: bundle.Stage(end.Stage), Reason: end.Reason, Checks: end.Checks, Stop: j.stopped(end.Reason, last.trace),
+		State: bundle.State(end.State), ExitCode: end.ExitCode, Stage: bundle.Stage(end.Stage), Reason: end.Reason, Checks: end.Checks, Stop: stop,
 	}, j.timeline)
 	if err != nil {
 		return nil, err
@@ -232,28 +243,17 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 			return nil, fmt.Errorf("sign bundle: %w", err)
 		}
 	}
-	a.reportStopped(ctx, j, end.Reason, last.trace)
-	token, entries, err := a.Broker.LogBundle(ctx, j.id, plan.Sum(statement))
-	if err != nil {
-		// Kept without the log's word: verification says so.
-		out, ferr := b.Finish(signature, nil)
-		return out, errors.Join(fmt.Errorf("log bundle: %w", err), ferr, gone)
-	}
-	logged := &bundle.Log{Receipt: token, Entries: entries}
-	// Without them verification says that they are not there yet.
-	if p, err := a.Broker.Proofs(ctx, entries); err != nil {
-		a.log.WarnContext(ctx, "no proofs in the bundle", slog.String("job", j.id), slog.Any("error", err))
-	} else {
-		logged.Checkpoint, logged.Proofs = p.Checkpoint, p.Hashes
-	}
-	out, err := b.Finish(signature, logged)
+	unlogged, err := b.Finish(signature, nil)
 	if err != nil {
 		return nil, err
 	}
+	a.keepRecord(ctx, j, unlogged)
+	a.reportStopped(ctx, j, end.Reason, stop, last.trace)
+	out, err := a.logRecord(ctx, j, unlogged)
 	if j.holder == nil {
 		heldErr = nil // it never ran
 	}
-	return out, errors.Join(heldErr, gone)
+	return out, errors.Join(err, heldErr, gone)
 }
 
 // approvalsTimeout bounds how long a job that has its keys waits for the broker to
@@ -306,6 +306,12 @@ func (a *Agent) finish(ctx context.Context, j *Job) (lastWords, error) {
 	}
 	if err := j.holder.Renew(ctx); err != nil {
 		return lastWords{}, err
+	}
+	if !j.pumped {
+		// The job ran, and no agent or not this one has followed it.
+		if st, err := j.holder.Status(ctx); err == nil && st.Started {
+			a.pump(j) //nolint:contextcheck // it ends with the holder's last line
+		}
 	}
 	st, err := j.holder.Finish(ctx)
 	over() // the event pump ends when it finds nothing more

@@ -329,13 +329,14 @@ func unixNano(t time.Time) int64 {
 	return t.UnixNano()
 }
 
-// reportStopped tells the broker that a job is gone to which it released keys.
-func (a *Agent) reportStopped(ctx context.Context, j *Job, reason string, trace []bundle.Event) {
+// reportStopped tells the broker that a job is gone to which it released keys. s is how
+// its end went if it was told to stop.
+func (a *Agent) reportStopped(ctx context.Context, j *Job, reason string, s *bundle.Stop, trace []bundle.Event) {
 	if len(j.record.Releases) == 0 {
 		return
 	}
 	r := remote.Stopped{JobID: j.id, Reason: reason}
-	if s := j.stopped(reason, trace); s != nil {
+	if s != nil {
 		r.Told, r.Gone, r.Scrubbed = s.ToldUnixNano, s.GoneUnixNano, s.ScrubbedUnixNano
 	} else {
 		j.lease.mu.Lock()

@@ -299,6 +299,14 @@ func (a *Agent) release(ctx context.Context, j *Job, box *created, v receipt.Ver
 			l.Fail("grant.asset-digest", string(want), string(g.Release().AssetDigest), "the asset "+asset+" is not the one in the plan")
 			return nil, "", check.Refuse("release", l)
 		}
+		j.record.Releases = append(j.record.Releases, g.Token())
+		// The last one has what is strictest of all.
+		j.record.ResultSeconds, j.record.LeaseSeconds = g.Release().ResultSeconds, g.Release().LeaseSeconds
+		// The log has it. An agent that comes after this one must know of it, whatever else
+		// is still to come.
+		if err := a.Journal.Keep(ctx, j.id, string(bundle.StageRelease), j.record); err != nil {
+			return nil, "", err
+		}
 		info, err := receipt.WrapInfo(g.Release().Grant, j.digest, asset, v.Result().ID, g.Release().LeaseTerms())
 		if err != nil {
 			return nil, "", err
@@ -308,13 +316,10 @@ func (a *Agent) release(ctx context.Context, j *Job, box *created, v receipt.Ver
 			return nil, "", fmt.Errorf("deliver key of %s: %w", asset, err)
 		}
 		j.lease.hold()
-		j.record.Releases = append(j.record.Releases, g.Token())
-		// The last one has what is strictest of all.
-		j.record.ResultSeconds, j.record.LeaseSeconds = g.Release().ResultSeconds, g.Release().LeaseSeconds
 		out = append(out, g)
 	}
 	a.noteApprovals(ctx, j, out)
-	return out, fmt.Sprintf("%d keys, wrapped to the job", len(out)), a.Journal.Leave(ctx, j.id, string(bundle.StageRelease), j.record)
+	return out, fmt.Sprintf("%d keys, wrapped to the job", len(out)), a.Journal.Keep(ctx, j.id, string(bundle.StageRelease), j.record)
 }
 
 // opened is a sandbox whose inputs lie in memory, or will: who opens one waits.

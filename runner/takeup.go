@@ -89,21 +89,20 @@ func (a *Agent) takeUpOne(ctx context.Context, j *Job, started bool) (work func(
 		if _, err := a.adopt(ctx, j, started); err != nil {
 			a.log.InfoContext(ctx, "of a job that had ended", slog.String("job", j.id), slog.Any("error", err))
 		}
-		return func(context.Context) error {
-			if j.holder != nil {
-				a.pump(j) //nolint:contextcheck // the last lines come after the run
-			}
-			return &concludedError{*kept.Outcome}
-		}, "is concluded"
+		j.watching.adopted = true
+		return func(context.Context) error { return &concludedError{*kept.Outcome} }, "is concluded"
 	}
 	if !started && !j.mayHaveKeys() {
 		// Nothing was released to the holder that is left over: it goes, with all that
 		// was made for it, and the job begins again.
 		return func(ctx context.Context) error {
-			if h, err := holder.Attach(ctx, j.runDir, j.id); err == nil {
-				j.holder = h
-			}
-			if err := a.cleanUp(ctx, j); err != nil {
+			err := undisturbed(ctx, cleanTimeout, func(ctx context.Context) error {
+				if h, err := holder.Attach(ctx, j.runDir, j.id); err == nil {
+					j.holder = h
+				}
+				return a.cleanUp(ctx, j)
+			})
+			if err != nil {
 				return err
 			}
 			j.spent += j.used()
@@ -115,7 +114,7 @@ func (a *Agent) takeUpOne(ctx context.Context, j *Job, started bool) (work func(
 			return a.begin(ctx, j)
 		}, "begins again"
 	}
-	if j.plan.Reseal != nil && len(j.record.Releases) > 0 {
+	if j.plan.Reseal != nil && len(j.record.Releases) == len(j.assets()) {
 		work, err := a.adoptReseal(ctx, j)
 		if err != nil {
 			return func(context.Context) error { return err }, "ends"
@@ -124,11 +123,24 @@ func (a *Agent) takeUpOne(ctx context.Context, j *Job, started bool) (work func(
 	}
 	r, err := a.adopt(ctx, j, started)
 	if err != nil {
+		j.watching.adopted = true
 		return func(context.Context) error { return err }, "ends"
 	}
 	return func(ctx context.Context) error {
 		return j.spending(ctx, func(ctx context.Context) error { return a.watch(ctx, j, r) })
 	}, "goes on"
+}
+
+// undisturbed calls f, which takes away what a job has, whether or not the job is told to
+// end meanwhile: half of it would be in the way of the rest. Then it says why the job must
+// end, if it must.
+func undisturbed(ctx context.Context, limit time.Duration, f func(context.Context) error) error {
+	whole, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
+	defer cancel()
+	if err := f(whole); err != nil {
+		return err
+	}
+	return context.Cause(ctx)
 }
 
 // beforeSandbox are the stages that nothing of a holder's is bound to.

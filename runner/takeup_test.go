@@ -1,6 +1,10 @@
 package runner
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -52,5 +56,47 @@ func TestCountersignaturesAreToldOnce(t *testing.T) {
 	}
 	if !slices.Equal(sealed, []uint64{1, 2, 3}) || !slices.Equal(anchored, []uint64{1, 2}) {
 		t.Errorf("sealed %v, countersigned %v", sealed, anchored)
+	}
+}
+
+// A job that is told to end while what an earlier start made of it is taken away ends for
+// that reason, and all of it is taken away.
+func TestToldToEndWhileItBeginsAgain(t *testing.T) {
+	away := errors.New("containerd does not answer")
+	for name, tt := range map[string]struct{ told, fails, want error }{
+		"nobody tells it": {nil, nil, nil},
+		"it is cancelled": {errCancelled, nil, errCancelled},
+		"its gang failed": {fmt.Errorf("%w: job b", errGang), nil, errGang},
+		"it stays":        {nil, away, away},
+		"both":            {errCancelled, away, away},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithCancelCause(t.Context())
+			defer cancel(nil)
+			whole := false
+			err := undisturbed(ctx, time.Minute, func(clean context.Context) error {
+				if tt.told != nil {
+					cancel(tt.told)
+				}
+				whole = clean.Err() == nil
+				return tt.fails
+			})
+			if !errors.Is(err, tt.want) || !whole {
+				t.Errorf("%v, undisturbed: %t", err, whole)
+			}
+		})
+	}
+}
+
+// Whatever a cancelled call made of it, a job that is told to end says why it was.
+func TestToldToEndIsTheReason(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errCancelled)
+	a := &Agent{Deps: Deps{Log: slog.New(slog.DiscardHandler)}}
+	a.log = a.Log
+	for _, err := range []error{context.Canceled, fmt.Errorf("admit: %w", context.Canceled), errors.Join(errors.New("forget job"), context.Canceled)} {
+		if end := a.outcome(ctx, newJob("a", "user/ada"), cause(ctx, err)); end.State != journal.Cancelled || end.Reason != "cancelled" {
+			t.Errorf("%v: %s, %s", err, end.State, end.Reason)
+		}
 	}
 }

@@ -148,6 +148,7 @@ func (a *Agent) pump(j *Job) {
 	// The pumps outlive the run: the last lines come after it. Only a shutdown
 	// of the agent, or the holder's end, ends them early.
 	ctx := a.ctx
+	j.pumped = true
 	a.beginWatching(ctx, j)
 	a.followEgress(j)
 	follow := func() {

@@ -246,6 +246,21 @@ func Parse(b []byte) (*Bundle, error) {
 	return &out, nil
 }
 
+// WithLog returns the bundle with the evidence log's word on it, in place of the one that
+// it has.
+func (b *Bundle) WithLog(l Log) ([]byte, error) {
+	out := *b
+	out.Log = &l
+	enc, err := plan.Canonical(out)
+	if err != nil {
+		return nil, fmt.Errorf("add the log's word: %w", err)
+	}
+	if len(enc) > MaxSize {
+		return nil, fmt.Errorf("add the log's word: %d bytes, at most %d are allowed", len(enc), MaxSize)
+	}
+	return enc, nil
+}
+
 // WithProofs returns the bundle with a checkpoint of the log and inclusion proofs
 // in place of those that it has. The statement does not cover them, so that they
 // can be added when the log has published them.

@@ -50,6 +50,24 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
+// The log's word is added to a record that was made without it, and changes nothing else.
+func TestWithLog(t *testing.T) {
+	logged := build(t)
+	b, err := Parse(logged)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := *b
+	before.Log = nil
+	got, err := before.WithLog(*b.Log)
+	if err != nil || !bytes.Equal(got, logged) || before.Log != nil {
+		t.Errorf("%s, %v", got, err)
+	}
+	if _, err := before.WithLog(Log{Checkpoint: make([]byte, MaxSize)}); err == nil {
+		t.Error("a record of any size is made")
+	}
+}
+
 // A bundle must read the same in every reader: whatever a lenient JSON parser
 // would let pass is refused.
 func TestOneEncoding(t *testing.T) {

@@ -232,18 +232,31 @@ func TestContainerdKilled(t *testing.T) {
 	}
 }
 
-// TestStopGrace gives jobs that are cancelled the time that they asked for.
+// TestStopGrace gives jobs the time that they asked for: two that are cancelled, and one
+// that has run for as long as it may, which an agent that was restarted counts from the
+// start too.
 func TestStopGrace(t *testing.T) {
 	n := need(t)
 	const program = "import signal, sys, time\ndef end(*_):\n    time.sleep(%s)\n    print('saved', flush=True)\n    sys.exit(0)\nsignal.signal(signal.SIGTERM, end)\nprint('ready', flush=True)\ntime.sleep(60)"
 	quick := n.submit(t, n.small(t, "ends-in-time", fmt.Sprintf(program, "0.3"), "stopGrace: 2s\n"))
 	slow := n.submit(t, n.small(t, "ends-too-late", fmt.Sprintf(program, "30"), "stopGrace: 2s\n"))
-	for _, id := range []string{quick, slow} {
+	late, err := os.ReadFile(n.small(t, "runs-too-long", fmt.Sprintf(program, "0.3"), "stopGrace: 2s\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const limit = 6
+	file := filepath.Join(t.TempDir(), "late.yaml")
+	if err := os.WriteFile(file, []byte(strings.Replace(string(late), "maxDuration: 2m", fmt.Sprintf("maxDuration: %ds", limit), 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	long := n.submit(t, file)
+	for _, id := range []string{quick, slow, long} {
 		n.wait(t, id, "running", running)
 		for deadline := time.Now().Add(20 * time.Second); !strings.Contains(n.log(t, id, 0, false), "ready") && time.Now().Before(deadline); {
 			time.Sleep(50 * time.Millisecond)
 		}
 	}
+	n.restartAgent(t)
 	n.must(t, "cancel", quick)
 	n.must(t, "cancel", slow)
 	for id, want := range map[string]string{quick: "ready\nsaved\n", slow: "ready\n"} {
@@ -253,6 +266,15 @@ func TestStopGrace(t *testing.T) {
 		if out := n.log(t, id, 0, false); out != want {
 			t.Errorf("it printed %q, want %q", out, want)
 		}
+	}
+	if s := n.wait(t, long, "ended", ended); s.State != "failed" || s.Reason != "deadline" {
+		t.Errorf("%+v", s)
+	}
+	if out := n.log(t, long, 0, false); out != "ready\nsaved\n" {
+		t.Errorf("it printed %q", out)
+	}
+	if j := n.job(t, long); j.GetEndedUnix()-j.GetSubmittedUnix() < limit {
+		t.Errorf("it ran for less than %d s: %v", limit, j)
 	}
 }
 

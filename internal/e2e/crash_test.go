@@ -43,12 +43,14 @@ func TestDaemonsKilled(t *testing.T) {
 // TestAgentKilledAtEachStage kills the agent when a job enters each of its stages, while
 // the jobs before are still at work. A job to which no key was released begins again; one
 // that may have keys and had not started is reported as failed with its stage; one that had
-// started goes on, and one that had ended is concluded. Either way it leaves nothing.
+// started goes on, and one that had ended is concluded: with the record that it had, if the
+// evidence log has that. Either way it leaves nothing.
 func TestAgentKilledAtEachStage(t *testing.T) {
 	n := need(t)
+	const logged bundle.Stage = "logged" // the last stage's last moment
 	killed := map[bundle.Stage]string{}
 	for _, stage := range []bundle.Stage{
-		bundle.StageAdmit, bundle.StageSandbox, bundle.StageCollect, bundle.StageVerify, bundle.StageRelease, bundle.StageDecrypt, bundle.StageStart, bundle.StageRun, bundle.StageEvidence,
+		bundle.StageAdmit, bundle.StageSandbox, bundle.StageCollect, bundle.StageVerify, bundle.StageRelease, bundle.StageDecrypt, bundle.StageStart, bundle.StageRun, bundle.StageEvidence, logged,
 	} {
 		job := n.jobFile(t, "killed-at-"+string(stage), func(s string) string {
 			return strings.NewReplacer(trains, `[/usr/bin/python3, -c, "print(len(open('/inputs/model/model.safetensors', 'rb').read()))"]`, "gpus: 1", "gpus: 0", "cpu: 2", "cpu: 300m", "memory: 2Gi", "memory: 512Mi").Replace(s)
@@ -56,7 +58,11 @@ func TestAgentKilledAtEachStage(t *testing.T) {
 		n.grant(t, n.planDigest(t, job), 1)
 		killed[stage] = n.submit(t, job)
 		agent := n.pid(t, "cofferd")
-		if stage != bundle.StageAdmit {
+		switch stage {
+		case bundle.StageAdmit:
+		case logged:
+			n.logged(t, killed[stage])
+		default:
 			n.told(t, killed[stage], string(stage), func(e *agentv1.WatchResponse) bool { return e.GetStage().GetStage() == string(stage) })
 		}
 		kill(t, agent)
@@ -70,7 +76,7 @@ func TestAgentKilledAtEachStage(t *testing.T) {
 			t.Errorf("killed at %s: %+v", stage, s)
 		}
 		// The kill comes after the stage was entered, and so never before it.
-		if after := stage == bundle.StageRun || stage == bundle.StageEvidence; after && s.State != "succeeded" {
+		if after := stage == bundle.StageRun || stage == bundle.StageEvidence || stage == logged; after && s.State != "succeeded" {
 			t.Errorf("killed at %s, when it had started: %+v", stage, s)
 		}
 		if _, err := os.Stat(filepath.Join(n.layout.Jobs(), id)); !os.IsNotExist(err) {
@@ -78,6 +84,28 @@ func TestAgentKilledAtEachStage(t *testing.T) {
 		}
 		if s.State == "succeeded" {
 			n.verified(t, id)
+		}
+	}
+}
+
+// logged waits until the evidence log has a job's record.
+func (n *node) logged(t *testing.T, id string) {
+	t.Helper()
+	db, err := sql.Open("sqlite", "file:"+filepath.Join(n.dir, "broker", "broker.db")+"?mode=ro&_pragma=busy_timeout(5000)")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		records := 0
+		if err := db.QueryRow("SELECT count(*) FROM log WHERE job = ? AND bundle <> ''", id).Scan(&records); err != nil {
+			t.Fatal(err)
+		}
+		if records > 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the record of job %s is not in the log", id)
 		}
 	}
 }

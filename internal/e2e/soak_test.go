@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/bundle/verify"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
 	"github.com/coffer-run/coffer/runner/egress/egresstest"
@@ -67,6 +68,7 @@ type soak struct {
 	broken chan struct{} // closed when each fault has happened
 	kinds  []*soakKind
 	world  *egresstest.World
+	trust  verify.Trust
 
 	mu      sync.Mutex // guards what follows
 	counts  map[string]int
@@ -508,6 +510,7 @@ func (s *soak) record(id string, kind *soakKind, j *agentv1.Job, asMeant bool) (
 		s.t.Errorf("job %s: %v", id, err)
 		return 0, 0
 	}
+	s.holds(id, file, j, asMeant)
 	if string(st.Outcome.State) != j.GetState() || st.Outcome.Reason != j.GetReason() {
 		s.t.Errorf("job %s: the bundle says %s %s, the agent %s %s", id, st.Outcome.State, st.Outcome.Reason, j.GetState(), j.GetReason())
 	}

@@ -14,6 +14,9 @@ import (
 	"sync"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/bundle/verify"
+	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/simulate"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/source/sink"
 )
@@ -93,7 +96,7 @@ for i in range(3):
 // granted to them.
 func (s *soak) prepare() {
 	t := s.t
-	s.world = s.withUplink(t)
+	s.world, s.trust = s.withUplink(t), s.trusts()
 	secret, err := os.MkdirTemp("/dev/shm", "coffer-e2e-")
 	if err != nil {
 		t.Fatal(err)
@@ -230,6 +233,40 @@ func (s *soak) work(id string, k *soakKind, b *bundle.Bundle) {
 		if err != nil || len(e.Connections) != k.connections || e.Lost || len(e.Denials) > 0 {
 			s.t.Errorf("job %s: %v, the record has %d connections, want %d: %+v", id, err, len(e.Connections), k.connections, e)
 		}
+	}
+}
+
+// trusts is what a stranger needs who verifies bundles of the stack.
+func (s *soak) trusts() verify.Trust {
+	anchors, err := simulate.LoadRoots(filepath.Join(s.dir, "simulation"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	out := verify.Trust{Anchors: anchors}
+	for who, keys := range map[string]*[]byte{"verifier": &out.VerifierKeys, "broker": &out.BrokerKeys} {
+		if *keys, err = os.ReadFile(filepath.Join(s.dir, who, "jwks.json")); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	return out
+}
+
+// holds verifies a job's bundle. One of a job that a killed neighbour ended may lack what
+// that one had; nothing in it is untrue. Verification fails where the log has a release of
+// which the agent that asked for it had not heard when it was killed.
+func (s *soak) holds(id string, file []byte, j *agentv1.Job, asMeant bool) {
+	r := verify.Verify(file, s.trust)
+	failed := r.Checks().Failed()
+	unheard := j.GetReason() == "agent-restarted" && j.GetStage() == string(bundle.StageRelease) &&
+		!slices.ContainsFunc(failed, func(c check.Check) bool { return c.ID != "log.releases" })
+	switch {
+	case r.Verdict == verify.Verified:
+	case !asMeant && r.Verdict == verify.Unknown:
+		s.count("records: verification cannot tell")
+	case !asMeant && unheard:
+		s.count("records: without a release that the log has")
+	default:
+		s.t.Errorf("the bundle of job %s: %s: %+v", id, r.Verdict, failed)
 	}
 }
 

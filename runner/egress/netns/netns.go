@@ -32,6 +32,13 @@ func onThread(f func() error) error {
 	go func() {
 		// Without an unlock the runtime ends the thread with the goroutine.
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// But for the process's first thread, which would stay where f left it. As long as
+			// it is held here, f gets another one.
+			defer runtime.UnlockOSThread()
+			done <- onThread(f)
+			return
+		}
 		done <- f()
 	}()
 	return <-done
