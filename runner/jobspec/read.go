@@ -78,6 +78,9 @@ func Parse(b []byte) (Spec, error) {
 	if len(b) > MaxSize {
 		return Spec{}, &Error{Problem: fmt.Sprintf("%d bytes, at most %d are allowed", len(b), MaxSize)}
 	}
+	if err := shallow(b); err != nil {
+		return Spec{}, err
+	}
 	file, err := parser.ParseBytes(b, 0)
 	if err != nil {
 		return Spec{}, syntax(err)
