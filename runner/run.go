@@ -119,7 +119,7 @@ func (a *Agent) create(ctx context.Context, j *Job) (*created, string, error) {
 	}
 	h, settle, err := a.startHolder(ctx, j, cgroup, holder.Config{
 		Path: a.Holder, RunDir: j.runDir, JobID: j.id, UID: sandbox.UID, GID: sandbox.GID, LogBytes: j.plan.Output.LogBytes, LogRate: j.plan.Output.LogRate(), Metrics: j.plan.Output.Metrics,
-		RegionBytes: regionBytes(j.plan.Resources), NearNode: j.nearNode(), WatchOpen: a.Rules.Opens(), Join: cgroup.Add, Procs: cgroup.Procs,
+		RegionBytes: regionBytes(j.plan.Resources), CPUMillis: j.plan.Resources.CPUMillis, NearNode: j.nearNode(), WatchOpen: a.Rules.Opens(), Join: cgroup.Add, Procs: cgroup.Procs,
 	})
 	if err != nil {
 		return nil, "", err

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -52,10 +53,11 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 			return err
 		}
 	}
-	cfg, err := parse(args)
+	cfg, cores, err := parse(args)
 	if err != nil {
 		return errors.Join(err, reserve.Close())
 	}
+	runtime.GOMAXPROCS(cores)
 	cfg.Reserve = reserve
 	cfg.Log = log.With("job", cfg.JobID)
 	// The FUSE library writes to the log package.
@@ -67,8 +69,8 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	return h.Serve(ctx)
 }
 
-func parse(args []string) (hold.Config, error) {
-	var cfg hold.Config
+// parse returns what the holder is told, and how many cores it may use at once.
+func parse(args []string) (cfg hold.Config, cores int, err error) {
 	fs := flag.NewFlagSet("coffer-holder", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	fs.StringVar(&cfg.RunDir, "run", "", "run folder of the job, mode 0700")
@@ -83,29 +85,32 @@ func parse(args []string) (hold.Config, error) {
 	})
 	procs := fs.Int("procs", 0, "descriptor of cgroup.procs of the job's control group, which this process is in")
 	fs.Int64Var(&cfg.RegionBytes, "region-bytes", 0, "bytes of memory to decrypt inputs into, 0: as many as they have")
+	fs.IntVar(&cores, "cores", 0, "how many cores to use at once")
 	fs.IntVar(&cfg.NearNode, "near-node", 0, "1 more than the number of the memory node for inputs, 0: any")
 	fs.Func("watch-open", "pattern of the paths whose opening is told; may be repeated", func(glob string) error {
 		cfg.WatchOpen = append(cfg.WatchOpen, glob)
 		return nil
 	})
 	if err := fs.Parse(args); err != nil {
-		return hold.Config{}, fmt.Errorf("parse flags: %w", err)
+		return hold.Config{}, 0, fmt.Errorf("parse flags: %w", err)
 	}
 	const maxID = 1<<32 - 2
 	switch {
 	case fs.NArg() > 0:
-		return hold.Config{}, fmt.Errorf("unexpected argument %q", fs.Arg(0))
+		return hold.Config{}, 0, fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	case cfg.RunDir == "" || cfg.JobID == "" || cfg.LogBytes <= 0:
-		return hold.Config{}, errors.New("--run, --job and --log-bytes are required")
+		return hold.Config{}, 0, errors.New("--run, --job and --log-bytes are required")
+	case cores <= 0:
+		return hold.Config{}, 0, errors.New("--cores must be one or more")
 	case *procs <= int(os.Stderr.Fd()):
-		return hold.Config{}, errors.New("--procs must name a descriptor that was handed over")
+		return hold.Config{}, 0, errors.New("--procs must name a descriptor that was handed over")
 	case cfg.RegionBytes < 0 || cfg.LogRate < 0 || cfg.NearNode < 0:
-		return hold.Config{}, errors.New("--region-bytes, --log-rate or --near-node is negative")
+		return hold.Config{}, 0, errors.New("--region-bytes, --log-rate or --near-node is negative")
 	case *uid == 0 || *gid == 0 || *uid > maxID || *gid > maxID:
-		return hold.Config{}, errors.New("--uid and --gid must name a user that is not root")
+		return hold.Config{}, 0, errors.New("--uid and --gid must name a user that is not root")
 	}
 	cfg.UID, cfg.GID = uint32(*uid), uint32(*gid)
 	unix.CloseOnExec(*procs)
 	cfg.Procs = os.NewFile(uintptr(*procs), "cgroup.procs")
-	return cfg, nil
+	return cfg, cores, nil
 }

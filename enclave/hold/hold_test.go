@@ -120,7 +120,7 @@ func start(t *testing.T, args ...string) *holder {
 
 // args are those of a job, but for the list of its processes.
 func (h *holder) args() []string {
-	return []string{"--run", h.run, "--job", jobID, "--uid", "65532", "--gid", "65532", "--log-bytes", "1000"}
+	return []string{"--run", h.run, "--job", jobID, "--uid", "65532", "--gid", "65532", "--log-bytes", "1000", "--cores", "2"}
 }
 
 // launch starts the program with one descriptor, which is the list of the job's
@@ -934,7 +934,7 @@ func TestFinishUnderAReader(t *testing.T) {
 
 func TestTerminated(t *testing.T) {
 	h := start(t)
-	second := exec.Command(holderBinary(t), "--run", h.run, "--job", "job-2", "--uid", "1", "--gid", "1", "--log-bytes", "1")
+	second := exec.Command(holderBinary(t), "--run", h.run, "--job", "job-2", "--uid", "1", "--gid", "1", "--log-bytes", "1", "--cores", "1")
 	if out, err := second.CombinedOutput(); err == nil {
 		t.Errorf("a second holder started in the same folder: %s", out)
 	}
@@ -950,12 +950,13 @@ func TestTerminated(t *testing.T) {
 
 func TestFlags(t *testing.T) {
 	dir := t.TempDir()
-	good := []string{"--run", dir, "--job", "j", "--uid", "1", "--gid", "1", "--log-bytes", "1"}
+	good := []string{"--run", dir, "--job", "j", "--uid", "1", "--gid", "1", "--log-bytes", "1", "--cores", "1"}
 	for name, args := range map[string][]string{
 		"none":               nil,
 		"root as the job":    append(slices.Clone(good), "--uid", "0"),
 		"an argument":        append(slices.Clone(good), "x"),
 		"no log":             append(slices.Clone(good), "--log-bytes", "0"),
+		"no cores":           append(slices.Clone(good), "--cores", "0"),
 		"negative memory":    append(slices.Clone(good), "--region-bytes", "-1"),
 		"an unknown flag":    append(slices.Clone(good), "--x"),
 		"a folder for all":   good,

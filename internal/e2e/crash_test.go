@@ -122,6 +122,12 @@ func TestHolderKilled(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	t.Logf("stopped after %s", time.Since(began).Round(time.Millisecond))
+	// Nobody zeroed the inputs' memory before the kernel took it, and the record says so.
+	// Its signer is gone with the holder: it passes for nothing else.
+	_, body := n.bundleOf(t, id)
+	if out, err := n.verify(t, body, true); exitCode(err) != 1 || !strings.Contains(out, "not scrubbed: holder lost") || !strings.Contains(out, "statement.signature") {
+		t.Errorf("%v\n%s", err, out)
+	}
 	if _, err := os.Stat(filepath.Join(n.layout.Jobs(), id)); !os.IsNotExist(err) {
 		t.Error("the job's run directory is still there")
 	}

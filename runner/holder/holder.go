@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -51,6 +52,9 @@ type Config struct {
 	WatchOpen []string
 	// RegionBytes bounds the memory that inputs are decrypted into; 0: no bound.
 	RegionBytes int64
+	// CPUMillis is what the job may use of the processor, in thousandths of a core; 0:
+	// all of it. The holder's workers are as many.
+	CPUMillis int64
 	// NearNode is 1 more than the number of the memory node for them; 0: any.
 	NearNode int
 	// Join puts the process into the job's cgroup. It is called right after the
@@ -68,6 +72,7 @@ func (c Config) args() []string {
 	out := []string{
 		"--run", c.RunDir, "--job", c.JobID, "--uid", strconv.Itoa(c.UID), "--gid", strconv.Itoa(c.GID),
 		"--log-bytes", strconv.FormatInt(c.LogBytes, 10), "--log-rate", strconv.FormatInt(c.LogRate, 10), "--region-bytes", strconv.FormatInt(c.RegionBytes, 10), "--near-node", strconv.Itoa(c.NearNode),
+		"--cores", strconv.Itoa(cores(c.CPUMillis, runtime.NumCPU())),
 	}
 	if m := c.Metrics; m != nil {
 		out = append(out, "--metrics", fmt.Sprintf("%d,%d,%s", m.MaxValues, m.ValuesPerSecond, strings.Join(m.Names, ",")))
@@ -76,6 +81,17 @@ func (c Config) args() []string {
 		out = append(out, "--watch-open", glob)
 	}
 	return out
+}
+
+// cores is how many cores of the machine's the holder of a job uses at once: the job's,
+// and two at least, as in Go's own rule, so that one worker is not all there is. Go's
+// runtime looks for a group's limit when it begins, which is before the holder is in the
+// job's.
+func cores(millis int64, machine int) int {
+	if millis <= 0 {
+		return machine
+	}
+	return int(min(int64(machine), max(2, (millis-1)/1000+1)))
 }
 
 // Holder is a running holder process.

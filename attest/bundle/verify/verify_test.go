@@ -447,6 +447,7 @@ func TestLyingAgent(t *testing.T) {
 		{"checkpoint of another plan", "checkpoint.plan", checkpoint(func(r *bundle.CheckpointRecord) { r.Plan = plan.Sum(nil) })},
 		{"checkpoint of another job", "checkpoint.job", checkpoint(func(r *bundle.CheckpointRecord) { r.JobID = "job-9" })},
 		{"not scrubbed", "holder.scrubbed", edit(bundle.HolderStatus, func(s *bundle.Status) { s.Scrubbed = false })},
+		{"holder's status withheld", "holder.scrubbed", func(_ *testing.T, j *bundletest.Job) { delete(j.Parts, bundle.HolderStatus) }},
 		{"trace lost", "holder.trace", edit(bundle.HolderStatus, func(s *bundle.Status) { s.TraceLost = true })},
 		{"start not seen", "holder.started", edit(bundle.HolderStatus, func(s *bundle.Status) { s.Started = false })},
 		{"no start in the trace", "trace.start", edit(bundle.Trace, func(l *[]bundle.Event) { *l = (*l)[1:] })},
