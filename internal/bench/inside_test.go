@@ -234,6 +234,10 @@ type insideNode struct {
 func openNode(t *testing.T, tools, images string) *insideNode {
 	t.Helper()
 	dir := must[string](t)(os.MkdirTemp("/run", "coffer-bench-"))
+	// The runtime is nobody on this machine and looks up a job's root below.
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
 	sock := filepath.Join(dir, "c.sock")
 	config := fmt.Sprintf("version = 3\nroot = %q\nstate = %q\noom_score = 0\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\", \"io.containerd.internal.v1.opt\", \"io.containerd.nri.v1.nri\"]\n[grpc]\naddress = %q\n[ttrpc]\naddress = %q\n",
 		filepath.Join(dir, "root"), filepath.Join(dir, "state"), sock, sock+".ttrpc")
