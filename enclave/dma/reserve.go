@@ -48,24 +48,24 @@ func (s *Reserve) Prefault(ctx context.Context, workers int) error {
 	return nil
 }
 
-// take returns the region that is nearest to size, with this length and sealed. It
-// is nil if there is none, if every one is more than twice as large, for cutting it
+// take returns the region that is nearest to size, the larger of two, with this
+// length and sealed. It is nil if there is none, if every one is more than twice as large, for cutting it
 // gives up more than it brings, or if one cannot be made so: it is given up then.
 func (s *Reserve) take(size int64) *Region {
 	if s == nil {
 		return nil
 	}
-	best := -1
-	for i, r := range s.spares {
-		if r.size/2 <= size && (best < 0 || distance(r, size) < distance(s.spares[best], size)) {
-			best = i
+	var r *Region
+	for _, o := range s.spares {
+		d := distance(o, size)
+		if o.size/2 <= size && (r == nil || d < distance(r, size) || d == distance(r, size) && o.size > r.size) {
+			r = o
 		}
 	}
-	if best < 0 {
+	if r == nil {
 		return nil
 	}
-	r := s.spares[best]
-	s.spares = slices.Delete(s.spares, best, best+1)
+	s.spares = slices.DeleteFunc(s.spares, func(o *Region) bool { return o == r })
 	if r.resize(size) != nil || r.seal() != nil {
 		_ = r.Close()
 		return nil

@@ -143,6 +143,7 @@ func TestWhichRegionIsTaken(t *testing.T) {
 		want  []int64 // how long the taken one was; 0: none is taken
 	}{
 		"the nearest":                   {[]int64{8 * mb, 2 * mb, 4 * mb}, []int64{4 * mb, 2*mb + 1, 7 * mb}, []int64{4 * mb, 2 * mb, 8 * mb}},
+		"the larger of two as near":     {[]int64{2 * mb, 4 * mb}, []int64{3 * mb}, []int64{4 * mb}},
 		"each once":                     {[]int64{2 * mb}, []int64{2 * mb, 2 * mb}, []int64{2 * mb, 0}},
 		"none more than twice as large": {[]int64{4 * mb}, []int64{2*mb - 1}, []int64{0}},
 		"a small one by a large file":   {[]int64{2 * mb}, []int64{90 * mb}, []int64{2 * mb}},

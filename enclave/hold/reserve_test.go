@@ -61,12 +61,11 @@ func TestShareOfTheReserve(t *testing.T) {
 		inputs [][]int64
 		want   []int64 // sizes of the regions that the pool has then, which were ready
 	}{
-		"the largest file first, of whichever input": {0, []int64{8 * mb}, [][]int64{{5 * mb}, {9 * mb, 6 * mb}}, []int64{9 * mb}},
-		"one for each":               {0, []int64{4 * mb, 8 * mb}, [][]int64{{4 * mb}, {7 * mb}}, []int64{4 * mb, 7 * mb}},
+		"the largest file first, of whichever input": {0, []int64{3 * mb}, [][]int64{{2 * mb}, {3*mb + 5, 2 * mb}}, []int64{3*mb + 5}},
+		"one for each":               {0, []int64{mb, 3 * mb}, [][]int64{{mb}, {2 * mb}}, []int64{mb, 2 * mb}},
 		"nothing for small files":    {0, []int64{2 * mb}, [][]int64{{mb - 1, 100}}, nil},
-		"nothing if they do not fit": {6 * mb, []int64{4 * mb}, [][]int64{{4 * mb}, {3 * mb}}, nil},
-		"all if they just fit":       {7 * mb, []int64{4 * mb}, [][]int64{{4 * mb}, {3 * mb}}, []int64{4 * mb}},
-		"no inputs":                  {0, []int64{2 * mb}, nil, nil},
+		"nothing if they do not fit": {3*mb - 1, []int64{2 * mb}, [][]int64{{2 * mb}, {mb}}, nil},
+		"all if they just fit":       {3 * mb, []int64{2 * mb}, [][]int64{{2 * mb}, {mb}}, []int64{2 * mb}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := withReserve(t, c.bound, c.ready, c.inputs...)

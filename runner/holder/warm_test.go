@@ -96,7 +96,7 @@ func TestHolderThatIsOfNoUse(t *testing.T) {
 			if does == "exit 0" {
 				gone(t, w)
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 			defer cancel()
 			joined := 0
 			h, err := Start(ctx, Config{
