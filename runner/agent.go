@@ -412,7 +412,7 @@ func (r Room) whole() (Room, error) {
 // fits says whether the node has the memory at all.
 func (a *Agent) fits(memory int64) error {
 	if total, _, _ := a.queue.look(); memory > total.MemoryBytes {
-		return fmt.Errorf("the job asks for %d MiB of memory and this node has %d for jobs", memory>>20, total.MemoryBytes>>20)
+		return fmt.Errorf("the job asks for %d MiB of memory and this node has %d MiB for jobs", memory>>20, total.MemoryBytes>>20)
 	}
 	return nil
 }

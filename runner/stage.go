@@ -14,6 +14,7 @@ import (
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/journal"
 	"github.com/coffer-run/coffer/runner/remote"
+	"github.com/coffer-run/coffer/runner/source"
 )
 
 // stage runs one stage between two journal entries and tells the watchers. f
@@ -139,6 +140,8 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 		out.Reason = "holder-lost"
 	case errors.Is(err, errInputs):
 		out.Reason = "inputs-failed"
+	case errors.Is(err, source.ErrNotThere):
+		out.Reason = "inputs-missing"
 	case errors.Is(err, errTraceLost):
 		out.Reason = "trace-lost"
 	case errors.Is(err, errRestarted), errors.Is(err, errUnrecorded):

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/alerts"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
@@ -106,6 +107,15 @@ func TestInputsThatCouldNotBeOpenedEndTheJob(t *testing.T) {
 	out := a.outcome(t.Context(), j, context.Cause(ctx))
 	if out.Reason != "inputs-failed" || out.State != journal.Failed || out.Message != "an input could not be opened: input model: file 000001: damaged" {
 		t.Errorf("%+v", out)
+	}
+}
+
+// An input that is not where the job file says is no defect of the node's.
+func TestInputsElsewhere(t *testing.T) {
+	a, j, _ := watched(t)
+	err := a.handInput(t.Context(), j.id, nil, "file://"+t.TempDir()+"/none", plan.Input{Name: "data"})
+	if out := a.outcome(t.Context(), j, err); err == nil || out.Reason != "inputs-missing" || out.State != journal.Failed || !strings.Contains(out.Message, "input data: ") {
+		t.Errorf("%+v: %v", out, err)
 	}
 }
 

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
+	"path/filepath"
 	"strings"
 
 	"connectrpc.com/connect"
@@ -178,4 +180,14 @@ func call[Req, Res any](ctx context.Context, c *cli, doing, server string, f fun
 		return nil, c.explain(doing, server, err)
 	}
 	return res.Msg, nil
+}
+
+// orNoStack is why a path could not be read: err, or, if the path is of the stack, that
+// there is no stack.
+func (c *cli) orNoStack(path string, err error) error {
+	var none *stack.NoStackError
+	if _, serr := stack.OpenEndpoint(c.dir); errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(path, filepath.Clean(c.dir)+"/") && errors.As(serr, &none) {
+		return none
+	}
+	return err
 }

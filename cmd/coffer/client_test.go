@@ -472,6 +472,25 @@ func TestWatchDetaches(t *testing.T) {
 	s.coffer(ctx, "submit", jobFile(t, "x"), "-w").want(t, exitUnknown, "| working", "detached; job job-1 goes on", "coffer logs -f job-1")
 }
 
+// Whoever leaves a log or events that go on is told how to come back.
+func TestFollowersLeave(t *testing.T) {
+	for _, args := range [][]string{{"logs", "-f", "job-1"}, {"events", "-w", "job-1"}} {
+		s := newFakeStack(t)
+		s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", State: "running"}
+		s.agent.events = append(printed(logged(1, "stdout", "working\n")), &agentv1.WatchResponse{Sequence: 2, Event: &agentv1.WatchResponse_Stage{Stage: &agentv1.StageEvent{Stage: "run", Phase: "done", Detail: "working"}}})
+		s.agent.hold = make(chan struct{})
+		ctx, cancel := context.WithCancel(t.Context())
+		s.seen = func(out string) {
+			if strings.Contains(out, "working") {
+				cancel()
+			}
+		}
+		s.coffer(ctx, args...).want(t, exitUnknown, "which goes on; come back with `coffer "+strings.Join(args, " ")+"`")
+		cancel()
+		close(s.agent.hold)
+	}
+}
+
 // tap is a buffer that tells of every write.
 type tap struct {
 	bytes.Buffer

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"github.com/coffer-run/coffer/attest/endorse/serve"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/simulate"
+	"github.com/coffer-run/coffer/internal/stack"
 )
 
 func (c *cli) endorsementsCmd() *cobra.Command {
@@ -229,7 +231,10 @@ func (c *cli) endorsementsLs() *cobra.Command {
 	cmd.RunE = func(*cobra.Command, []string) error {
 		folder, err := serve.OpenFolder(from(), c.unused)
 		if err != nil {
-			return err
+			if _, serr := stack.OpenEndpoint(c.dir); serr == nil && errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(from(), filepath.Clean(c.dir)+"/") {
+				return fmt.Errorf("the verifier of the stack in %s has no endorsements: `coffer endorsements import DIR` gives it some; simulated devices need none", c.dir)
+			}
+			return c.orNoStack(from(), err)
 		}
 		type row struct {
 			endorse.Key

@@ -265,7 +265,7 @@ it prints. In JSON there is all of it, one event a line.`,
 			return err
 		}
 		w := json.NewEncoder(c.stdout)
-		return c.events(cmd.Context(), a, args[0], watch, func(e *agentv1.WatchResponse) error {
+		err = c.events(cmd.Context(), a, args[0], watch, func(e *agentv1.WatchResponse) error {
 			if *out == formatJSON {
 				return w.Encode(viewEvent(e))
 			}
@@ -279,6 +279,10 @@ it prints. In JSON there is all of it, one event a line.`,
 			_, err := fmt.Fprintf(c.stdout, "%s  %s\n", time.Unix(0, e.GetTimeUnixNano()).UTC().Format("15:04:05.000"), line)
 			return err
 		})
+		if watch && cmd.Context().Err() != nil {
+			return c.left("the events of job "+args[0], "coffer events -w "+args[0])
+		}
+		return err
 	}
 	return cmd
 }
@@ -347,6 +351,9 @@ own: without --attempt it is that of the job named.`,
 			_, err := w.Write(l.GetData())
 			return err
 		})
+		if follow && cmd.Context().Err() != nil {
+			return c.left("the log of job "+id, "coffer logs -f "+id)
+		}
 		if err != nil || download == "" {
 			return err
 		}
@@ -485,7 +492,11 @@ a checkpoint was sealed after the job was told to stop.`,
 			}
 			err = writeJSON(c.stdout, v)
 		} else {
-			_, err = fmt.Fprintf(c.stdout, "job %s is %s\n", job.GetId(), clean(job.GetState()))
+			said := "is " + job.GetState()
+			if !ended(job.GetState()) {
+				said = "is told to stop; `coffer watch " + job.GetId() + "` shows its end"
+			}
+			_, err = fmt.Fprintf(c.stdout, "job %s %s\n", job.GetId(), clean(said))
 			if err == nil && last != nil {
 				_, err = fmt.Fprintf(c.stdout, "last checkpoint #%d %s %s\n", last.GetSequence(), clean(last.GetName()), last.GetDigest())
 			}

@@ -698,9 +698,11 @@ type whyView struct {
 	Why  string `json:"why"`
 	// Checks are those that refused it.
 	Checks []string `json:"checks,omitempty"`
-	// Who opens the gate, and Next is the command to run.
-	Who  []string `json:"who,omitempty"`
-	Next []string `json:"next,omitempty"`
+	// Hints are what the checks advise, Who opens the gate, and Next are the commands to
+	// run.
+	Hints []string `json:"hints,omitempty"`
+	Who   []string `json:"who,omitempty"`
+	Next  []string `json:"next,omitempty"`
 }
 
 func (c *cli) whyCmd() *cobra.Command {
@@ -737,6 +739,9 @@ refused.`,
 			rows = append(rows, []string{"why", v.Why})
 			for _, k := range v.Checks {
 				rows = append(rows, []string{"check", k})
+			}
+			for _, h := range v.Hints {
+				rows = append(rows, []string{"hint", h})
 			}
 			for _, w := range v.Who {
 				rows = append(rows, []string{"who", w})
@@ -814,14 +819,18 @@ func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
 func whyEnded(j *agentv1.Job, v *whyView) {
 	v.Gate, v.Why = j.GetReason(), j.GetMessage()
 	known, ok := reasons.Find(j.GetReason())
+	failed := failedChecks(j)
 	if ok {
 		v.Why = strings.TrimSuffix(known.Meaning+": "+j.GetMessage(), ": ")
+		if len(failed) > 0 {
+			v.Why = known.Meaning // the message has nothing but the checks
+		}
 		v.Who = []string{known.Who}
 	}
-	for _, f := range failedChecks(j) {
+	for _, f := range failed {
 		v.Checks = append(v.Checks, fmt.Sprintf("%s: expected %s, found %s", f.ID, orDash(f.Expected), orDash(f.Found)))
-		if f.Hint != "" {
-			v.Next = append(v.Next, f.Hint)
+		if f.Hint != "" && !slices.Contains(v.Hints, f.Hint) {
+			v.Hints = append(v.Hints, f.Hint)
 		}
 	}
 	if j.GetRetriedAs() != "" {

@@ -178,7 +178,7 @@ lists them all.`,
 			found = append(found, fieldView{f.Path, f.Doc, f.Want, f.Default, f.Example, f.Required, f.Planned})
 		}
 		if len(args) > 0 && !whole {
-			return usagef(cmd, "the job file has no field %.80q: %s", args[0], jobspec.Suggest(args[0]))
+			return usagef(cmd, "%.80q: %s", args[0], jobspec.Suggest(args[0]))
 		}
 		if *out == formatJSON {
 			return writeJSON(c.stdout, found)

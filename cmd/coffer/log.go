@@ -67,7 +67,7 @@ func (f *logFlags) open(ctx context.Context, c *cli) (logReader, string, translo
 	}
 	key, err := readBounded(f.key)
 	if err != nil {
-		return fail(err)
+		return fail(c.orNoStack(f.key, err))
 	}
 	var witnesses []string
 	if f.witnessKeys != "" {

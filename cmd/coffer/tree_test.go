@@ -67,16 +67,17 @@ func TestWhyNamesOneGate(t *testing.T) {
 		code  int
 		parts []string
 	}{
-		"queue":            {&agentv1.Job{State: "queued", QueuePosition: 2, WaitsFor: "2 GPUs"}, exitRefused, []string{"gate   queue", "number 2", "2 GPUs", "coffer ps --state running"}},
-		"retry":            {&agentv1.Job{State: "queued", Attempt: 2, NotBeforeUnix: soon}, exitRefused, []string{"gate   retry", "attempt 2", "begins by itself"}},
-		"running":          {&agentv1.Job{State: "running", Stage: "verify"}, 0, []string{"nothing holds it: it is at stage verify"}},
-		"verifier refusal": {&agentv1.Job{State: stateRefused, Reason: "verify-refused", Checks: []*agentv1.Check{{Id: "snp.debug", Outcome: "fail", Expected: "off", Found: "on", Hint: "turn debugging off"}}}, exitRefused, []string{"gate   verify-refused", "snp.debug: expected off, found on", "who operates the node", "turn debugging off"}},
-		"release refusal":  {&agentv1.Job{State: stateRefused, Reason: "release-refused", Checks: []*agentv1.Check{{Id: "grant.missing", Outcome: "fail", Hint: "its owner may run: coffer grant create"}}}, exitRefused, []string{"gate   release-refused", "grant.missing", "the owner of the assets", "its owner may run"}},
-		"lease lost":       {&agentv1.Job{State: stateFailed, Reason: "lease-lapsed", Message: "no answer"}, 0, []string{"gate   lease-lapsed", "heard nothing from the broker", "no answer", "coffer retry job-1"}},
-		"being stopped":    {&agentv1.Job{State: "running", Stopping: "revoked: key disabled at its store"}, 0, []string{"gate   stopping", "taken back", "key disabled at its store", "the owner of the assets"}},
-		"failure":          {&agentv1.Job{State: stateFailed, Reason: "exit-code", Message: "exit code 3"}, 0, []string{"gate   exit-code", "coffer logs job-1"}},
-		"tried again":      {&agentv1.Job{State: stateFailed, Reason: "exit-code", RetriedAs: "job-2"}, 0, []string{"coffer watch job-2"}},
-		"an unknown code":  {&agentv1.Job{State: stateFailed, Reason: "zzz", Message: "m"}, 0, []string{"gate   zzz", "coffer events job-1"}},
+		"queue":              {&agentv1.Job{State: "queued", QueuePosition: 2, WaitsFor: "2 GPUs"}, exitRefused, []string{"gate   queue", "number 2", "2 GPUs", "coffer ps --state running"}},
+		"retry":              {&agentv1.Job{State: "queued", Attempt: 2, NotBeforeUnix: soon}, exitRefused, []string{"gate   retry", "attempt 2", "begins by itself"}},
+		"running":            {&agentv1.Job{State: "running", Stage: "verify"}, 0, []string{"nothing holds it: it is at stage verify"}},
+		"verifier refusal":   {&agentv1.Job{State: stateRefused, Reason: "verify-refused", Checks: []*agentv1.Check{{Id: "snp.debug", Outcome: "fail", Expected: "off", Found: "on", Hint: "turn debugging off"}}}, exitRefused, []string{"gate   verify-refused", "snp.debug: expected off, found on", "who operates the node", "hint   turn debugging off"}},
+		"release refusal":    {&agentv1.Job{State: stateRefused, Reason: "release-refused", Checks: []*agentv1.Check{{Id: "grant.missing", Outcome: "fail", Hint: "its owner may run: coffer grant create"}}}, exitRefused, []string{"gate   release-refused", "grant.missing", "the owner of the assets", "hint   its owner may run", "next   coffer grant request"}},
+		"lease lost":         {&agentv1.Job{State: stateFailed, Reason: "lease-lapsed", Message: "no answer"}, 0, []string{"gate   lease-lapsed", "heard nothing from the broker", "no answer", "coffer retry job-1"}},
+		"being stopped":      {&agentv1.Job{State: "running", Stopping: "revoked: key disabled at its store"}, 0, []string{"gate   stopping", "taken back", "key disabled at its store", "the owner of the assets"}},
+		"failure":            {&agentv1.Job{State: stateFailed, Reason: "exit-code", Message: "exit code 3"}, 0, []string{"gate   exit-code", "coffer logs job-1"}},
+		"tried again":        {&agentv1.Job{State: stateFailed, Reason: "exit-code", RetriedAs: "job-2"}, 0, []string{"coffer watch job-2"}},
+		"an input elsewhere": {&agentv1.Job{State: stateFailed, Reason: "inputs-missing", Message: "input data: find source"}, 0, []string{"gate   inputs-missing", "not on the node where its job file says", "input data"}},
+		"an unknown code":    {&agentv1.Job{State: stateFailed, Reason: "zzz", Message: "m"}, 0, []string{"gate   zzz", "coffer events job-1"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tt.job.Id = "job-1"

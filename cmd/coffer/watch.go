@@ -182,3 +182,11 @@ func (c *cli) outcome(j *agentv1.Job) error {
 	}
 	return &exitError{code: exitUnknown, text: fmt.Sprintf("job %s is still %s: see `coffer status %s`", id, clean(j.GetState()), id)}
 }
+
+// left says, to whoever left what goes on without them, how to come back.
+func (c *cli) left(what, again string) error {
+	if _, err := fmt.Fprintf(c.stderr, "\nleft %s, which goes on; come back with `%s`\n", what, again); err != nil {
+		return err
+	}
+	return &exitError{code: exitUnknown}
+}

@@ -422,6 +422,9 @@ func suggest(at, name string) string {
 	if best != "" {
 		return didYouMean(best)
 	}
+	if len(here) == 0 {
+		return unknown
+	}
 	slices.Sort(here)
 	return unknown + "; known fields: " + strings.Join(here, ", ")
 }
@@ -429,7 +432,17 @@ func suggest(at, name string) string {
 // Suggest names the field that is nearest to a place that is no field.
 func Suggest(place string) string {
 	i := strings.LastIndexByte(place, '.')
-	return suggest(place[:max(i, 0)], place[i+1:])
+	at, name := place[:max(i, 0)], place[i+1:]
+	parent := func(path string) bool {
+		return slices.ContainsFunc(Fields(), func(f Field) bool { return strings.HasPrefix(f.Path, path+".") })
+	}
+	switch {
+	case parent(at + "[]"):
+		at += "[]"
+	case at != "" && !parent(at):
+		return Suggest(at) // nothing is below it
+	}
+	return suggest(at, name)
 }
 
 const (

@@ -39,6 +39,24 @@ func (approvedBroker) GetAsset(_ context.Context, r *connect.Request[brokerv1.Ge
 	return connect.NewResponse(&brokerv1.GetAssetResponse{Asset: a}), nil
 }
 
+// What the broker answers is told in its words, and is still known by its code.
+func TestAnswersInWords(t *testing.T) {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusNotFound)
+		_, _ = w.Write([]byte(`{"code":"not_found","message":"asset \"data\": not found"}`))
+	}))
+	t.Cleanup(s.Close)
+	b, err := remote.NewBroker(remote.Service{URL: s.URL, ID: "broker", HTTP: s.Client(), JWKS: verifierKeys(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = b.Asset(t.Context(), "data")
+	if err == nil || err.Error() != `look up asset data: asset "data": not found` || connect.CodeOf(err) != connect.CodeNotFound {
+		t.Errorf("%v, code %s", err, connect.CodeOf(err))
+	}
+}
+
 func TestApproved(t *testing.T) {
 	mux := http.NewServeMux()
 	mux.Handle(brokerv1connect.NewBrokerServiceHandler(approvedBroker{}))

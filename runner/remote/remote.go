@@ -76,8 +76,21 @@ func once[T any](ctx context.Context, service, what string, f func(context.Conte
 	if away(err) {
 		return zero, &Unavailable{Service: service, Err: fmt.Errorf("%s: %w", what, err)}
 	}
+	var answer *connect.Error
+	if errors.As(err, &answer) {
+		return zero, &answerError{what, answer}
+	}
 	return zero, fmt.Errorf("%s: %w", what, err)
 }
+
+// answerError is a service's answer, without the protocol's word before its text.
+type answerError struct {
+	what string
+	err  *connect.Error
+}
+
+func (e *answerError) Error() string { return e.what + ": " + e.err.Message() }
+func (e *answerError) Unwrap() error { return e.err }
 
 // away tells a service that does not answer, or that died in the middle of its
 // answer, from one that answers what nobody expects.

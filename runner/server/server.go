@@ -190,6 +190,9 @@ func coded(err error) error {
 	var refused *check.Refusal
 	var away *remote.Unavailable
 	var file *jobspec.Error
+	if own, ok := err.(*connect.Error); ok { //nolint:errorlint // this very error: around another is text that would be lost
+		return own
+	}
 	switch {
 	case errors.As(err, &refused):
 		return refusal.Encode(refused)
@@ -292,7 +295,7 @@ func (s *server) List(ctx context.Context, r *connect.Request[agentv1.ListReques
 	var err error
 	state := journal.State(r.Msg.GetState())
 	if state != "" && !state.Known() {
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("state %.20q: there is no such state", state))
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("state %.20q: want %s, %s, %s, %s, %s or %s", state, journal.Queued, journal.Running, journal.Succeeded, journal.Failed, journal.Refused, journal.Cancelled))
 	}
 	if state == "" {
 		rows, err = s.agent.Journal.Jobs(ctx, r.Msg.GetPageToken(), n+1)

@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -70,6 +71,17 @@ func as[T any](who string, m *T) *connect.Request[T] {
 	r := connect.NewRequest(m)
 	r.Header().Set("Who", who)
 	return r
+}
+
+// A refusal of the server's own is told without the protocol's words.
+func TestErrorsInWords(t *testing.T) {
+	s, _ := serve(t, 1, DefaultLimits())
+	c := agentv1connect.NewAgentServiceClient(http.DefaultClient, s.URL)
+	_, err := c.List(t.Context(), as("scheduler/one", &agentv1.ListRequest{State: "foo"}))
+	var told *connect.Error
+	if !errors.As(err, &told) || told.Code() != connect.CodeInvalidArgument || !strings.HasPrefix(told.Message(), `state "foo": want queued, running`) {
+		t.Errorf("%v", err)
+	}
 }
 
 func TestPages(t *testing.T) {

@@ -17,11 +17,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// ErrNotThere means that there is no folder for sealed data where a URI leads.
+var ErrNotThere = errors.New("no folder for sealed data is there")
+
 // closed are the trees where no sealed data lies: the kernel's, and /run, where
 // other jobs' opened inputs and checkpoints are.
 var closed = []string{"/proc", "/sys", "/dev", "/run"}
 
-// Folder returns the sealed folder at a file URI. It must exist.
+// Folder returns the sealed folder at a file URI. It must exist: what leads to none is
+// ErrNotThere.
 func Folder(uri string) (string, error) {
 	u, err := url.Parse(uri)
 	if err != nil {
@@ -32,12 +36,12 @@ func Folder(uri string) (string, error) {
 	}
 	for _, c := range closed {
 		if u.Path == c || strings.HasPrefix(u.Path, c+"/") {
-			return "", fmt.Errorf("find source %s: nothing below %s is a place for sealed data", u.Path, c)
+			return "", fmt.Errorf("find source %s: %w: nothing below %s is a place for it", u.Path, ErrNotThere, c)
 		}
 	}
 	fd, err := unix.Openat2(unix.AT_FDCWD, u.Path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
 	if err != nil {
-		return "", fmt.Errorf("find source: %w", &os.PathError{Op: "open folder", Path: u.Path, Err: err})
+		return "", fmt.Errorf("find source: %w: %w", ErrNotThere, &os.PathError{Op: "open folder", Path: u.Path, Err: err})
 	}
 	return u.Path, unix.Close(fd)
 }
