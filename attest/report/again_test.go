@@ -19,7 +19,7 @@ func TestPageOfLaterAttestations(t *testing.T) {
 	}
 	page := write(t, r, file)
 	selfContained(t, page)
-	for _, want := range []string{"Attested again while it ran", "2 times affirmed,", "<td>timer</td>", "goes on"} {
+	for _, want := range []string{"Attested again while it ran", "2 times affirmed,", ">timer</td>", "goes on"} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page does not say %q", want)
 		}

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"html/template"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
@@ -32,8 +33,10 @@ var pageCSS string
 
 var page = template.Must(template.New("page").Funcs(template.FuncMap{
 	"words": words, "bytes": humanBytes, "short": short, "badge": badge, "time": stamp,
-	"unix": func(s int64) string { return stamp(time.Unix(s, 0)) },
-	"nano": func(n int64) string { return stamp(time.Unix(0, n)) },
+	"cores": cores, "seconds": func(s int64) string { return plain(time.Duration(s) * time.Second) },
+	"nanos": func(n int64) string { return plain(time.Duration(n).Round(time.Millisecond)) },
+	"unix":  func(s int64) string { return stamp(time.Unix(s, 0)) },
+	"nano":  func(n int64) string { return stamp(time.Unix(0, n)) },
 }).Parse(pageHTML))
 
 // view is what the page shows.
@@ -44,9 +47,11 @@ type view struct {
 	Ending string
 	// Standing colours the verdict. A true record of a job that did not succeed is no
 	// good news.
-	Standing   string
-	Plan       *plan.Plan
-	PlanJSON   string
+	Standing string
+	Plan     *plan.Plan
+	PlanJSON string
+	// Budget is what the plan's attempts may use together, "" for no bound.
+	Budget     string
 	Agent      *bundle.Agent
 	Way        []way
 	WayHeight  int
@@ -149,6 +154,9 @@ func (v *view) documents(b *bundle.Bundle) {
 	}
 	if p, err := plan.Parse(b.Parts[bundle.Plan]); err == nil {
 		v.Plan = &p
+		if s, bounded := p.BudgetSeconds(); bounded {
+			v.Budget = plain(time.Duration(s) * time.Second)
+		}
 		var indented bytes.Buffer
 		if json.Indent(&indented, b.Parts[bundle.Plan], "", "  ") == nil {
 			v.PlanJSON = indented.String()
@@ -350,6 +358,26 @@ func duration(nanos int64) string {
 }
 
 func stamp(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 UTC") }
+
+// cores says how much of a CPU a plan takes.
+func cores(millis int64) string {
+	if millis == 1000 {
+		return "1 core"
+	}
+	return strconv.FormatFloat(float64(millis)/1000, 'f', -1, 64) + " cores"
+}
+
+// plain writes a time without the units that are zero: "30m" and not "30m0s".
+func plain(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
 
 func humanBytes(n int64) string {
 	const unit = 1024

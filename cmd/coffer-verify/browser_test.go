@@ -157,6 +157,7 @@ const unstructured = `(() => {
 // seen is one page as a browser shows it.
 type seen struct {
 	wide, narrow     int64
+	cut              int64 // tables with columns out of sight on a phone
 	bad, low         []string
 	nodes            []*accessibility.Node
 	shot, phone, pdf []byte
@@ -185,6 +186,7 @@ func look(ctx context.Context, file string) (seen, error) {
 		// From here on every group is open.
 		into(&s.low, chromedp.Evaluate[[]string](unreadable)),
 		into(&s.narrow, chromedp.Evaluate[int64](`document.scrollingElement.scrollWidth`)),
+		into(&s.cut, chromedp.Evaluate[int64](`[...document.querySelectorAll(".scroll:has(table.wide)")].filter(e => e.scrollWidth > e.clientWidth || !e.innerHTML.includes("data-label")).length`)),
 	)
 }
 
@@ -202,6 +204,9 @@ func TestReportInBrowser(t *testing.T) {
 		s, err := look(ctx, file)
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
+		}
+		if s.cut > 0 {
+			t.Errorf("%s: %d tables are cut on a phone", name, s.cut)
 		}
 		if s.wide > 1000 || s.narrow > 360 {
 			t.Errorf("%s: %d wide of 1000, and %d of a phone's 360", name, s.wide, s.narrow)
