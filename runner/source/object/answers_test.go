@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -51,6 +52,8 @@ func TestAnswersWithHoles(t *testing.T) {
 		"Azure, read without a time":        {azure, nil, "1234", read, false},
 		"S3, list":                          {amazon, nil, "<ListBucketResult><Contents><Key>a</Key><LastModified>1970-01-01T00:00:01Z</LastModified><Size>4</Size></Contents></ListBucketResult>", list, true},
 		"S3, list without a time":           {amazon, nil, "<ListBucketResult><Contents><Key>a</Key><Size>4</Size></Contents></ListBucketResult>", list, false},
+		"S3, list without an end":           {amazon, nil, "<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken></ListBucketResult>", list, false},
+		"Google, list without an end":       {google, nil, `{"nextPageToken":"t"}`, list, false},
 		"S3, upload of parts without an ID": {amazon, nil, "<InitiateMultipartUploadResult></InitiateMultipartUploadResult>", put, false},
 		"Google, list":                      {google, nil, `{"items":[{"name":"a","size":"4","updated":"1970-01-01T00:00:01Z"}]}`, list, true},
 		"Google, list that says nothing":    {google, nil, "", list, false},
@@ -90,6 +93,9 @@ func TestAnswersWithHoles(t *testing.T) {
 			buckets, err := New([]Config{config})
 			must(t, err)
 			buckets.pause = time.Millisecond
+			if strings.HasSuffix(name, "without an end") {
+				buckets.listTime = 100 * time.Millisecond
+			}
 			at, err := source.Parse(c.uri + "/team")
 			must(t, err)
 			b, err := buckets.OpenSink(t.Context(), at)

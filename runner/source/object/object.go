@@ -61,14 +61,14 @@ type Config struct {
 // Buckets are those that the node may use.
 type Buckets struct {
 	known map[string]Config
-	// pause is putPause, but in tests.
-	pause time.Duration
+	// pause is putPause and listTime is listTime, but in tests.
+	pause, listTime time.Duration
 }
 
 // New checks configurations. It reads no file: credentials may change while the
 // agent runs.
 func New(configs []Config) (*Buckets, error) {
-	b := &Buckets{known: map[string]Config{}, pause: putPause}
+	b := &Buckets{known: map[string]Config{}, pause: putPause, listTime: listTime}
 	for _, c := range configs {
 		at, err := source.Parse(c.URI + "/x")
 		if err != nil || bucketURI(at) != c.URI {

@@ -45,7 +45,7 @@ func (b *Buckets) OpenSink(ctx context.Context, at source.Location) (sink.Bucket
 	if err != nil {
 		return nil, err
 	}
-	return writable{bucket{opened}}, nil
+	return writable{bucket{opened}, b.listTime}, nil
 }
 
 // TakesCheckpoints reports whether any bucket does.
@@ -64,7 +64,10 @@ func partRetries(pause time.Duration) aws.Retryer {
 }
 
 // writable is a sink.Bucket.
-type writable struct{ bucket }
+type writable struct {
+	bucket
+	listTime time.Duration
+}
 
 // Put is of sink.Bucket. Stores make an object when all of it has come.
 func (w writable) Put(ctx context.Context, object string, r io.Reader, size int64) (err error) {
@@ -99,12 +102,19 @@ func (e *exactReader) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// listPage is how many entries one request lists.
-const listPage = 1000
+const (
+	// listPage is how many entries one request lists.
+	listPage = 1000
+	// listTime is how long all requests of one listing may take. The library asks until a
+	// page is full: a store that always has one more, with nothing in it, would keep it.
+	listTime = 5 * time.Minute
+)
 
 // List is of sink.Bucket.
 func (w writable) List(ctx context.Context, prefix string, limit int) (_ map[string]int64, err error) {
 	defer contain(&err)
+	ctx, cancel := context.WithTimeout(ctx, w.listTime)
+	defer cancel()
 	out := map[string]int64{}
 	for page := blob.FirstPageToken; len(page) > 0; {
 		l, next, err := w.b.ListPage(ctx, page, listPage, &blob.ListOptions{Prefix: prefix, Delimiter: "/"})
