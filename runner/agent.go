@@ -235,6 +235,7 @@ type Job struct {
 	logs        [2]logDigest // stdout, stderr
 	seen        uint64       // newest checkpoint that watchers know of
 	pumped      bool         // the pumps have begun
+	endRecorded bool         // Values has how the job ended
 	checkpoints bundle.Step
 	anchors     *anchors
 	metrics     metrics

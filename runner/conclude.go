@@ -34,7 +34,7 @@ const (
 // word.
 func (a *Agent) conclude(ctx context.Context, j *Job, end journal.Job) {
 	// From here on it is decided how the job ended, whoever concludes it.
-	if err := a.Values.conclude(j.id, j.digest, end); err != nil {
+	if err := a.recordEnd(j, end); err != nil {
 		a.log.WarnContext(ctx, "record the outcome", slog.String("job", j.id), slog.Any("error", err))
 	}
 	a.tell(ctx, j, stageEvent(bundle.StageEvidence, "started", 0, ""))
@@ -247,7 +247,7 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	if err != nil {
 		return nil, err
 	}
-	a.keepRecord(ctx, j, unlogged)
+	a.keepRecord(ctx, j, end, unlogged)
 	a.reportStopped(ctx, j, end.Reason, stop, last.trace)
 	out, err := a.logRecord(ctx, j, unlogged)
 	if j.holder == nil {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/runner/journal"
@@ -16,10 +18,27 @@ const recordEntry = "record"
 
 // keepRecord keeps a record that is about to be logged. There is one record of a job: an
 // agent that comes after this one logs it, and makes no other.
-func (a *Agent) keepRecord(ctx context.Context, j *Job, unlogged []byte) {
-	if err := a.insist(ctx, j, func() error { return a.Journal.Keep(ctx, j.id, recordEntry, unlogged) }); err != nil {
+func (a *Agent) keepRecord(ctx context.Context, j *Job, end journal.Job, unlogged []byte) {
+	err := a.insist(ctx, j, func() error {
+		// Where a full disk kept the end from being recorded, the next agent would know of another.
+		if err := a.recordEnd(j, end); errors.Is(err, unix.ENOSPC) {
+			return err
+		}
+		return a.Journal.Keep(ctx, j.id, recordEntry, unlogged)
+	})
+	if err != nil {
 		a.log.ErrorContext(ctx, "keep the record", slog.String("job", j.id), slog.Any("error", err))
 	}
+}
+
+// recordEnd records how the job ended, once.
+func (a *Agent) recordEnd(j *Job, end journal.Job) error {
+	if j.endRecorded {
+		return nil
+	}
+	err := a.Values.conclude(j.id, j.digest, end)
+	j.endRecorded = err == nil
+	return err
 }
 
 // keptRecord returns the record that an agent before this one made of the job, if it is of

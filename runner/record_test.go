@@ -2,13 +2,18 @@ package runner
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/runner/bootkey"
 	"github.com/coffer-run/coffer/runner/journal"
 )
 
@@ -60,11 +65,66 @@ func TestOneRecordOfAJob(t *testing.T) {
 		"that is none":     {[]byte("{}"), false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			a.keepRecord(t.Context(), j, row.kept)
+			a.keepRecord(t.Context(), j, end, row.kept)
 			kept, st := a.keptRecord(t.Context(), j, end)
 			if row.used != (kept != nil) || row.used && (!bytes.Equal(kept, row.kept) || st.JobID != "job") {
 				t.Errorf("%q, %+v", kept, st)
 			}
 		})
+	}
+}
+
+// A record is not logged before the end that it tells of is kept: on a full disk it waits.
+func TestARecordWaitsForItsEnd(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("root is needed to mount a small disk")
+	}
+	disk := t.TempDir()
+	if err := unix.Mount("tmpfs", disk, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(disk, unix.MNT_DETACH) //nolint:errcheck // the test is over
+	values, err := OpenValues(filepath.Join(disk, "values"), bootkey.New())
+	if err != nil {
+		t.Fatal(err)
+	}
+	jnl, err := journal.Open(filepath.Join(t.TempDir(), "journal.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer jnl.Close()
+	if _, _, err := jnl.Submit(t.Context(), journal.Job{ID: "job", Name: "n", JobFile: []byte("f"), Plan: []byte("p"), State: journal.Queued, Submitted: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	a := &Agent{Deps: Deps{Journal: jnl, Values: values}, log: slog.New(slog.DiscardHandler), ctx: t.Context()}
+	j := newJob("job", "user/ada")
+	j.digest = plan.Sum([]byte("p"))
+	if err := values.keep("job", j.digest, submission{Submitter: "user/ada"}); err != nil {
+		t.Fatal(err)
+	}
+	filler := filepath.Join(disk, "filler")
+	if err := os.WriteFile(filler, make([]byte, 64<<10), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	end := journal.Job{ID: "job", State: journal.Succeeded, Stage: "run"}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		a.keepRecord(t.Context(), j, end, []byte("record"))
+	}()
+	time.Sleep(50 * time.Millisecond)
+	var kept []byte
+	if err := jnl.Entry(t.Context(), "job", recordEntry, &kept); !errors.Is(err, journal.ErrNotFound) {
+		t.Errorf("while nothing has the end: %q, %v", kept, err)
+	}
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	<-done
+	if err := jnl.Entry(t.Context(), "job", recordEntry, &kept); err != nil || string(kept) != "record" {
+		t.Errorf("%q, %v", kept, err)
+	}
+	if s, err := values.get("job", j.digest); err != nil || s.Outcome == nil || s.Outcome.State != journal.Succeeded {
+		t.Errorf("%+v, %v", s, err)
 	}
 }
