@@ -11,14 +11,13 @@ import (
 
 func fill(t *testing.T, r *Region, with byte) {
 	t.Helper()
-	err := r.Fill(t.Context(), 1<<20, 2, func() func(int64, []byte) error {
+	zero, content := make([]byte, 1<<20), bytes.Repeat([]byte{with}, 1<<20)
+	err := r.Fill(t.Context(), len(content), 2, func() func(int64, []byte) error {
 		return func(_ int64, dst []byte) error {
-			if !allZero(dst) {
+			if !bytes.Equal(dst, zero[:len(dst)]) {
 				t.Error("a region that is filled is not zero")
 			}
-			for i := range dst {
-				dst[i] = with
-			}
+			copy(dst, content)
 			return nil
 		}
 	})

@@ -51,15 +51,13 @@ func isResident(t *testing.T, r *Region) bool {
 // What a file takes of a reserve is a region as New makes it, of the file's length,
 // with the pages that were ready.
 func TestTakenRegionIsAsANewOne(t *testing.T) {
-	const ready = 6 << 20
+	const ready = 4 << 20
 	for name, size := range map[string]int64{
 		"as long":                 ready,
 		"a byte shorter":          ready - 1,
-		"shorter, within a page":  3<<20 + 17,
-		"half":                    ready / 2,
-		"a byte longer":           ready + 1,
+		"shorter, within a page":  2<<20 + 17,
 		"longer, within a page":   ready + 5000,
-		"many times as long":      20<<20 + 3,
+		"many times as long":      9<<20 + 3,
 		"longer by a whole piece": ready + piece,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -108,7 +106,7 @@ func TestTakenRegionIsAsANewOne(t *testing.T) {
 				t.Errorf("a reader finds the end at %d, %v", n, err)
 			}
 			b := make([]byte, size)
-			if _, err := r.ReadAt(b, 0); err != nil || !allZero(b) {
+			if _, err := r.ReadAt(b, 0); err != nil || !bytes.Equal(b, make([]byte, size)) {
 				t.Errorf("it is not zero: %v", err)
 			}
 			if err := r.Prefault(t.Context(), 2); err != nil || !isResident(t, r) {
@@ -128,7 +126,7 @@ func TestTakenRegionIsAsANewOne(t *testing.T) {
 			if err != nil || again != r {
 				t.Fatalf("it did not come back: %v", err)
 			}
-			if _, err := again.ReadAt(b, 0); err != nil || !allZero(b) {
+			if _, err := again.ReadAt(b, 0); err != nil || !bytes.Equal(b, make([]byte, size)) {
 				t.Errorf("it came back with content: %v", err)
 			}
 		})
