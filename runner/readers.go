@@ -3,6 +3,7 @@ package runner
 import (
 	"context"
 	"slices"
+	"strings"
 
 	"github.com/coffer-run/coffer/attest/plan"
 )
@@ -22,9 +23,16 @@ func (a *Agent) Owns(ctx context.Context, principal string, p plan.Plan) (bool, 
 		if err != nil {
 			return false, err
 		}
-		if principal != "" && asset.GetOwner() == principal {
+		if owns(principal, asset.GetOwner()) {
 			return true, nil
 		}
 	}
 	return false, nil
+}
+
+// owns reports whether a caller is the owner of that name, by a certificate of that role
+// or by a token. The broker names owners without either.
+func owns(principal, owner string) bool {
+	as, name, ok := strings.Cut(principal, "/")
+	return ok && (as == "owner" || as == "user") && owner != "" && name == owner
 }
