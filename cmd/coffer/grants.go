@@ -193,7 +193,8 @@ func (c *cli) grantRequestCmd() *cobra.Command {
 		Short: "Ask for a grant on assets of another",
 		Long: `request asks that one plan may use assets. The grant begins to count when those
 whom the policies of the assets name have approved it, or the owner has where
-they name nobody. A job of the plan may be submitted at once: it waits.`,
+they name nobody. A job of the plan may be submitted at once: it waits. A grant is
+for assets of one owner: of others ask for one each, with --asset.`,
 		Example: "  coffer grant request --job job.yaml --for 8h --purpose 'fine-tune for the safety evals'\n  coffer grant request --plan sha384:4f2c... --asset frontier-weights --for 8h --purpose 'fine-tune for the safety evals'",
 		Args:    exactly(),
 	}

@@ -32,10 +32,10 @@ func (c Command) At() string { return fmt.Sprintf("%s:%d", c.Page, c.Line) }
 var (
 	opening = regexp.MustCompile("^ *```(.*)$")
 	header  = regexp.MustCompile(`^#+ (.+)$`)
-	prompt  = regexp.MustCompile(`^[a-z]*\$ (.+)$`)
+	prompt  = regexp.MustCompile(`^\s*[a-z]*\$ (.+)$`)
 	comment = regexp.MustCompile(`(^| +)# .*$`)
 	// What is typed without a prompt, in a fence that is not marked sh.
-	hidden = regexp.MustCompile(`^(sudo|make|coffer|coffer-[a-z-]+|curl|build/bin/\S+) [^:=|]*$`)
+	hidden = regexp.MustCompile(`^\s*(sudo|make|coffer|coffer-[a-z-]+|curl|build/bin/\S+) [^:=|]*$`)
 )
 
 // languages are those that a fence may say; commands are in sh, and behind a
@@ -63,6 +63,10 @@ func Parse(page, text string) ([]Command, error) {
 			section = m[1]
 		}
 		if !fenced {
+			// Four blanks are Markdown's other way to show code.
+			if strings.HasPrefix(line, "    ") && (hidden.MatchString(line) || prompt.MatchString(line)) {
+				return nil, fmt.Errorf("%s:%d: %q looks like a command: put it into a fence marked sh", page, i+1, line)
+			}
 			continue
 		}
 		if language != "sh" {

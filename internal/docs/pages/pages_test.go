@@ -19,6 +19,9 @@ func TestParse(t *testing.T) {
 		"a language that may be a shell's": "```console\ncoffer up\n```\n",
 		"a fence without an end":           "```sh\ncoffer up\n",
 		"a command in a fence of text":     "```text\ncoffer up --image x\n```\n",
+		"a command, further in":            "```text\n  coffer up\n```\n",
+		"a command that is indented":       "Then:\n\n    coffer up\n",
+		"a prompt that is indented":        "Then:\n\n    $ ls\n",
 		"a fence of tildes":                "~~~sh\ncoffer up\n~~~\n",
 	} {
 		if got, err := Parse("x.md", text); err == nil {

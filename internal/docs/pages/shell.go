@@ -57,6 +57,9 @@ type Running struct {
 	out   output
 	// set is the file that has the variable which the command sets.
 	set string
+	// ended is closed when the command has ended, and err is how.
+	ended chan struct{}
+	err   error
 }
 
 // output is what a command has printed so far.
@@ -74,7 +77,7 @@ func (o *output) Write(b []byte) (int, error) {
 // Start types a command, and does not wait for its end. Somebody must call End.
 func (s *Shell) Start(c Command) *Running {
 	s.t.Helper()
-	r := &Running{shell: s, c: c}
+	r := &Running{shell: s, c: c, ended: make(chan struct{})}
 	// A test's own context ends before its cleanup, which may end what was started.
 	r.ctx, r.stop = context.WithTimeout(context.WithoutCancel(s.t.Context()), typing)
 	text := s.Here.Replace(c.Text)
@@ -95,6 +98,10 @@ func (s *Shell) Start(c Command) *Running {
 		r.stop()
 		s.t.Fatalf("%s: %q: %v", c.At(), c.Text, err)
 	}
+	go func() {
+		r.err = r.cmd.Wait()
+		close(r.ended)
+	}()
 	s.script.Typed(c)
 	return r
 }
@@ -104,13 +111,19 @@ func (s *Shell) Start(c Command) *Running {
 func (r *Running) Says(pattern string) []string {
 	r.shell.t.Helper()
 	for form := regexp.MustCompile(pattern); ; time.Sleep(5 * time.Millisecond) {
+		over := false
+		select {
+		case <-r.ended:
+			over = true
+		default:
+		}
 		r.out.mu.Lock()
 		text := r.out.text.String()
 		r.out.mu.Unlock()
 		if m := form.FindStringSubmatch(text); m != nil {
 			return m
 		}
-		if r.ctx.Err() != nil {
+		if over {
 			r.shell.t.Fatalf("%s: %q does not say %q: %s", r.c.At(), r.c.Text, pattern, text)
 		}
 	}
@@ -130,7 +143,8 @@ func (r *Running) End() (out string, code int) {
 	t := r.shell.t
 	t.Helper()
 	defer r.stop()
-	err := r.cmd.Wait()
+	<-r.ended
+	err := r.err
 	out = r.out.text.String()
 	var exit *exec.ExitError
 	switch {
