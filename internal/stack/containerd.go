@@ -74,9 +74,34 @@ func (l Layout) containerdAnswers(ctx context.Context) error {
 	return err
 }
 
+// untilAnswers waits for a containerd that is only beginning, as it is when a start
+// was cut off: its socket is there before it listens.
+func (l Layout) untilAnswers(ctx context.Context, of process) error {
+	ctx, cancel := context.WithTimeout(ctx, Grace)
+	defer cancel()
+	t := time.NewTicker(pollEvery)
+	defer t.Stop()
+	for of.alive() {
+		err := l.containerdAnswers(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("reach containerd: %w", err)
+		case <-t.C:
+		}
+	}
+	return nil
+}
+
 // removeTasks kills every task in the stack's namespace and removes its
-// container and snapshot.
-func (l Layout) removeTasks(ctx context.Context) (string, error) {
+// container and snapshot. of is the containerd that has them. One that has ended
+// is asked nothing: what it leaves are processes and mounts.
+func (l Layout) removeTasks(ctx context.Context, of process) (string, error) {
+	if err := l.untilAnswers(ctx, of); err != nil || !of.alive() {
+		return "", err
+	}
 	c, err := l.openContainerd()
 	if err != nil {
 		return "", fmt.Errorf("reach containerd: %w", err)

@@ -66,7 +66,7 @@ func (l Layout) teardown(ctx context.Context, progress func(Step)) error {
 		}
 		if p.Name == containerdName {
 			// Once the agent is gone nobody starts another task.
-			try("jobs", l.removeTasks)
+			try("jobs", func(ctx context.Context) (string, error) { return l.removeTasks(ctx, p) })
 		}
 		try(p.Name, func(ctx context.Context) (string, error) {
 			return "stopped", p.stop(ctx, Grace)
