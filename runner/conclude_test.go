@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/holder"
 	"github.com/coffer-run/coffer/runner/journal"
@@ -30,6 +31,9 @@ func printed(c net.Conn, started bool) {
 		}
 		status := &holdapi.Status{Started: started}
 		res := holdapi.Response{Hello: &holdapi.Hello{JobID: "job", Pid: os.Getpid()}, Status: status, Events: &holdapi.EventsResult{}}
+		if q.Op == holdapi.OpEvents && started && q.Events.After == 0 {
+			res.Events.Events = []holdapi.Event{{Sequence: 1, UnixNano: 9, Kind: bundle.EventContainerStart}}
+		}
 		if q.Op == holdapi.OpLogs {
 			res.Logs = &holdapi.LogChunk{EOF: true}
 			if q.Logs.Stream == "stdout" && q.Logs.Offset == 0 {
@@ -46,6 +50,30 @@ func printed(c net.Conn, started bool) {
 	}
 }
 
+// holderThatPrinted gives a job such a holder.
+func holderThatPrinted(t *testing.T, j *Job, started bool) {
+	t.Helper()
+	j.runDir = t.TempDir()
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: filepath.Join(j.runDir, holdapi.SocketName), Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go printed(c, started)
+		}
+	}()
+	if j.holder, err = holder.Attach(t.Context(), j.runDir, "job"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = j.holder.Detach() })
+}
+
 // What a job printed is in its record also where no agent, or not this one, could follow
 // it: its disk was full when the job started, or the job is taken up only to be ended.
 func TestWhatNobodyFollowedIsInTheRecord(t *testing.T) {
@@ -60,25 +88,8 @@ func TestWhatNobodyFollowedIsInTheRecord(t *testing.T) {
 				t.Fatal(err)
 			}
 			j := newJob("job", "user/ada")
-			j.runDir, j.feed, j.cancel = t.TempDir(), newFeed("job", jnl), func(error) {}
-			l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: filepath.Join(j.runDir, holdapi.SocketName), Net: "unixpacket"})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer l.Close()
-			go func() {
-				for {
-					c, err := l.Accept()
-					if err != nil {
-						return
-					}
-					go printed(c, started)
-				}
-			}()
-			if j.holder, err = holder.Attach(t.Context(), j.runDir, "job"); err != nil {
-				t.Fatal(err)
-			}
-			defer j.holder.Detach() //nolint:errcheck // the test is over
+			j.feed, j.cancel = newFeed("job", jnl), func(error) {}
+			holderThatPrinted(t, j, started)
 			shipped, err := rules.Parse(rules.Default)
 			if err != nil {
 				t.Fatal(err)

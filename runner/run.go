@@ -335,6 +335,11 @@ func (a *Agent) decrypt(ctx context.Context, j *Job, box *created, grants []rece
 	if err != nil {
 		return opened{}, "", err
 	}
+	if j.record.Resume != nil {
+		if err := a.Journal.Keep(ctx, j.id, string(bundle.StageRelease), j.record); err != nil {
+			return opened{}, "", err
+		}
+	}
 	j.opening.Store(box.holder)
 	d, err := box.holder.Decrypt(ctx)
 	if err != nil {

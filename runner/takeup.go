@@ -17,6 +17,7 @@ import (
 	"github.com/coffer-run/coffer/attest/evidence"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
+	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/holder"
 	"github.com/coffer-run/coffer/runner/jobspec"
@@ -270,12 +271,63 @@ func (a *Agent) attested(j *Job) (*evidence.Envelope, error) {
 	return env, nil
 }
 
+// hadStarted finds out of a job that had come to its start whether its container has
+// started: an agent can be killed before it has noted that. The trace knows, and
+// nothing of a start comes after it but the note.
+func (a *Agent) hadStarted(ctx context.Context, j *Job) (bool, error) {
+	if j.at != bundle.StageStart {
+		return false, nil
+	}
+	st, err := j.holder.Status(ctx)
+	if err != nil || !st.Started {
+		return false, err
+	}
+	at, err := startOf(ctx, j.runDir)
+	if err != nil {
+		return false, err
+	}
+	if err := a.Journal.Leave(ctx, j.id, string(bundle.StageStart), j.record); err != nil {
+		return false, err
+	}
+	j.step(bundle.Step{Stage: bundle.StageStart, StartUnixNano: at, Outcome: bundle.StepDone})
+	j.nowReady()
+	return true, nil
+}
+
+// startOf is when the container started, by the holder's events.
+func startOf(ctx context.Context, runDir string) (int64, error) {
+	c, err := holdapi.Dial(ctx, runDir)
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	for after := uint64(0); ; {
+		events, err := c.Events(ctx, holdapi.Events{After: after})
+		if err != nil {
+			return 0, fmt.Errorf("ask holder when the container started: %w", err)
+		}
+		if len(events) == 0 {
+			return 0, errors.New("the holder has no event of the container's start")
+		}
+		for _, e := range events {
+			if after = e.Sequence; e.Kind == bundle.EventContainerStart {
+				return e.UnixNano, nil
+			}
+		}
+	}
+}
+
 // adopt attaches to what of a job still runs, and takes a slot and the very GPUs
 // whose evidence the job has.
 func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error) {
 	h, err := holder.Attach(ctx, j.runDir, j.id)
 	if err == nil {
 		j.holder = h
+	}
+	if !started && err == nil {
+		if started, err = a.hadStarted(ctx, j); err != nil {
+			return running{}, err
+		}
 	}
 	if !started {
 		return running{}, errRestarted

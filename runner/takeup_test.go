@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/journal"
 )
@@ -98,5 +99,56 @@ func TestToldToEndIsTheReason(t *testing.T) {
 		if end := a.outcome(ctx, newJob("a", "user/ada"), cause(ctx, err)); end.State != journal.Cancelled || end.Reason != "cancelled" {
 			t.Errorf("%v: %s, %s", err, end.State, end.Reason)
 		}
+	}
+}
+
+// An agent can be killed between a start and the note of it: the job has started if its trace
+// says so, and one that only came to its start has not.
+func TestStartThatNobodyNoted(t *testing.T) {
+	for name, tt := range map[string]struct {
+		at      bundle.Stage
+		started bool
+		want    bool
+	}{
+		"the trace has its start":      {bundle.StageStart, true, true},
+		"the trace has none":           {bundle.StageStart, false, false},
+		"it had not come to its start": {bundle.StageDecrypt, true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			jnl, err := journal.Open(filepath.Join(t.TempDir(), "journal.db"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer jnl.Close()
+			if _, _, err := jnl.Submit(t.Context(), journal.Job{ID: "job", Name: "n", JobFile: []byte("f"), Plan: []byte("p"), State: journal.Queued, Submitted: time.Now()}); err != nil {
+				t.Fatal(err)
+			}
+			j := newJob("job", "user/ada")
+			j.at, j.record.Releases = tt.at, []string{"released"}
+			j.timeline = []bundle.Step{{Stage: bundle.StageDecrypt, StartUnixNano: 5, Nanos: 2, Outcome: bundle.StepDone}}
+			holderThatPrinted(t, j, tt.started)
+			a := &Agent{Deps: Deps{Journal: jnl}, log: slog.New(slog.DiscardHandler)}
+			got, err := a.hadStarted(t.Context(), j)
+			if err != nil || got != tt.want || j.started() != tt.want {
+				t.Fatalf("started: %t, in its timeline: %t, %v", got, j.started(), err)
+			}
+			if tt.want && j.began() != time.Unix(0, 9) {
+				t.Errorf("it began at %s", j.began())
+			}
+			var noted record
+			if err := jnl.Entry(t.Context(), "job", string(bundle.StageStart), &noted); tt.want != (err == nil) || tt.want && len(noted.Releases) != 1 {
+				t.Errorf("noted: %+v, %v", noted, err)
+			}
+			select {
+			case <-j.gang.ready:
+				if !tt.want {
+					t.Error("its gang was told")
+				}
+			default:
+				if tt.want {
+					t.Error("its gang was not told")
+				}
+			}
+		})
 	}
 }

@@ -65,7 +65,9 @@ func (a *Agent) beginWatching(ctx context.Context, j *Job) {
 	defer w.mu.Unlock()
 	w.found.Rules = a.Rules.Digest()
 	known := rules.Job{InImage: a.inImage(ctx, j)}
-	if j.egress != nil {
+	// By its plan: of a job that is taken up only to be concluded nobody has asked the
+	// gateway yet.
+	if len(j.plan.Egress) > 0 {
 		known.Gateway = egress.Addr()
 	}
 	for _, in := range j.plan.Inputs {

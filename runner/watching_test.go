@@ -19,6 +19,7 @@ import (
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/alerts"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/egress"
 	"github.com/coffer-run/coffer/runner/egress/gate"
 	"github.com/coffer-run/coffer/runner/journal"
 	"github.com/coffer-run/coffer/runner/rules"
@@ -315,4 +316,31 @@ func TestTheEndOfAJobInsists(t *testing.T) {
 			t.Errorf("an agent that ends: %v", err)
 		}
 	})
+}
+
+// What a job sends through its gateway is what its plan allows, also where the job was taken
+// up only to be concluded and nobody has asked the gateway.
+func TestGatewayOfAJobThatIsConcluded(t *testing.T) {
+	to := func(address string) holdapi.Event {
+		return holdapi.Event{Sequence: 1, UnixNano: 1, Kind: string(rules.Connect), Detail: address}
+	}
+	for name, tt := range map[string]struct {
+		egress []plan.Egress
+		to     string
+		found  int
+	}{
+		"its gateway":                  {[]plan.Egress{{Host: "a.example.com", Port: 443}}, egress.Addr().String() + ":3128", 0},
+		"elsewhere":                    {[]plan.Egress{{Host: "a.example.com", Port: 443}}, "192.0.2.1:443", 1},
+		"there, and its plan has none": {nil, egress.Addr().String() + ":3128", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, j, _ := watched(t)
+			j.plan.Egress = tt.egress
+			a.beginWatching(t.Context(), j)
+			a.lookAt(t.Context(), j, to(tt.to))
+			if got := len(j.watching.found.Findings); got != tt.found {
+				t.Errorf("%d findings: %+v", got, j.watching.found.Findings)
+			}
+		})
+	}
 }
