@@ -7,12 +7,10 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/holder"
-	"github.com/coffer-run/coffer/runner/journal"
 	"github.com/coffer-run/coffer/runner/rules"
 )
 
@@ -79,14 +77,7 @@ func holderThatPrinted(t *testing.T, j *Job, started bool) {
 func TestWhatNobodyFollowedIsInTheRecord(t *testing.T) {
 	for name, started := range map[string]bool{"it started": true, "it did not": false} {
 		t.Run(name, func(t *testing.T) {
-			jnl, err := journal.Open(filepath.Join(t.TempDir(), "journal.db"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer jnl.Close()
-			if _, _, err := jnl.Submit(t.Context(), journal.Job{ID: "job", Name: "n", JobFile: []byte("f"), Plan: []byte("p"), State: journal.Queued, Submitted: time.Now()}); err != nil {
-				t.Fatal(err)
-			}
+			jnl := journalWithJob(t)
 			j := newJob("job", "user/ada")
 			j.feed, j.cancel = newFeed("job", jnl), func(error) {}
 			holderThatPrinted(t, j, started)

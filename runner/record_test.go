@@ -20,14 +20,7 @@ import (
 // An agent that takes up a job which had ended finds the record that is or may be in the
 // evidence log, byte for byte, and takes none of another job, plan or end.
 func TestOneRecordOfAJob(t *testing.T) {
-	jnl, err := journal.Open(filepath.Join(t.TempDir(), "journal.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer jnl.Close()
-	if _, _, err := jnl.Submit(t.Context(), journal.Job{ID: "job", Name: "n", JobFile: []byte("f"), Plan: []byte("p"), State: journal.Queued, Submitted: time.Now()}); err != nil {
-		t.Fatal(err)
-	}
+	jnl := journalWithJob(t)
 	a := &Agent{Deps: Deps{Journal: jnl}, log: slog.New(slog.DiscardHandler), ctx: t.Context()}
 	j := newJob("job", "user/ada")
 	j.digest = plan.Sum([]byte("p"))
@@ -88,14 +81,7 @@ func TestARecordWaitsForItsEnd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	jnl, err := journal.Open(filepath.Join(t.TempDir(), "journal.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer jnl.Close()
-	if _, _, err := jnl.Submit(t.Context(), journal.Job{ID: "job", Name: "n", JobFile: []byte("f"), Plan: []byte("p"), State: journal.Queued, Submitted: time.Now()}); err != nil {
-		t.Fatal(err)
-	}
+	jnl := journalWithJob(t)
 	a := &Agent{Deps: Deps{Journal: jnl, Values: values}, log: slog.New(slog.DiscardHandler), ctx: t.Context()}
 	j := newJob("job", "user/ada")
 	j.digest = plan.Sum([]byte("p"))

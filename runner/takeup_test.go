@@ -15,17 +15,24 @@ import (
 	"github.com/coffer-run/coffer/runner/journal"
 )
 
-// An agent that takes up a job finds the countersignatures that the one before it got, and
-// tells watchers of those alone that they do not know.
-func TestCountersignaturesAreToldOnce(t *testing.T) {
+// journalWithJob has one job that waits, with the id job.
+func journalWithJob(t *testing.T) *journal.Journal {
+	t.Helper()
 	jnl, err := journal.Open(filepath.Join(t.TempDir(), "journal.db"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer jnl.Close()
+	t.Cleanup(func() { _ = jnl.Close() })
 	if _, _, err := jnl.Submit(t.Context(), journal.Job{ID: "job", Name: "n", JobFile: []byte("f"), Plan: []byte("p"), State: journal.Queued, Submitted: time.Now()}); err != nil {
 		t.Fatal(err)
 	}
+	return jnl
+}
+
+// An agent that takes up a job finds the countersignatures that the one before it got, and
+// tells watchers of those alone that they do not know.
+func TestCountersignaturesAreToldOnce(t *testing.T) {
+	jnl := journalWithJob(t)
 	a := &Agent{Deps: Deps{Journal: jnl}}
 	for _, sealed := range []uint64{2, 3} {
 		j := newJob("job", "user/ada")
@@ -115,14 +122,7 @@ func TestStartThatNobodyNoted(t *testing.T) {
 		"it had not come to its start": {bundle.StageDecrypt, true, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			jnl, err := journal.Open(filepath.Join(t.TempDir(), "journal.db"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer jnl.Close()
-			if _, _, err := jnl.Submit(t.Context(), journal.Job{ID: "job", Name: "n", JobFile: []byte("f"), Plan: []byte("p"), State: journal.Queued, Submitted: time.Now()}); err != nil {
-				t.Fatal(err)
-			}
+			jnl := journalWithJob(t)
 			j := newJob("job", "user/ada")
 			j.at, j.record.Releases = tt.at, []string{"released"}
 			j.timeline = []bundle.Step{{Stage: bundle.StageDecrypt, StartUnixNano: 5, Nanos: 2, Outcome: bundle.StepDone}}
