@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -19,29 +18,10 @@ import (
 func (n *node) withUplink(t *testing.T) *egresstest.World {
 	t.Helper()
 	w := egresstest.New(t)
-	path := filepath.Join(n.dir, "config", "cofferd.json")
-	before, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var config map[string]any
-	if err := json.Unmarshal(before, &config); err != nil {
-		t.Fatal(err)
-	}
-	e := config["egress"].(map[string]any)
-	e["uplink"], e["resolvers"] = w.Uplink, []string{w.Resolver.String()}
-	after, err := json.Marshal(config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	set := func(b []byte) {
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		n.must(t, "restart", "cofferd")
-	}
-	t.Cleanup(func() { set(before) })
-	set(after)
+	n.withConfig(t, "cofferd", func(config map[string]any) {
+		e := config["egress"].(map[string]any)
+		e["uplink"], e["resolvers"] = w.Uplink, []string{w.Resolver.String()}
+	})
 	return w
 }
 

@@ -17,7 +17,7 @@ import (
 // the gang is cancelled, and the other one ends.
 func TestGangInAQueue(t *testing.T) {
 	n := need(t)
-	n.withConfig(t, func(c map[string]any) {
+	n.withConfig(t, "cofferd", func(c map[string]any) {
 		c["queues"] = []map[string]any{
 			{"name": "default", "users": []string{"*"}}, {"name": "nightly", "users": []string{"scheduler/*", "engineer/*"}, "limit": map[string]any{"jobs": 2}},
 			{"name": "theirs", "users": []string{"scheduler/another"}},

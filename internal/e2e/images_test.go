@@ -6,7 +6,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/http/httptest"
@@ -113,33 +112,6 @@ func pushReferrer(t *testing.T, ref name.Digest, mediaType types.MediaType, b []
 	}
 }
 
-// withConfig restarts the agent with another configuration, until the test ends.
-func (n *node) withConfig(t *testing.T, change func(config map[string]any)) {
-	t.Helper()
-	path := filepath.Join(n.dir, "config", "cofferd.json")
-	before, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var config map[string]any
-	if err := json.Unmarshal(before, &config); err != nil {
-		t.Fatal(err)
-	}
-	change(config)
-	after, err := json.Marshal(config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	set := func(b []byte) {
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		n.must(t, "restart", "cofferd")
-	}
-	t.Cleanup(func() { set(before) })
-	set(after)
-}
-
 // imageJob is a job file without keys that runs an image.
 func imageJob(t *testing.T, ref string) string {
 	t.Helper()
@@ -155,7 +127,7 @@ func imageJob(t *testing.T, ref string) string {
 func TestImagesMustBeSigned(t *testing.T) {
 	n := need(t)
 	host := registry(t)
-	n.withConfig(t, func(c map[string]any) { c["images"].(map[string]any)["registries"] = []string{host} })
+	n.withConfig(t, "cofferd", func(c map[string]any) { c["images"].(map[string]any)["registries"] = []string{host} })
 	e, err := stack.OpenEndpoint(n.dir)
 	if err != nil {
 		t.Fatal(err)

@@ -430,3 +430,31 @@ func kill(t *testing.T, pid int) {
 		}
 	}
 }
+
+// withConfig restarts a program of the stack with another configuration, until the test
+// ends.
+func (n *node) withConfig(t *testing.T, program string, change func(config map[string]any)) {
+	t.Helper()
+	path := filepath.Join(n.dir, "config", program+".json")
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var config map[string]any
+	if err := json.Unmarshal(before, &config); err != nil {
+		t.Fatal(err)
+	}
+	change(config)
+	after, err := json.Marshal(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := func(b []byte) {
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		n.must(t, "restart", program)
+	}
+	t.Cleanup(func() { set(before) })
+	set(after)
+}

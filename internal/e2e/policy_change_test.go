@@ -19,28 +19,7 @@ import (
 func (n *node) withPolicies(t *testing.T) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
-	path := filepath.Join(n.dir, "config", "coffer-verifier.json")
-	before, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var config map[string]any
-	if err := json.Unmarshal(before, &config); err != nil {
-		t.Fatal(err)
-	}
-	config["policiesDir"] = dir
-	after, err := json.Marshal(config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	set := func(b []byte) {
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		n.must(t, "restart", "coffer-verifier")
-	}
-	t.Cleanup(func() { set(before) })
-	set(after)
+	n.withConfig(t, "coffer-verifier", func(config map[string]any) { config["policiesDir"] = dir })
 	return dir
 }
 

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bytes"
-	"encoding/json"
 	"encoding/pem"
 	"net/http"
 	"net/http/httptest"
@@ -109,32 +108,5 @@ func TestInputsFromS3(t *testing.T) {
 // configureAgent gives the agent sources until the test ends.
 func (n *node) configureAgent(t *testing.T, sources map[string]any) {
 	t.Helper()
-	n.configureAgentWith(t, "sources", sources)
-}
-
-// configureAgentWith sets one field of the agent's configuration until the test ends.
-func (n *node) configureAgentWith(t *testing.T, field string, value any) {
-	t.Helper()
-	path := filepath.Join(n.dir, "config", "cofferd.json")
-	old, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var c map[string]any
-	if err := json.Unmarshal(old, &c); err != nil {
-		t.Fatal(err)
-	}
-	c[field] = value
-	b, err := json.Marshal(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	set := func(b []byte) {
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Error(err)
-		}
-		n.must(t, "restart", "cofferd")
-	}
-	t.Cleanup(func() { set(old) })
-	set(b)
+	n.withConfig(t, "cofferd", func(config map[string]any) { config["sources"] = sources })
 }

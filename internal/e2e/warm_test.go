@@ -72,7 +72,7 @@ func TestJobWithMemoryThatWasReady(t *testing.T) {
 			t.Errorf("processes %v wait for jobs", pids)
 		}
 	})
-	n.configureAgentWith(t, "warmRegions", []int64{warmSize})
+	n.withConfig(t, "cofferd", func(config map[string]any) { config["warmRegions"] = []int64{warmSize} })
 	pid := n.waitingHolder(t)
 
 	const program = `[/usr/bin/python3, -c, "import hashlib, time\nprint(hashlib.sha256(open('/inputs/data/train-images-idx3-ubyte.gz', 'rb').read()).hexdigest(), flush=True)\ntime.sleep(4)"]`
