@@ -15,6 +15,7 @@ import (
 
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/enclave/device"
+	"github.com/coffer-run/coffer/internal/executable"
 	"github.com/coffer-run/coffer/runner/holder"
 	"github.com/coffer-run/coffer/runner/jobspec"
 	"github.com/coffer-run/coffer/runner/sandbox"
@@ -38,7 +39,7 @@ func warmAgent(t *testing.T, does string) *Agent {
 	}
 	dir := t.TempDir()
 	program := filepath.Join(dir, "holder")
-	if err := os.WriteFile(program, []byte("#!/bin/sh\necho $$ >"+dir+"/pid.part; mv "+dir+"/pid.part "+dir+"/pid\n"+does+"\n"), 0o700); err != nil {
+	if err := executable.Write(program, []byte("#!/bin/sh\necho $$ >"+dir+"/pid.part; mv "+dir+"/pid.part "+dir+"/pid\n"+does+"\n")); err != nil {
 		t.Fatal(err)
 	}
 	a := &Agent{

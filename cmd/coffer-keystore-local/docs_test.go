@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/coffer-run/coffer/internal/docs/pages"
+	"github.com/coffer-run/coffer/internal/executable"
 )
 
 // TestDocumented types what docs/keystores.md says of this program, in its order.
@@ -37,7 +38,7 @@ func TestDocumented(t *testing.T) {
 		filepath.Join(bin, "coffer-keystore-local"): "#!/bin/sh\n" + asCommand + "=1 exec " + exe + ` "$@"` + "\n",
 	}
 	for path, text := range files {
-		if err := os.WriteFile(path, []byte(text), 0o700); err != nil {
+		if err := executable.Write(path, []byte(text)); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/internal/daemon"
+	"github.com/coffer-run/coffer/internal/executable"
 	"github.com/coffer-run/coffer/internal/stack"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
@@ -70,7 +71,7 @@ func submitToStart(t *testing.T) []row {
 	script := filepath.Join(t.TempDir(), "runsc")
 	// The flags that the job ran with, without its trace.
 	wrapper = slices.DeleteFunc(wrapper, func(a string) bool { return strings.HasPrefix(a, "--pod-init-config") })
-	if err := os.WriteFile(script, []byte("#!/bin/sh\nexec '"+strings.Join(wrapper, "' '")+"' \"$@\"\n"), 0o700); err != nil {
+	if err := executable.Write(script, []byte("#!/bin/sh\nexec '"+strings.Join(wrapper, "' '")+"' \"$@\"\n")); err != nil {
 		t.Fatal(err)
 	}
 	for i := range submitRuns + 1 {

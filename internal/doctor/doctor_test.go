@@ -23,6 +23,7 @@ import (
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/pki"
+	"github.com/coffer-run/coffer/internal/executable"
 	"github.com/coffer-run/coffer/internal/stack"
 	"github.com/coffer-run/coffer/plugins/contract"
 	"github.com/coffer-run/coffer/plugins/host"
@@ -147,7 +148,7 @@ func newWorld(t *testing.T) *world {
 // look returns the findings by name.
 func (w *world) look(t *testing.T) map[string]stack.Finding {
 	t.Helper()
-	if err := os.WriteFile(w.c.Runsc, []byte("#!/bin/sh\nprintf '"+w.runsc+"'\n"), 0o700); err != nil {
+	if err := executable.Write(w.c.Runsc, []byte("#!/bin/sh\nprintf '"+w.runsc+"'\n")); err != nil {
 		t.Fatal(err)
 	}
 	out := map[string]stack.Finding{}

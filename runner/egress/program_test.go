@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/coffer-run/coffer/internal/executable"
 	"github.com/coffer-run/coffer/plugins/host"
 	"github.com/coffer-run/coffer/runner/egress/egresstest"
 )
@@ -21,7 +22,7 @@ func TestAnotherProgramIsNotStarted(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := filepath.Join(t.TempDir(), "coffer-gateway")
-	if err := os.WriteFile(path, b, 0o755); err != nil { //nolint:gosec // a program
+	if err := executable.Write(path, b); err != nil {
 		t.Fatal(err)
 	}
 	cfg := Config{Gateway: path, Uplink: w.Uplink, Resolvers: []netip.AddrPort{w.Resolver}}
@@ -56,7 +57,7 @@ func TestAnotherProgramIsNotStarted(t *testing.T) {
 		t.Fatalf("the measured program: %v", err)
 	}
 	// Bytes after the program's own are not read by the kernel: it runs as before.
-	if err := os.WriteFile(path+".new", append(b, 0), 0o755); err != nil { //nolint:gosec // a program
+	if err := executable.Write(path+".new", append(b, 0)); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Rename(path+".new", path); err != nil {

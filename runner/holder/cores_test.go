@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+
+	"github.com/coffer-run/coffer/internal/executable"
 )
 
 func TestCores(t *testing.T) {
@@ -37,7 +39,7 @@ func TestHolderIsToldItsCores(t *testing.T) {
 	dir := t.TempDir()
 	// It says what it was given, and ends, which is an error.
 	program := filepath.Join(dir, "holder")
-	if err := os.WriteFile(program, []byte("#!/bin/sh\ntr '\\0' '\\n' </proc/$$/environ >environment\necho \"$@\" >arguments\n"), 0o700); err != nil { //nolint:gosec // a program
+	if err := executable.Write(program, []byte("#!/bin/sh\ntr '\\0' '\\n' </proc/$$/environ >environment\necho \"$@\" >arguments\n")); err != nil {
 		t.Fatal(err)
 	}
 	_, err := Start(t.Context(), Config{

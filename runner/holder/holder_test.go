@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/coffer-run/coffer/internal/executable"
 )
 
 // A job that is told to end while its holder starts is cancelled, and no failure:
@@ -16,7 +18,7 @@ func TestCancelledWhileItStarts(t *testing.T) {
 	}
 	dir := t.TempDir()
 	mute := filepath.Join(dir, "mute")
-	if err := os.WriteFile(mute, []byte("#!/bin/sh\nexec sleep 60\n"), 0o700); err != nil {
+	if err := executable.Write(mute, []byte("#!/bin/sh\nexec sleep 60\n")); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())

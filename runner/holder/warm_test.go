@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
+	"github.com/coffer-run/coffer/internal/executable"
 )
 
 // program is a holder's binary that does something else.
@@ -25,7 +26,7 @@ func program(t *testing.T, does string) string {
 		t.Skip("a network namespace needs root")
 	}
 	path := filepath.Join(t.TempDir(), "program")
-	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+does+"\n"), 0o700); err != nil {
+	if err := executable.Write(path, []byte("#!/bin/sh\n"+does+"\n")); err != nil {
 		t.Fatal(err)
 	}
 	return path

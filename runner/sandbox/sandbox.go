@@ -30,6 +30,7 @@ import (
 
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/internal/executable"
 )
 
 const (
@@ -283,7 +284,7 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 	argv := append([]string{n.cfg.Runsc}, flags...)
 	argv = append(argv, "--pod-init-config="+traceFile)
 	wrapper := filepath.Join(r.RunDir, wrapperName)
-	if err := os.WriteFile(wrapper, wrapperScript(argv, configOf(r.RunDir)), 0o700); err != nil { //nolint:gosec // the shim executes it
+	if err := executable.Write(wrapper, wrapperScript(argv, configOf(r.RunDir))); err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
 

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/coffer-run/coffer/internal/executable"
 )
 
 func TestNotInstalled(t *testing.T) {
@@ -82,7 +84,7 @@ func TestKeyNamesWhatDeterminesATool(t *testing.T) {
 
 func TestCheckRefusesAnotherVersion(t *testing.T) {
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "x"), []byte("#!/bin/sh\necho x version 1.2.3\n"), 0o700); err != nil {
+	if err := executable.Write(filepath.Join(dir, "x"), []byte("#!/bin/sh\necho x version 1.2.3\n")); err != nil {
 		t.Fatal(err)
 	}
 	tl := tool{Check: []string{"x", "--version"}}
@@ -98,7 +100,7 @@ func TestLinksFollowTheNewestBuild(t *testing.T) {
 	link := t.TempDir()
 	for _, content := range []string{"old", "new"} {
 		from := t.TempDir()
-		if err := os.WriteFile(filepath.Join(from, "runsc"), []byte(content), 0o700); err != nil {
+		if err := executable.Write(filepath.Join(from, "runsc"), []byte(content)); err != nil {
 			t.Fatal(err)
 		}
 		if size, err := linkPrograms(from, link); err != nil || size != 3 {
