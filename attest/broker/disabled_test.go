@@ -69,7 +69,7 @@ func TestStopDisabled(t *testing.T) {
 				}
 			}
 			got := must[[]broker.Renewed](t)(w.Renew(t.Context(), node, []broker.Renewal{{JobID: "job-1", Challenge: make([]byte, receipt.ChallengeSize)}}))
-			lease := must[receipt.Lease](t)(receipt.VerifyLease(w.brokerKeys, got[0].Lease, "job-1", w.plan, make([]byte, receipt.ChallengeSize)))
+			lease := must[receipt.Lease](t)(receipt.VerifyLease(w.brokerKeys, got[0].Lease, "job-1", w.plan, j.sessionDigest(t), make([]byte, receipt.ChallengeSize)))
 			if stops := lease.State == receipt.LeaseStop; stops != (tc.want != nil) || stops && !strings.HasPrefix(lease.Reason, "key-disabled: ") {
 				t.Errorf("lease says %s: %s", lease.State, lease.Reason)
 			}

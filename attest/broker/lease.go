@@ -140,7 +140,7 @@ func (b *Broker) tell(ctx context.Context, agent Actor, l []Renewal, leases []Le
 }
 
 func (b *Broker) signLease(l Lease, challenge []byte, now time.Time) (string, error) {
-	c := receipt.Lease{IssuedAt: now.Unix(), JobID: l.JobID, Plan: l.Plan, Challenge: challenge, State: receipt.LeaseRunning, Seconds: l.Seconds}
+	c := receipt.Lease{IssuedAt: now.Unix(), JobID: l.JobID, Plan: l.Plan, Session: plan.Sum(l.Session), Challenge: challenge, State: receipt.LeaseRunning, Seconds: l.Seconds}
 	if reason := l.reason(now); reason != "" {
 		c.State, c.Seconds, c.GraceSeconds, c.Reason = receipt.LeaseStop, 0, l.Grace, reason
 	}
@@ -167,7 +167,7 @@ func (c claim) lease(had Lease, v verdict, now time.Time) (Lease, error) {
 		Seconds: v.asset.Policy.LeaseSeconds, Grace: v.asset.Policy.GraceSeconds, Uses: slices.Clone(had.Uses), Opened: now.UTC().Truncate(time.Second), Stop: had.Stop, Told: had.Told,
 		Attested: c.attested(had, v.asset.Policy),
 	}
-	if had.JobID != "" && had.Ended.IsZero() {
+	if had.JobID != "" {
 		l.Opened = had.Opened
 		// The strictest of all that the job has keys for.
 		l.Seconds, l.Grace, l.StopAt = min(l.Seconds, had.Seconds), min(l.Grace, had.Grace), had.StopAt

@@ -9,6 +9,7 @@ import (
 	"crypto/hpke"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -57,6 +58,11 @@ func (w *world) run(t testing.TB, id string) (*job, broker.Grant) {
 	return j, g
 }
 
+func (j *job) sessionDigest(t testing.TB) plan.Digest {
+	t.Helper()
+	return plan.Sum(must[[]byte](t)(x509.MarshalPKIXPublicKey(&j.session.PublicKey)))
+}
+
 func challenge() []byte {
 	c := make([]byte, receipt.ChallengeSize)
 	_, _ = rand.Read(c)
@@ -73,7 +79,7 @@ func (w *world) renew(t testing.TB, j *job) (receipt.Lease, string) {
 	if r[0].Refused != "" {
 		return receipt.Lease{}, r[0].Refused
 	}
-	return must[receipt.Lease](t)(receipt.VerifyLease(w.brokerKeys, r[0].Lease, j.result.JobID, j.result.PlanDigest, c)), ""
+	return must[receipt.Lease](t)(receipt.VerifyLease(w.brokerKeys, r[0].Lease, j.result.JobID, j.result.PlanDigest, j.sessionDigest(t), c)), ""
 }
 
 func (w *world) kindsOf(t testing.TB, job string) (kinds []translog.Kind) {
@@ -100,13 +106,13 @@ func TestRenew(t *testing.T) {
 	}
 	c := [][]byte{challenge(), challenge(), challenge()}
 	r := must[[]broker.Renewed](t)(w.Renew(t.Context(), node, []broker.Renewal{{"job-1", c[0]}, {"job-9", c[1]}, {"job-2", c[2]}}))
-	if _, err := receipt.VerifyLease(w.brokerKeys, r[0].Lease, "job-1", j.result.PlanDigest, c[0]); err != nil {
+	if _, err := receipt.VerifyLease(w.brokerKeys, r[0].Lease, "job-1", j.result.PlanDigest, j.sessionDigest(t), c[0]); err != nil {
 		t.Error(err)
 	}
 	if !strings.HasPrefix(r[1].Refused, "lease.missing:") || r[1].Lease != "" {
 		t.Errorf("%+v", r[1])
 	}
-	if _, err := receipt.VerifyLease(w.brokerKeys, r[2].Lease, "job-2", k.result.PlanDigest, c[2]); err != nil {
+	if _, err := receipt.VerifyLease(w.brokerKeys, r[2].Lease, "job-2", k.result.PlanDigest, k.sessionDigest(t), c[2]); err != nil {
 		t.Error(err)
 	}
 	r = must[[]broker.Renewed](t)(w.Renew(t.Context(), stranger, []broker.Renewal{{"job-1", c[0]}}))
@@ -440,11 +446,6 @@ func TestJobPastItsEndGetsNothing(t *testing.T) {
 	j.attest(t, w, again)
 	a, err := j.release(t, w.Broker, other, "weights")
 	wantRefused(t, a, err, "job.stopped")
-	// What was reported gone is another run.
-	if err := w.ReportStopped(t.Context(), node, "job-1", broker.Stopped{}); err != nil {
-		t.Fatal(err)
-	}
-	must[broker.Answer](t)(j.release(t, w.Broker, other, "weights"))
 }
 
 // TestSubmitterStaysKnown: a later release that does not say who submitted the job

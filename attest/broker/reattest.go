@@ -58,7 +58,7 @@ func (c claim) attested(had Lease, p Policy) Attested {
 		MaxAge: shorter(p.MaxResultAgeSeconds, most), Pauses: c.reattest.Pauses(),
 		Sandbox: c.result.SandboxDigest, GPUs: claims(c.results(), claimGPU),
 	}
-	if had.JobID == "" || !had.Ended.IsZero() {
+	if had.JobID == "" {
 		return a
 	}
 	// The strictest of all that the job has keys for: a result that one key is not

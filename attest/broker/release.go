@@ -351,16 +351,22 @@ func (b *Broker) decide(ctx context.Context, r Reader, c claim) (verdict, error)
 	if err := b.authorize(ctx, access); err != nil {
 		return verdict{}, err
 	}
+	// It is the agent's word that the job is gone. Its holder may live and have keys of
+	// the first lease: whatever else was released to the job would be a lease to it too.
+	if !had.Ended.IsZero() {
+		l.Fail("job.ended", "a job that may run", "reported gone at "+stamp(had.Ended), "start another job")
+		return verdict{}, check.Refuse(stage, l)
+	}
 	if v.lease, err = c.lease(had, v, b.now()); err != nil {
 		return verdict{}, err
 	}
-	if had.Ended.IsZero() && had.Attested.Refused != "" {
+	if had.Attested.Refused != "" {
 		l.Fail("job.stopped", "a job that may run", had.Attested.Refused, "show the broker a result that affirms")
 	}
 	if a := had.Attested; a.MaxAge > 0 {
 		v.until = earlier(v.until, time.Unix(a.IssuedAt+a.MaxAge, 0))
 	}
-	if reason := had.reason(b.now()); reason != "" && (had.Stop != "" || had.Ended.IsZero()) {
+	if reason := had.reason(b.now()); reason != "" {
 		l.Fail("job.stopped", "a job that may run", reason, "start another job under a grant that stands")
 	}
 	if err := checkRevoked(ctx, r, &l, v.lease); err != nil {

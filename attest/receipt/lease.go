@@ -38,6 +38,9 @@ type Lease struct {
 	IssuedAt int64       `json:"iat"`
 	JobID    string      `json:"job"`
 	Plan     plan.Digest `json:"plan"`
+	// Session is the SHA-384 of the session key (PKIX, DER) of the holder that the
+	// lease is for: the one to which the job's latest key was released.
+	Session plan.Digest `json:"session"`
 	// Challenge is the one that the job's holder made for this renewal. It makes
 	// the lease fresh, without the broker's clock.
 	Challenge []byte `json:"challenge"`
@@ -57,14 +60,17 @@ func (l Lease) Duration() time.Duration { return time.Duration(l.Seconds) * time
 // Grace is how long a job that is told to stop may go on.
 func (l Lease) Grace() time.Duration { return time.Duration(l.GraceSeconds) * time.Second }
 
+// seconds are compared as such: of a larger number a Duration is another one.
+func seconds(d time.Duration) int64 { return int64(d / time.Second) }
+
 func (l Lease) validate() error {
 	switch l.State {
 	case LeaseRunning:
-		if l.Duration() < MinLease || l.Duration() > MaxLease || l.GraceSeconds != 0 || l.Reason != "" {
+		if l.Seconds < seconds(MinLease) || l.Seconds > seconds(MaxLease) || l.GraceSeconds != 0 || l.Reason != "" {
 			return fmt.Errorf("a running lease lasts %s to %s and has neither grace nor reason", MinLease, MaxLease)
 		}
 	case LeaseStop:
-		if l.Seconds != 0 || l.GraceSeconds < 0 || l.Grace() > MaxGrace || l.Reason == "" {
+		if l.Seconds != 0 || l.GraceSeconds < 0 || l.GraceSeconds > seconds(MaxGrace) || l.Reason == "" {
 			return fmt.Errorf("a stop lasts no time, has a grace of at most %s and a reason", MaxGrace)
 		}
 	default:
@@ -83,12 +89,12 @@ func SignLease(s *Signer, l Lease) (string, error) {
 }
 
 // VerifyLease checks a broker's answer to the renewal of one job with one
-// challenge. Everything that it refuses is a *check.Refusal at stage "lease". A
+// challenge, by the holder whose session key has the given digest. Everything that it refuses is a *check.Refusal at stage "lease". A
 // lease that tells the job to stop is no error: look at its State.
-func VerifyLease(keys Keys, token, job string, p plan.Digest, challenge []byte) (Lease, error) {
+func VerifyLease(keys Keys, token, job string, p, session plan.Digest, challenge []byte) (Lease, error) {
 	var r Lease
 	var l check.List
-	if len(challenge) != ChallengeSize || job == "" || p.Bytes() == nil {
+	if len(challenge) != ChallengeSize || job == "" || p.Bytes() == nil || session.Bytes() == nil {
 		return Lease{}, errors.New("verify lease: expectation is incomplete")
 	}
 	if err := keys.Open(TypeLease, token, &r); err != nil {
@@ -97,6 +103,7 @@ func VerifyLease(keys Keys, token, job string, p plan.Digest, challenge []byte) 
 	}
 	l.Equal("lease.job", job, r.JobID, "")
 	l.Equal("lease.plan", string(p), string(r.Plan), "")
+	l.Equal("lease.session", string(session), string(r.Session), "")
 	if !bytes.Equal(challenge, r.Challenge) {
 		l.Fail("lease.challenge", hex.EncodeToString(challenge), hex.EncodeToString(r.Challenge[:min(len(r.Challenge), ChallengeSize)]), "a lease answers one renewal only")
 	}

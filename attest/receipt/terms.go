@@ -20,7 +20,7 @@ type LeaseTerms struct {
 }
 
 func (t LeaseTerms) validate() error {
-	if t.Broker == "" || t.Key == "" || t.Seconds < int64(MinLease.Seconds()) || t.Seconds > int64(MaxLease.Seconds()) {
+	if t.Broker == "" || t.Key == "" || t.Seconds < seconds(MinLease) || t.Seconds > seconds(MaxLease) {
 		return fmt.Errorf("lease terms name a broker, a key and %s to %s", MinLease, MaxLease)
 	}
 	return nil

@@ -78,11 +78,11 @@ func TestLeaseTerms(t *testing.T) {
 		t.Fatal(err)
 	}
 	challenge := make([]byte, receipt.ChallengeSize)
-	token, err := receipt.SignLease(broker, receipt.Lease{JobID: "j", Plan: digest, Challenge: challenge, State: receipt.LeaseRunning, Seconds: 60})
+	token, err := receipt.SignLease(broker, receipt.Lease{JobID: "j", Plan: digest, Session: digest, Challenge: challenge, State: receipt.LeaseRunning, Seconds: 60})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := receipt.VerifyLease(keys, token, "j", digest, challenge); err != nil {
+	if _, err := receipt.VerifyLease(keys, token, "j", digest, digest, challenge); err != nil {
 		t.Error(err)
 	}
 }

@@ -205,13 +205,13 @@ func Create(ctx context.Context, cfg Config) (_ *Holder, err error) {
 			err = errors.Join(err, h.release(ctx))
 		}
 	}()
-	if err := h.openLease(); err != nil {
-		return nil, err
-	}
 	if h.recipient, err = keys.GenerateRecipient(); err != nil {
 		return nil, err
 	}
 	if h.session, err = keys.GenerateSession(); err != nil {
+		return nil, err
+	}
+	if err := h.openLease(); err != nil {
 		return nil, err
 	}
 	h.metrics = newMetrics(cfg.Metrics, time.Now)

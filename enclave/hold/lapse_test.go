@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/enclave/keys"
@@ -220,7 +221,7 @@ func TestStopLeavesTimeForACheckpoint(t *testing.T) {
 	renew := func(edit func(*receipt.Lease)) (holdapi.Lease, error) {
 		s, err := h.c.Lease(ctx)
 		must(t, err)
-		word := receipt.Lease{JobID: jobID, Plan: planDigest, Challenge: s.Challenge, State: receipt.LeaseRunning, Seconds: 60}
+		word := receipt.Lease{JobID: jobID, Plan: planDigest, Session: plan.Sum(h.hi.SessionKey), Challenge: s.Challenge, State: receipt.LeaseRunning, Seconds: 60}
 		edit(&word)
 		token, err := receipt.SignLease(leaser.Signer, word)
 		must(t, err)

@@ -27,7 +27,9 @@ const maxAsked = 1024
 // The zero value lets nothing be used.
 type lease struct {
 	job string
-	now func() time.Duration
+	// session is the digest of the session key's public half.
+	session plan.Digest
+	now     func() time.Duration
 	// arm has expire called once the clock shows at.
 	arm func(at time.Duration) error
 	// stopping is told of the broker's word that the job must stop, over of the
@@ -139,7 +141,7 @@ func (l *lease) renew(token string) (holdapi.Lease, error) {
 	if l.challenge == nil {
 		return holdapi.Lease{}, fail(holdapi.CodeState, "no renewal is under way")
 	}
-	got, err := receipt.VerifyLease(l.keys, token, l.job, l.plan, l.challenge)
+	got, err := receipt.VerifyLease(l.keys, token, l.job, l.plan, l.session, l.challenge)
 	if err != nil {
 		return holdapi.Lease{}, &apiError{holdapi.CodeRefused, err}
 	}

@@ -18,7 +18,10 @@ import (
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 )
 
-var leasePlan = plan.Sum([]byte("the plan"))
+var (
+	leasePlan    = plan.Sum([]byte("the plan"))
+	leaseSession = plan.Sum([]byte("the session key"))
+)
 
 // leased is a lease on a clock of the test's own.
 type leased struct {
@@ -50,7 +53,7 @@ func newLease(t *testing.T) *leased {
 	t.Helper()
 	l := &leased{t: t, clock: 1000 * time.Hour, broker: newSigner(t, "broker.test"), told: make(chan holdapi.Lease, 2), ended: make(chan holdapi.Lease, 2)}
 	l.lease = &lease{
-		job: "job-1", now: func() time.Duration { return l.clock }, arm: func(at time.Duration) error { l.armed = at; return nil },
+		job: "job-1", session: leaseSession, now: func() time.Duration { return l.clock }, arm: func(at time.Duration) error { l.armed = at; return nil },
 		stopping: func(s holdapi.Lease) { l.told <- s }, over: func(s holdapi.Lease) { l.ended <- s },
 	}
 	return l
@@ -85,7 +88,7 @@ func (l *leased) under(asset string, signer *receipt.Signer, terms receipt.Lease
 // word is the broker's answer to a challenge, changed as edit says.
 func (l *leased) word(challenge []byte, edit func(*receipt.Lease)) string {
 	l.t.Helper()
-	c := receipt.Lease{IssuedAt: time.Now().Unix(), JobID: "job-1", Plan: leasePlan, Challenge: challenge, State: receipt.LeaseRunning, Seconds: 60}
+	c := receipt.Lease{IssuedAt: time.Now().Unix(), JobID: "job-1", Plan: leasePlan, Session: leaseSession, Challenge: challenge, State: receipt.LeaseRunning, Seconds: 60}
 	if edit != nil {
 		edit(&c)
 	}
@@ -218,6 +221,12 @@ func TestLeasesThatAreNotTheJobs(t *testing.T) {
 		{"of another plan", "lease.plan", func(l *leased, c []byte) string {
 			return l.word(c, func(c *receipt.Lease) { c.Plan = plan.Sum([]byte("another")) })
 		}},
+		{"of another holder of the job", "lease.session", func(l *leased, c []byte) string {
+			return l.word(c, func(c *receipt.Lease) { c.Session = plan.Sum([]byte("its session key")) })
+		}},
+		{"of no holder", "lease.session", func(l *leased, c []byte) string {
+			return l.word(c, func(c *receipt.Lease) { c.Session = "" })
+		}},
 		{"of another challenge", "lease.challenge", func(l *leased, _ []byte) string {
 			return l.word(make([]byte, receipt.ChallengeSize), nil)
 		}},
@@ -235,14 +244,28 @@ func TestLeasesThatAreNotTheJobs(t *testing.T) {
 			return l.word(c, nil)
 		}},
 		{"of another kind of token", "lease.signature", func(l *leased, c []byte) string {
-			token, err := l.broker.Sign("release", receipt.Lease{Issuer: "broker.test", JobID: "job-1", Plan: leasePlan, Challenge: c, State: receipt.LeaseRunning, Seconds: 60})
+			token, err := l.broker.Sign("release", receipt.Lease{Issuer: "broker.test", JobID: "job-1", Plan: leasePlan, Session: leaseSession, Challenge: c, State: receipt.LeaseRunning, Seconds: 60})
 			if err != nil {
 				l.t.Fatal(err)
 			}
 			return token
 		}},
 		{"of no time at all", "lease.form", func(l *leased, c []byte) string {
-			token, err := l.broker.Sign(receipt.TypeLease, receipt.Lease{Issuer: "broker.test", JobID: "job-1", Plan: leasePlan, Challenge: c, State: receipt.LeaseRunning})
+			token, err := l.broker.Sign(receipt.TypeLease, receipt.Lease{Issuer: "broker.test", JobID: "job-1", Plan: leasePlan, Session: leaseSession, Challenge: c, State: receipt.LeaseRunning})
+			if err != nil {
+				l.t.Fatal(err)
+			}
+			return token
+		}},
+		{"of so many seconds that they are few nanoseconds", "lease.form", func(l *leased, c []byte) string {
+			token, err := l.broker.Sign(receipt.TypeLease, receipt.Lease{Issuer: "broker.test", JobID: "job-1", Plan: leasePlan, Session: leaseSession, Challenge: c, State: receipt.LeaseRunning, Seconds: 18446744080})
+			if err != nil {
+				l.t.Fatal(err)
+			}
+			return token
+		}},
+		{"of a grace of as many", "lease.form", func(l *leased, c []byte) string {
+			token, err := l.broker.Sign(receipt.TypeLease, receipt.Lease{Issuer: "broker.test", JobID: "job-1", Plan: leasePlan, Session: leaseSession, Challenge: c, State: receipt.LeaseStop, GraceSeconds: 18446744080, Reason: "x"})
 			if err != nil {
 				l.t.Fatal(err)
 			}

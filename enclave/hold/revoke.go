@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/enclave/seal"
 )
@@ -21,7 +22,7 @@ const (
 
 // openLease makes the lease and the alarm that rings when it ends.
 func (h *Holder) openLease() error {
-	l := &lease{job: h.cfg.JobID, now: bootTime, stopping: h.mustStop, over: h.takeBack}
+	l := &lease{job: h.cfg.JobID, session: plan.Sum(h.session.Public()), now: bootTime, stopping: h.mustStop, over: h.takeBack}
 	a, err := newAlarm(l.expire)
 	if err != nil {
 		return err

@@ -612,6 +612,10 @@ func TestAttacks(t *testing.T) {
 	for _, row := range insideRows {
 		fmt.Fprintf(&table, "| %s | %s | %s |\n", row[0], row[1], row[2])
 	}
+	table.WriteString(protocolHead)
+	for _, row := range protocolRows {
+		fmt.Fprintf(&table, "| %s | %s | %s | %s |\n", row[0], row[1], row[2], row[3])
+	}
 	const doc = "../../docs/attacks.md"
 	if *update {
 		if err := os.WriteFile(doc, []byte(table.String()), 0o644); err != nil {
