@@ -12,6 +12,7 @@ import (
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/holder"
 	"github.com/coffer-run/coffer/runner/jobspec"
 	"github.com/coffer-run/coffer/runner/remote"
 	"github.com/coffer-run/coffer/runner/source/sink"
@@ -264,7 +265,7 @@ func (j *Job) checkpointsOf(commits []holdapi.Checkpoint) []bundle.Checkpoint {
 
 // resume hands the holder what the job goes on from, if its plan says so. The
 // holder checks all of it.
-func (a *Agent) resume(ctx context.Context, j *Job, box *created) (string, error) {
+func (a *Agent) resume(ctx context.Context, j *Job, h *holder.Holder) (string, error) {
 	c := j.plan.Checkpoints
 	if c == nil || c.Resume == "" {
 		return "", nil
@@ -273,7 +274,7 @@ func (a *Agent) resume(ctx context.Context, j *Job, box *created) (string, error
 	if err != nil {
 		return "", fmt.Errorf("resume: %w", err)
 	}
-	rule, err := box.holder.ResumeBegin(ctx, j.canonical)
+	rule, err := h.ResumeBegin(ctx, j.canonical)
 	if err != nil {
 		return "", fmt.Errorf("resume: %w", err)
 	}
@@ -286,7 +287,7 @@ func (a *Agent) resume(ctx context.Context, j *Job, box *created) (string, error
 			return err
 		}
 		j.record.Resume = &bundle.Resume{Point: hand.Point, Anchor: hand.Anchor, Record: signed.Record, Signature: signed.Signature, SessionKey: signed.SessionKey}
-		if err := box.holder.Resume(ctx, hand, dir); err != nil {
+		if err := h.Resume(ctx, hand, dir); err != nil {
 			return err
 		}
 		how = fmt.Sprintf("from checkpoint %d of job %s", r.Sequence, r.JobID)
@@ -311,7 +312,7 @@ func (a *Agent) resume(ctx context.Context, j *Job, box *created) (string, error
 	hand = holdapi.Resume{Point: token, Nothing: at.Nothing()}
 	j.record.Resume = &bundle.Resume{Point: token}
 	if at.Nothing() {
-		return "from the beginning", box.holder.Resume(ctx, hand, "")
+		return "from the beginning", h.Resume(ctx, hand, "")
 	}
 	// Only the newest: to go on from an older one is for people to approve.
 	if err := a.tryNumber(ctx, j, spec.URI, at.From, at.Sequence, at.Digest, goOn); err != nil {

@@ -142,17 +142,7 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	defer cancel()
 	// The container goes first: while it runs it reads, prints and keeps the
 	// holder from finishing.
-	var gone error
-	if j.sandbox != nil {
-		gone = j.sandbox.Remove(ctx)
-	} else {
-		gone = a.Node.Forget(ctx, j.id, j.runDir)
-	}
-	if gone == nil {
-		j.sandbox = nil
-		j.goneNow()
-		a.finishGPUs(ctx, j)
-	}
+	gone := a.removeContainer(ctx, j)
 	if kept, st := a.keptRecord(ctx, j, end); kept != nil {
 		last, err := a.finish(ctx, j)
 		if err != nil {
@@ -163,65 +153,14 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 		out, err := a.logRecord(ctx, j, kept)
 		return out, errors.Join(err, gone)
 	}
-	runtime, shim := a.Node.Profile().Runtime, sandbox.Shim
-	if j.plan.Reseal != nil {
-		runtime, shim = "", "" // no container
-	}
 	b := bundle.NewBuilder()
-	errs := []error{
-		b.Add(bundle.JobFile, j.redacted), b.Add(bundle.Plan, j.canonical),
-		b.Add(bundle.VerifierKeys, a.Verifier.JWKS()), b.Add(bundle.BrokerKeys, a.Broker.JWKS()),
-		b.AddJSON(bundle.AgentPart, bundle.Agent{
-			Node: a.Name, Agent: a.Version, Containerd: a.Node.ContainerdVersion(), Runtime: runtime, Shim: shim, Submitter: j.submitter, Attempt: j.attemptWord(), Devices: j.devices(),
-		}),
-	}
-	if len(j.record.Sandbox) > 0 {
-		errs = append(errs, b.Add(bundle.Sandbox, j.record.Sandbox))
-	}
-	if len(j.record.ImageSignature) > 0 {
-		errs = append(errs, b.Add(bundle.ImageSignaturePart, j.record.ImageSignature))
-	}
-	if len(j.record.ImageSBOM) > 0 {
-		errs = append(errs, b.Add(bundle.ImageSBOMPart, j.record.ImageSBOM))
-	}
-	if len(j.record.Evidence) > 0 {
-		errs = append(errs, b.Add(bundle.Evidence, j.record.Evidence))
-	}
-	if j.record.Result != "" {
-		errs = append(errs, b.Add(bundle.Result, []byte(j.record.Result)))
-		// Without them the record is as true: they can be exported and given to
-		// whoever verifies it.
-		if used, err := a.Verifier.Endorsements(ctx, j.record.Result); err != nil {
-			a.Log.WarnContext(ctx, "the bundle lacks the endorsements that the appraisal used", slog.String("job", j.id), slog.String("error", err.Error()))
-		} else if used != nil {
-			errs = append(errs, b.Add(bundle.Endorsements, used))
-		}
-	}
-	if len(j.record.Releases) > 0 {
-		errs = append(errs, b.AddJSON(bundle.Releases, j.record.Releases))
-	}
-	if len(j.record.Approved) > 0 {
-		errs = append(errs, b.AddJSON(bundle.Approvals, j.record.Approved))
-	}
-	if j.record.Resume != nil {
-		errs = append(errs, b.AddJSON(bundle.ResumePart, j.record.Resume))
-	}
+	errs := []error{a.addReceipts(ctx, j, b)}
 	last, heldErr := a.finish(ctx, j)
 	if heldErr == nil {
 		a.settle(ctx, j, last.commits)
 		// A part that is too large is missing, and verification says so; the
 		// others are not lost with it.
-		for _, p := range []struct {
-			name bundle.Part
-			body any
-		}{
-			{bundle.HolderStatus, statusOf(last.status)}, {bundle.Checkpoints, j.checkpointsOf(last.commits)}, {bundle.Trace, last.trace},
-			{bundle.LogsDigest, bundle.Logs{Stdout: j.logs[0].stream(), Stderr: j.logs[1].stream(), Cut: last.status.LogCut}},
-		} {
-			if err := b.AddJSON(p.name, p.body); err != nil {
-				gone = errors.Join(gone, err)
-			}
-		}
+		gone = errors.Join(gone, j.addLastWords(b, last))
 	}
 	errs = append(errs, a.addEgress(ctx, j, b), j.addAlerts(b, a.Rules), j.addReattest(b), a.addReseal(ctx, j, b))
 	if err := errors.Join(errs...); err != nil {
@@ -256,6 +195,78 @@ func (a *Agent) gather(ctx context.Context, j *Job, end journal.Job) ([]byte, er
 	return out, errors.Join(err, heldErr, gone)
 }
 
+// removeContainer takes the container away, whether this agent made it or one before it.
+func (a *Agent) removeContainer(ctx context.Context, j *Job) error {
+	var err error
+	if j.sandbox != nil {
+		err = j.sandbox.Remove(ctx)
+	} else {
+		err = a.Node.Forget(ctx, j.id, j.runDir)
+	}
+	if err == nil {
+		j.sandbox = nil
+		j.goneNow()
+		a.finishGPUs(ctx, j)
+	}
+	return err
+}
+
+// addReceipts adds what the stages left behind: a part is missing where its stage was
+// not reached, and verification says what that means.
+func (a *Agent) addReceipts(ctx context.Context, j *Job, b *bundle.Builder) error {
+	runtime, shim := a.Node.Profile().Runtime, sandbox.Shim
+	if j.plan.Reseal != nil {
+		runtime, shim = "", "" // no container
+	}
+	errs := []error{
+		b.Add(bundle.JobFile, j.redacted), b.Add(bundle.Plan, j.canonical),
+		b.Add(bundle.VerifierKeys, a.Verifier.JWKS()), b.Add(bundle.BrokerKeys, a.Broker.JWKS()),
+		b.AddJSON(bundle.AgentPart, bundle.Agent{
+			Node: a.Name, Agent: a.Version, Containerd: a.Node.ContainerdVersion(), Runtime: runtime, Shim: shim, Submitter: j.submitter, Attempt: j.attemptWord(), Devices: j.devices(),
+		}),
+	}
+	for _, p := range []struct {
+		name bundle.Part
+		body []byte
+	}{
+		{bundle.Sandbox, j.record.Sandbox}, {bundle.ImageSignaturePart, j.record.ImageSignature}, {bundle.ImageSBOMPart, j.record.ImageSBOM},
+		{bundle.Evidence, j.record.Evidence}, {bundle.Result, []byte(j.record.Result)},
+	} {
+		if len(p.body) > 0 {
+			errs = append(errs, b.Add(p.name, p.body))
+		}
+	}
+	if j.record.Result != "" {
+		// Without them the record is as true: they can be exported and given to
+		// whoever verifies it.
+		if used, err := a.Verifier.Endorsements(ctx, j.record.Result); err != nil {
+			a.log.WarnContext(ctx, "the bundle lacks the endorsements that the appraisal used", slog.String("job", j.id), slog.Any("error", err))
+		} else if used != nil {
+			errs = append(errs, b.Add(bundle.Endorsements, used))
+		}
+	}
+	if len(j.record.Releases) > 0 {
+		errs = append(errs, b.AddJSON(bundle.Releases, j.record.Releases))
+	}
+	if len(j.record.Approved) > 0 {
+		errs = append(errs, b.AddJSON(bundle.Approvals, j.record.Approved))
+	}
+	if j.record.Resume != nil {
+		errs = append(errs, b.AddJSON(bundle.ResumePart, j.record.Resume))
+	}
+	return errors.Join(errs...)
+}
+
+// addLastWords adds what the holder says of the job.
+func (j *Job) addLastWords(b *bundle.Builder, last lastWords) error {
+	return errors.Join(
+		b.AddJSON(bundle.HolderStatus, statusOf(last.status)),
+		b.AddJSON(bundle.Checkpoints, j.checkpointsOf(last.commits)),
+		b.AddJSON(bundle.Trace, last.trace),
+		b.AddJSON(bundle.LogsDigest, bundle.Logs{Stdout: j.logs[0].stream(), Stderr: j.logs[1].stream(), Cut: last.status.LogCut}),
+	)
+}
+
 // approvalsTimeout bounds how long a job that has its keys waits for the broker to
 // say who approved.
 const approvalsTimeout = 5 * time.Second
@@ -282,7 +293,7 @@ func (a *Agent) noteApprovals(ctx context.Context, j *Job, released []receipt.Gr
 	for _, id := range order {
 		one, err := a.Broker.Approved(ctx, id, counted[id], policies[id])
 		if err != nil {
-			a.Log.WarnContext(ctx, "the bundle lacks the approvals that counted", slog.String("job", j.id), slog.String("error", err.Error()))
+			a.log.WarnContext(ctx, "the bundle lacks the approvals that counted", slog.String("job", j.id), slog.Any("error", err))
 			return
 		}
 		out = append(out, one)

@@ -3,10 +3,13 @@ package runner
 import (
 	"cmp"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/coffer-run/coffer/attest/plan"
 )
@@ -23,6 +26,21 @@ type Room struct {
 	CPUMillis int64 `json:"cpuMillis,omitempty"`
 	// MemoryBytes holds regions too: a job's opened inputs count against its memory.
 	MemoryBytes int64 `json:"memoryBytes,omitempty"`
+}
+
+// whole fills in what the machine has where r is silent.
+func (r Room) whole() (Room, error) {
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return Room{}, fmt.Errorf("read memory size: %w", err)
+	}
+	r.Jobs = cmp.Or(r.Jobs, DefaultJobs)
+	r.CPUMillis = cmp.Or(r.CPUMillis, cpuShare*int64(runtime.NumCPU())*1000)
+	r.MemoryBytes = cmp.Or(r.MemoryBytes, int64(si.Totalram)*int64(si.Unit)) //nolint:gosec // a machine's size fits
+	if r.Jobs < 0 || r.CPUMillis < 0 || r.MemoryBytes < 0 {
+		return Room{}, fmt.Errorf("room for jobs %+v is negative", r)
+	}
+	return r, nil
 }
 
 // place is a job that waits for room, or that has it.

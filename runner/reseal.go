@@ -53,22 +53,22 @@ func (a *Agent) admitReseal(ctx context.Context, r *jobspec.Reseal, digests map[
 
 // createReseal is stage 3 of a job without a container: the holder has the source,
 // and the sandbox is described as none.
-func (a *Agent) createReseal(ctx context.Context, j *Job, h *holder.Holder) (*created, string, error) {
+func (a *Agent) createReseal(ctx context.Context, j *Job, h *holder.Holder) (created, string, error) {
 	r := j.plan.Reseal
 	dir, err := a.inputFolder(ctx, j.id, j.spec.Reseal.URI, r.Digest)
 	if err != nil {
-		return nil, "", fmt.Errorf("source: %w", err)
+		return created{}, "", fmt.Errorf("source: %w", err)
 	}
 	if err := h.ResealSource(ctx, holdapi.ResealSource{Asset: r.Asset, Digest: r.Digest}, dir); err != nil {
-		return nil, "", fmt.Errorf("hand over source: %w", err)
+		return created{}, "", fmt.Errorf("hand over source: %w", err)
 	}
 	if j.record.Sandbox, err = plan.NoSandbox(j.id).Canonical(); err != nil {
-		return nil, "", err
+		return created{}, "", err
 	}
 	if err := a.Journal.Leave(ctx, j.id, string(bundle.StageSandbox), j.record); err != nil {
-		return nil, "", err
+		return created{}, "", err
 	}
-	return &created{holder: h}, "no container", nil
+	return created{holder: h}, "no container", nil
 }
 
 // reseal is the stage that a job without a container has in the place of decrypt,

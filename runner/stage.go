@@ -49,6 +49,11 @@ func stage[T any](ctx context.Context, a *Agent, j *Job, name bundle.Stage, f fu
 	return v, nil
 }
 
+// with is a stage that takes in, what the stage before it returned.
+func with[In, Out any](in In, f func(context.Context, *Job, In) (Out, string, error)) func(context.Context, *Job) (Out, string, error) {
+	return func(ctx context.Context, j *Job) (Out, string, error) { return f(ctx, j, in) }
+}
+
 // cause is the reason of an error. A cancelled context is how a job is told to end.
 func cause(ctx context.Context, err error) error {
 	if c := context.Cause(ctx); c != nil && errors.Is(err, context.Canceled) {

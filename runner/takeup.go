@@ -367,5 +367,5 @@ func (a *Agent) adopt(ctx context.Context, j *Job, started bool) (running, error
 	if err := box.Recheck(ctx, j.plan); err != nil {
 		return running{}, err
 	}
-	return running{&created{sandbox: box, holder: h}}, nil
+	return running{created{sandbox: box, holder: h}}, nil
 }

@@ -20,18 +20,6 @@ import (
 // job's way: nothing is obtained there, and no bundle speaks of it.
 const queueStage = "queue"
 
-// begin takes a job from its admission to its end. A job that an earlier agent
-// left before any key was released begins here again.
-func (a *Agent) begin(ctx context.Context, j *Job) error {
-	if err := a.waits(ctx, j); err != nil {
-		return err
-	}
-	if err := a.keepSpent(j, time.Now()); err != nil {
-		return err
-	}
-	return j.spending(ctx, func(ctx context.Context) error { return a.run(ctx, j) })
-}
-
 // waits holds a job until it may begin: for a retry's time, for approvals, for room.
 func (a *Agent) waits(ctx context.Context, j *Job) error {
 	wait := time.Duration(j.spec.MaxWait)

@@ -35,7 +35,7 @@ func (a *Agent) watch(ctx context.Context, j *Job, r running) error {
 		defer cancel()
 		a.followCheckpoints(j) //nolint:contextcheck // the last checkpoints come after the run
 		a.pump(j)              //nolint:contextcheck // the last lines come after the run
-		attested := a.keepAttested(ctx, j, r.box.holder, r.box.sandbox)
+		attested := a.keepAttested(ctx, j, r.holder, r.sandbox)
 		code, err := a.wait(ctx, j, r)
 		// A job may end by itself in the moment in which its machine is refused.
 		if stop := attested(); stop != nil && !errors.Is(err, errShutdown) {
@@ -67,21 +67,21 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 		}
 		j.toldNow()
 		a.closeEgress(ctx, j, stopWord(reason))
-		if err := r.box.sandbox.Stop(context.WithoutCancel(ctx), grace); err != nil {
+		if err := r.sandbox.Stop(context.WithoutCancel(ctx), grace); err != nil {
 			return 0, errors.Join(reason, err)
 		}
 		return 0, reason
 	}
 	kill := func(reason error) (int, error) {
 		a.closeEgress(ctx, j, stopWord(reason))
-		return 0, errors.Join(reason, r.box.sandbox.Stop(context.WithoutCancel(ctx), 0))
+		return 0, errors.Join(reason, r.sandbox.Stop(context.WithoutCancel(ctx), 0))
 	}
 	// The death of the holder shows in several ways, the job's own failure among
 	// them; whichever comes first, it is the reason.
 	alive := func() bool {
 		ask, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
 		defer cancel()
-		_, err := r.box.holder.Status(ask)
+		_, err := r.holder.Status(ask)
 		return err == nil
 	}
 	ended := func(st containerd.ExitStatus) (int, error) {
@@ -98,9 +98,9 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 	}
 	for lost := j.traceLost; ; {
 		select {
-		case st := <-r.box.sandbox.Exited():
+		case st := <-r.sandbox.Exited():
 			return ended(st)
-		case <-r.box.holder.Lost():
+		case <-r.holder.Lost():
 			// A job whose keeper died may be reading half a file; it gets no grace.
 			return kill(errHolderLost)
 		case <-lost:
@@ -109,7 +109,7 @@ func (a *Agent) wait(ctx context.Context, j *Job, r running) (int, error) {
 			}
 			// The runtime closes its trace when it ends, so an end comes first.
 			select {
-			case st := <-r.box.sandbox.Exited():
+			case st := <-r.sandbox.Exited():
 				return ended(st)
 			case <-time.After(2 * time.Second):
 			}
