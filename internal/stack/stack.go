@@ -243,7 +243,7 @@ func (s *starter) environment() []string {
 
 func (s *starter) folders(context.Context) (string, error) {
 	for _, d := range []string{s.path("verifier"), s.path("broker"), s.path("issuer"), s.path("agent"), s.path("containerd"), s.path("log"), s.path("config"), s.givenKeyStores(), s.run("tmp"), s.Jobs()} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
+		if err := makeAll(d); err != nil {
 			return "", err
 		}
 	}
@@ -255,6 +255,17 @@ func (s *starter) folders(context.Context) (string, error) {
 		}
 	}
 	return s.Dir, nil
+}
+
+// makeAll makes a folder and those above it. Another stack that goes down meanwhile takes
+// runRoot away while it is empty.
+func makeAll(dir string) error {
+	for try := 1; ; try++ {
+		err := os.MkdirAll(dir, 0o700)
+		if !errors.Is(err, fs.ErrNotExist) || try == 10 {
+			return err
+		}
+	}
 }
 
 // once makes dir with do, whole or anew: a folder without the mark was
