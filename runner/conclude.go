@@ -87,12 +87,17 @@ func (a *Agent) end(ctx context.Context, j *Job, end journal.Job, body []byte) *
 	next := a.next(j, end)
 	if next != nil {
 		next.before = statementOf(body)
-		if err := a.handOn(j, next); err != nil {
-			a.log.ErrorContext(ctx, "no further attempt", slog.String("job", j.id), slog.Any("error", err))
-			next = nil
-		}
 	}
 	err := a.insist(ctx, j, func() error {
+		if next != nil {
+			// A full disk ends neither the job nor its attempts.
+			if err := a.handOn(j, next); NoSpace(err) {
+				return err
+			} else if err != nil {
+				a.log.ErrorContext(ctx, "no further attempt", slog.String("job", j.id), slog.Any("error", err))
+				next = nil
+			}
+		}
 		if next != nil {
 			return a.Journal.Retry(ctx, end, body, next.row("", plan.Sum(next.redacted)))
 		}

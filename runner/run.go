@@ -73,7 +73,7 @@ func (a *Agent) begin(ctx context.Context, j *Job) error {
 func (a *Agent) run(ctx context.Context, j *Job) error {
 	box, err := stage(ctx, a, j, bundle.StageSandbox, a.create)
 	if err != nil {
-		return err
+		return errors.Join(err, room(j.runDir))
 	}
 	accepted, err := a.attest(ctx, j, box)
 	if err != nil {

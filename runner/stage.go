@@ -157,6 +157,8 @@ func (a *Agent) outcome(ctx context.Context, j *Job, err error) journal.Job {
 		out.Reason = "submission-lost"
 	case errors.Is(err, errChanged):
 		out.Reason = "plan-changed"
+	case NoSpace(err):
+		out.Reason = "no-space"
 	case errdefs.IsUnavailable(err):
 		out.Reason = "containerd-unavailable"
 	case errors.As(err, &away):

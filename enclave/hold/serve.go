@@ -148,6 +148,9 @@ func failed(err error) holdapi.Response {
 	if errors.As(err, &e) {
 		code = e.code
 	}
+	if code == holdapi.CodeIO && (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)) {
+		code = holdapi.CodeNoSpace
+	}
 	return holdapi.Response{Error: err.Error(), Code: code}
 }
 

@@ -361,7 +361,7 @@ func (s *soak) job(kind *soakKind, file []byte, key string) *soakEnd {
 	s.mu.Lock()
 	full := s.filled
 	s.mu.Unlock()
-	if !asMeant && (j.GetState() != "failed" || !slices.Contains(soakReasons, j.GetReason()) && !(full && strings.Contains(j.GetMessage(), "full"))) {
+	if !asMeant && (j.GetState() != "failed" || !slices.Contains(soakReasons, j.GetReason()) && !(full && j.GetReason() == "no-space")) {
 		t.Errorf("job %s (%s) ended %s, %s: %s", id, kind.name, j.GetState(), j.GetReason(), j.GetMessage())
 	}
 	s.events(id, kind, asMeant)

@@ -37,7 +37,7 @@ type Retry struct {
 // machine's failures, and never a refusal, a revocation or a cancellation.
 func RetryEvents() []string {
 	return []string{
-		"agent-restarted", "holder-lost", "trace-lost", "lease-lapsed", "deadline",
+		"agent-restarted", "holder-lost", "trace-lost", "lease-lapsed", "deadline", "no-space",
 		"verifier-unavailable", "broker-unavailable", "containerd-unavailable",
 	}
 }

@@ -41,6 +41,7 @@ func All() []Reason {
 		{"internal", "something failed on the node for which there is no code of its own: the message says what", "who operates the node", []string{"coffer events JOB", "coffer retry JOB"}},
 		{"journal", "what the node kept of the job could not be read after a restart", "who operates the node", []string{"coffer retry JOB"}},
 		{"lease-lapsed", "the node heard nothing from the broker for longer than the lease, and stopped the job", "who operates the network between node and broker; the weights' owner sets how long a lease is", []string{"coffer events JOB", "coffer retry JOB"}},
+		{"no-space", "the node had no room left for it: on the agent's disk, in its cache, or where containerd keeps images and sandboxes; the message says where it showed", "who operates the node: make room, and see that it stays", []string{"coffer doctor", "coffer retry JOB"}},
 		{"plan-changed", "an image or a policy came to mean something else while the job waited, so that it is not the job that was approved", "who approves: the plan is another one", []string{"coffer plan FILE", "coffer grant request --job FILE"}},
 		{"release-refused", "the broker gives no key for it: its checks say why", "the owner of the assets, and who approves grants", []string{"coffer grant request --job FILE"}},
 		{"revoked", "a grant, a node or an asset's key was taken back while it ran", "the owner of the assets", []string{"coffer grant request --job FILE"}},

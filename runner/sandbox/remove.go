@@ -77,7 +77,7 @@ func (n *Node) Forget(ctx context.Context, jobID, runDir string) error {
 	}
 	errs = append(errs, n.forgetSnapshots(ctx, jobID), n.endShims(ctx, jobID))
 	errs = append(errs, dropSpec(runDir))
-	return errors.Join(errs...)
+	return typed(errors.Join(errs...))
 }
 
 // remove ends a container's process, if there is one, and deletes the container.

@@ -237,6 +237,7 @@ func (s *Sandbox) killed(ctx context.Context) {
 // Create makes the container and its runtime process, not yet started. The
 // job's cgroup must exist. On an error nothing is left behind.
 func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
+	defer func() { err = typed(err) }()
 	var image containerd.Image
 	if err = patient(ctx, awayFor, func() (err error) {
 		image, err = n.client.GetImage(ctx, r.Image.Name)
@@ -473,7 +474,7 @@ func (s *Sandbox) Pid() int { return int(s.task.Pid()) }
 // trace does.
 func (s *Sandbox) Start(ctx context.Context) error {
 	if err := patient(ctx, awayFor, func() error { return s.task.Start(ctx) }); err != nil {
-		return fmt.Errorf("start container: %w", err)
+		return fmt.Errorf("start container: %w", typed(err))
 	}
 	return nil
 }

@@ -202,7 +202,7 @@ func coded(err error) error {
 		return connect.NewError(connect.CodeNotFound, err)
 	case errors.Is(err, journal.ErrConflict):
 		return connect.NewError(connect.CodeAlreadyExists, err)
-	case errors.Is(err, runner.ErrFull):
+	case errors.Is(err, runner.ErrFull), runner.NoSpace(err):
 		return later(err, retryFull)
 	case errors.As(err, &away), errors.Is(err, context.Canceled):
 		// A stream is cancelled where its caller has gone, and where the agent ends: who

@@ -24,6 +24,8 @@ const (
 	CodeState   = "state"
 	CodeIO      = "io"
 	CodeFull    = "full"
+	// CodeNoSpace is a disk, or a quota on one, that has no room left.
+	CodeNoSpace = "no-space"
 )
 
 // Error is the holder's answer to an operation that it did not do.
@@ -34,6 +36,9 @@ type Error struct {
 }
 
 func (e *Error) Error() string { return fmt.Sprintf("holder %s: %s", e.Op, e.Message) }
+
+// Is says of an error for want of room that it is one: unix.ENOSPC.
+func (e *Error) Is(target error) bool { return e.Code == CodeNoSpace && target == unix.ENOSPC }
 
 // ErrLost means that the connection to the holder is gone. Whether the holder
 // is too, a new Dial tells.

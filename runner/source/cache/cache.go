@@ -396,7 +396,7 @@ func (c *Cache) reserve(ctx context.Context, f *flight, name string, bytes int64
 			}
 		}
 		if oldest < 0 {
-			return fmt.Errorf("the cache is full: the folder has %d bytes, running jobs use %d of %d", bytes, used-bytes, c.MaxBytes)
+			return fmt.Errorf("the cache is full: the folder has %d bytes, running jobs use %d of %d: %w", bytes, used-bytes, c.MaxBytes, unix.EDQUOT)
 		}
 		v := idle[oldest]
 		idle = append(idle[:oldest], idle[oldest+1:]...)

@@ -568,7 +568,7 @@ func TestRoom(t *testing.T) {
 		past := time.Now().Add(time.Duration(i-10) * time.Hour)
 		must(t, os.Chtimes(d, past, past))
 	}
-	if _, err := hold("job3", 3); !says(err, "the cache is full") {
+	if _, err := hold("job3", 3); !says(err, "the cache is full") || !errors.Is(err, syscall.EDQUOT) {
 		t.Errorf("three folders in use: %v", err)
 	}
 	if !there(0) || !there(1) || !there(2) {
