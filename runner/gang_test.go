@@ -321,10 +321,14 @@ func TestGangsStartTogether(t *testing.T) {
 	a.live = map[string]*Job{j.id: j, o.id: o}
 	started := make(chan error, 2)
 	go func() { started <- a.together(t.Context(), j) }()
-	select {
-	case err := <-started:
-		t.Fatalf("started alone: %v", err)
-	case <-time.After(50 * time.Millisecond):
+	for told := 0; told == 0; {
+		select {
+		case err := <-started:
+			t.Fatalf("started alone: %v", err)
+		case <-time.After(time.Millisecond):
+			events, _, _ := j.feed.after(0)
+			told = len(events)
+		}
 	}
 	if err := a.together(t.Context(), o); err != nil {
 		t.Fatal(err)

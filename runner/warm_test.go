@@ -64,7 +64,7 @@ func warmAgent(t *testing.T, does string) *Agent {
 // pid is that of the program, once it runs.
 func (a *Agent) warmPid(t *testing.T) int {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		if b, err := os.ReadFile(filepath.Join(a.RunDir, "pid")); err == nil {
 			pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 			if err != nil {

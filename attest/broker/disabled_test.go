@@ -104,7 +104,7 @@ func TestStopDisabledBesideAStoreThatHangs(t *testing.T) {
 			t.Errorf("%v, %v", stopped, err)
 		}
 	}()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		if l, _ := w.renew(t, jobs["answers"]); l.State == receipt.LeaseStop {
 			break
 		}

@@ -27,6 +27,7 @@ import (
 	"github.com/coffer-run/coffer/internal/emulate/server"
 	"github.com/coffer-run/coffer/internal/keystore"
 	"github.com/coffer-run/coffer/internal/keystore/attestation"
+	"github.com/coffer-run/coffer/internal/loopback"
 	"github.com/coffer-run/coffer/plugins/host"
 )
 
@@ -85,10 +86,7 @@ func newSite(t *testing.T) *site {
 		s.policies[name], err = p.Ref()
 		try(t, err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	try(t, err)
-	s.verifier = l.Addr().String()
-	try(t, l.Close())
+	s.verifier = loopback.Addr(t)
 	s.json(t, "verifier.json", map[string]any{
 		"listen": s.verifier, "tls": pki.Files(s.path("pki"), daemon.RoleVerifier, "verifier"), "id": "verifier-simulated", "keyFile": s.path("verifier.pem"),
 		"nonceKeyFile": s.path("nonce.key"), "simulationDir": s.path("simulation"), "policiesDir": s.path("policies"),
@@ -161,7 +159,7 @@ func (s *site) run(t *testing.T) {
 			t.Logf("the verifier: %v\n%s", err, log.String())
 		}
 	})
-	for range 400 {
+	for range 2400 {
 		if c, err := net.Dial("tcp", s.verifier); err == nil {
 			_ = c.Close()
 			return

@@ -23,6 +23,7 @@ import (
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/internal/daemon/pki"
+	"github.com/coffer-run/coffer/internal/loopback"
 )
 
 func check(t *testing.T, err error) {
@@ -53,11 +54,8 @@ func state(t *testing.T) (dir string, c Config) {
 	jwks, err := vs.JWKS()
 	check(t, err)
 	check(t, os.WriteFile(in("verifier.jwks"), jwks, 0o600))
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	check(t, err)
-	check(t, l.Close())
 	return dir, Config{
-		Listen: l.Addr().String(), TLS: pki.Files(dir, "broker", "broker"), ID: "broker.test", KeyFile: in("broker-sign.key"), KEKFile: in("kek"),
+		Listen: loopback.Addr(t), TLS: pki.Files(dir, "broker", "broker"), ID: "broker.test", KeyFile: in("broker-sign.key"), KEKFile: in("kek"),
 		OwnerWrapKeyFile: in("owner-wrap.key"), DB: in("broker.db"), Log: Log{Dir: in("log"), KeyFile: in("log.key")}, Verifiers: []Verifier{{ID: "verifier.test", JWKSFile: in("verifier.jwks")}},
 	}
 }
@@ -87,7 +85,7 @@ func TestServesAndKeepsStateOverARestart(t *testing.T) {
 		h, err := pki.Files(dir, "owner", "alice").HTTPClient(daemon.RoleBroker)
 		check(t, err)
 		ready := false
-		for range 400 {
+		for range 6000 {
 			if resp, err := h.Get("https://" + c.Listen + daemon.Health); err == nil {
 				ready = resp.StatusCode == http.StatusOK
 				check(t, resp.Body.Close())

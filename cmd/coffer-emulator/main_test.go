@@ -38,7 +38,7 @@ func TestServesUntilItIsStopped(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- run(ctx, []string{"--config", path}, nil, io.Discard, io.Discard) }()
 	var resp *emulate.Response
-	for range 500 {
+	for range 6000 {
 		if resp, err = emulate.Dial(socket).Do(t.Context(), emulate.Request{Op: emulate.OpSNPReport, ReportData: make([]byte, 64)}); err == nil {
 			break
 		}

@@ -4,7 +4,6 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,6 +25,7 @@ import (
 	"github.com/coffer-run/coffer/attest/vtpm/vtpmtest"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/docs/pages"
+	"github.com/coffer-run/coffer/internal/loopback"
 )
 
 var fence = regexp.MustCompile("(?ms)^```(sh|json)\n(.*?)^```$")
@@ -69,12 +69,7 @@ func openPage(t *testing.T, script *pages.Script) *page {
 	if len(p.shell) != 6 || p.document == "" {
 		t.Fatalf("the page has %d fences of commands: this test follows six, and a configuration", len(p.shell))
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.addr = l.Addr().String()
-	_ = l.Close()
+	p.addr = loopback.Addr(t)
 	p.bash(p.shell[0])
 	p.bash(p.shell[1])
 	if err := os.Mkdir(filepath.Join(p.dir, "policies"), 0o700); err != nil {
@@ -147,7 +142,7 @@ func (p *page) start(program string, change func(c map[string]any)) {
 // wait returns once the daemon's log says something.
 func (p *page) wait(says string) {
 	p.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(p.read("log.txt"), `"`+says+`"`); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !strings.Contains(p.read("log.txt"), `"`+says+`"`); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			p.t.Fatalf("the log does not say %q: %s", says, p.read("log.txt"))
 		}
@@ -259,7 +254,7 @@ func enrol(t *testing.T, c verifierv1connect.VerifierServiceClient, tpm *vtpmtes
 	t.Helper()
 	var begun *connect.Response[verifierv1.BeginEnrolmentResponse]
 	var err error
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if begun, err = c.BeginEnrolment(t.Context(), connect.NewRequest(&verifierv1.BeginEnrolmentRequest{EkChain: tpm.EKChain, AkPublic: tpm.AKPublic})); err == nil {
 			break
 		}

@@ -88,7 +88,7 @@ func TestAppraisesKBSGuests(t *testing.T) {
 	}
 	base := fmt.Sprintf("https://%s", c["listen"])
 	get := func(path string) (b []byte) {
-		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 			if resp, err := broker.Get(base + path); err == nil {
 				defer resp.Body.Close()
 				if b, err = io.ReadAll(resp.Body); err != nil {

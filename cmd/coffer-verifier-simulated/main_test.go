@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -27,6 +26,7 @@ import (
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/keyfile"
 	"github.com/coffer-run/coffer/internal/daemon/pki"
+	"github.com/coffer-run/coffer/internal/loopback"
 )
 
 type config map[string]any
@@ -47,12 +47,8 @@ func setup(t *testing.T) (dir string, c config, tpm *vtpmtest.TPM) {
 	must(keyfile.CreateP384(filepath.Join(dir, "key.pem")))
 	must(keyfile.CreateSecret(filepath.Join(dir, "nonce.key"), verifier.NonceKeySize))
 	sim, tpm := mint(t, dir)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(err)
-	addr := l.Addr().String()
-	must(l.Close())
 	return dir, config{
-		"listen": addr, "tls": pki.Files(p, daemon.RoleVerifier, "x"), "id": "verifier.simulated.test",
+		"listen": loopback.Addr(t), "tls": pki.Files(p, daemon.RoleVerifier, "x"), "id": "verifier.simulated.test",
 		"keyFile": filepath.Join(dir, "key.pem"), "nonceKeyFile": filepath.Join(dir, "nonce.key"), "simulationDir": sim,
 	}, tpm
 }
@@ -117,7 +113,7 @@ func TestAppraisesOverTheWire(t *testing.T) {
 	}
 	client := verifierv1connect.NewVerifierServiceClient(hc, fmt.Sprintf("https://%s", c["listen"]))
 	var keys *connect.Response[verifierv1.KeysResponse]
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if keys, err = client.Keys(t.Context(), connect.NewRequest(&verifierv1.KeysRequest{})); err == nil {
 			break
 		}

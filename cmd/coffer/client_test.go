@@ -30,6 +30,7 @@ import (
 	"github.com/coffer-run/coffer/enclave/seal"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/daemon/pki"
+	"github.com/coffer-run/coffer/internal/loopback"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
 )
@@ -280,17 +281,12 @@ func newFakeStack(t *testing.T) *fakeStack {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		port := l.Addr().(*net.TCPAddr).Port
-		_ = l.Close()
+		port := loopback.Base(t)
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan error, 1)
 		addr := fmt.Sprintf("127.0.0.1:%d", port)
 		go func() { done <- daemon.Serve(ctx, addr, cfg, h, slog.New(slog.DiscardHandler)) }()
-		for range 200 {
+		for range 12000 {
 			if c, err := net.Dial("tcp", addr); err == nil {
 				_ = c.Close()
 				break

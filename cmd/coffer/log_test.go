@@ -193,7 +193,7 @@ func TestLogVerify(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("the witness does not stop")
 	}
 	exec(exitUsage, "verify", "--from", in("nowhere"), "--log-key", in("log.vkey"))

@@ -22,6 +22,7 @@ import (
 	"github.com/coffer-run/coffer/internal/daemon/pki"
 	"github.com/coffer-run/coffer/internal/identity"
 	"github.com/coffer-run/coffer/internal/issuer"
+	"github.com/coffer-run/coffer/internal/loopback"
 )
 
 // signInStack is a folder of a stack with a real issuer, and a broker that says
@@ -61,12 +62,6 @@ func newSignInStack(t *testing.T) *signInStack {
 	ok(keyfile.Write(filepath.Join(s.dir, "password"), []byte(testPassword+"\n")))
 	ok(keyfile.Write(filepath.Join(s.dir, "wrong"), []byte("wrong\n")))
 
-	port := func() int {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		ok(err)
-		defer l.Close()
-		return l.Addr().(*net.TCPAddr).Port
-	}
 	serve := func(role string, port int, h http.Handler) {
 		cfg, err := pki.Files(dir, role, role).ServerForPeople()
 		ok(err)
@@ -75,7 +70,7 @@ func newSignInStack(t *testing.T) *signInStack {
 		addr := fmt.Sprintf("127.0.0.1:%d", port)
 		go func() { done <- daemon.Serve(ctx, addr, cfg, h, slog.New(slog.DiscardHandler)) }()
 		t.Cleanup(func() { cancel(); ok(<-done) })
-		for range 200 {
+		for range 12000 {
 			if c, err := net.Dial("tcp", addr); err == nil {
 				_ = c.Close()
 				return
@@ -83,7 +78,8 @@ func newSignInStack(t *testing.T) *signInStack {
 			time.Sleep(5 * time.Millisecond)
 		}
 	}
-	issuerPort, brokerPort := port(), port()
+	issuerPort := loopback.Base(t)
+	brokerPort := issuerPort + 1
 	url := fmt.Sprintf("https://127.0.0.1:%d", issuerPort)
 	h, err := issuer.New(issuer.Options{URL: url, Key: key, People: people, Now: func() time.Time { return s.now() }, Log: slog.New(slog.DiscardHandler)})
 	ok(err)

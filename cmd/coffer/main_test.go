@@ -24,6 +24,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/spf13/cobra"
 
+	"github.com/coffer-run/coffer/internal/loopback"
 	"github.com/coffer-run/coffer/internal/stack"
 )
 
@@ -70,7 +71,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			// exits CODE runs the command in the arguments after it and wants that exit code.
 			"exits": exits,
-			// freebase VAR sets VAR to the first of three free ports.
+			// freebase VAR sets VAR to the first of free ports that nobody else has.
 			"freebase": freebase,
 			// killdaemon NAME kills a daemon of the stack and waits for its end.
 			"killdaemon": killdaemon,
@@ -148,24 +149,10 @@ func freebase(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) != 1 {
 		ts.Fatalf("usage: freebase VAR")
 	}
-	for base := 30000 + os.Getpid()%20000; base < 60000; base += 4 {
-		if allFree(base) {
-			ts.Setenv(args[0], strconv.Itoa(base))
-			return
-		}
-	}
-	ts.Fatalf("no free ports")
-}
-
-func allFree(base int) bool {
-	for i := range 4 {
-		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(base+i)))
-		if err != nil {
-			return false
-		}
-		_ = l.Close()
-	}
-	return true
+	base, release, err := loopback.Lend()
+	ts.Check(err)
+	ts.Defer(release)
+	ts.Setenv(args[0], strconv.Itoa(base))
 }
 
 // daemonPID reads a daemon's pid from the stack's record.
@@ -190,7 +177,7 @@ func daemonPID(ts *testscript.TestScript, name string) int {
 }
 
 func until(ts *testscript.TestScript, what string, ok func() bool) {
-	for range 3000 {
+	for range 6000 {
 		if ok() {
 			return
 		}

@@ -68,7 +68,7 @@ func TestRegionsAreHandedOut(t *testing.T) {
 	}
 	h.trace().start()
 	h.waitStarted()
-	must(t, early.SetReadDeadline(time.Now().Add(10*time.Second)))
+	must(t, early.SetReadDeadline(time.Now().Add(time.Minute)))
 	if _, oobn, _, _, err := early.ReadMsgUnix(b, oob); err != nil || oobn == 0 {
 		t.Errorf("who asked before the start was given nothing after it: %v", err)
 	}

@@ -168,7 +168,7 @@ func launch(t *testing.T, fd *os.File, args func(h *holder) []string) *holder {
 // attach connects to a holder that has its job.
 func (h *holder) attach() {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
 	defer cancel()
 	var err error
 	h.c, err = holdapi.DialWait(ctx, h.run)
@@ -300,7 +300,7 @@ func (h *holder) waitStarted() {
 
 func (h *holder) until(what string, f func() bool) {
 	h.t.Helper()
-	for end := time.Now().Add(10 * time.Second); !f(); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !f(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			h.t.Fatalf("waited in vain for %s", what)
 		}

@@ -28,7 +28,7 @@ func TestProgramsStartBesideAPausedHolder(t *testing.T) {
 	f, err := os.Open(h.path("inputs/in/f"))
 	must(t, err)
 	must(t, h.cmd.Process.Signal(unix.SIGSTOP))
-	resume := time.AfterFunc(4*time.Second, func() { _ = h.cmd.Process.Signal(unix.SIGCONT) })
+	resume := time.AfterFunc(30*time.Second, func() { _ = h.cmd.Process.Signal(unix.SIGCONT) })
 	must(t, exec.Command("true").Run())
 	must(t, f.Close())
 	if !resume.Stop() {

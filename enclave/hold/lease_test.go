@@ -444,7 +444,7 @@ func TestAlarmRings(t *testing.T) {
 	if err := a.set(began + 50*time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
-	if at := <-rang; at < began+50*time.Millisecond || at > began+10*time.Second {
+	if at := <-rang; at < began+50*time.Millisecond || at > began+time.Minute {
 		t.Errorf("it rang after %s", at-began)
 	}
 	if err := a.set(began); err != nil {
@@ -490,7 +490,7 @@ func TestKillGroupSparesItself(t *testing.T) {
 	go func() { killed <- killGroup(t.Context(), procs) }()
 	select {
 	case <-ended:
-	case <-time.After(5 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the process in the group lives")
 	}
 	if err := os.Truncate(procs.Name(), 0); err != nil {

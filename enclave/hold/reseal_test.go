@@ -87,7 +87,7 @@ func codeOf(err error) string {
 // over waits for the end of the work.
 func (r *resealing) over() holdapi.ResealStatus {
 	r.t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		st, err := r.resealStatus(holdapi.ResealStatusQuery{})
 		ok(r.t, err)
 		if st.State == holdapi.ResealDone || st.State == holdapi.ResealFailed {

@@ -49,7 +49,11 @@ func TestTraceEnds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			events := newEventLog(time.Now)
 			path := filepath.Join(t.TempDir(), "t.sock")
-			tr, err := listenTrace(path, events, nil, testGrace, slog.New(slog.DiscardHandler))
+			grace := testGrace
+			if c.finish {
+				grace = time.Minute
+			}
+			tr, err := listenTrace(path, events, nil, grace, slog.New(slog.DiscardHandler))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -76,11 +80,17 @@ func TestTraceEnds(t *testing.T) {
 			if err := conn.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if c.finish {
-				time.Sleep(testGrace / 5)
+			switch {
+			case c.finish:
 				tr.finish()
+			case c.lost:
+				select {
+				case <-tr.lost:
+				case <-time.After(time.Minute):
+				}
+			default:
+				time.Sleep(6 * testGrace)
 			}
-			time.Sleep(6 * testGrace)
 			var s holdapi.Status
 			tr.status(&s)
 			if s.TraceLost != c.lost {

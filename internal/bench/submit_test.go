@@ -22,6 +22,7 @@ import (
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/executable"
+	"github.com/coffer-run/coffer/internal/loopback"
 	"github.com/coffer-run/coffer/internal/stack"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
@@ -32,8 +33,6 @@ const (
 	submitRuns = 9
 	// submitInput is the sealed input's size, in bytes.
 	submitInput = 64 << 20
-	// submitPorts keeps this stack apart from others on the machine.
-	submitPorts = 18441
 	// sayWhen prints the time at which the job's own code begins.
 	sayWhen = "import time; print(time.time_ns())"
 )
@@ -99,7 +98,7 @@ func newSubmitStack(t *testing.T) *submitStack {
 	t.Helper()
 	s := &submitStack{dir: must[string](t)(os.MkdirTemp("", "coffer-bench-submit-"))}
 	s.layout = must[stack.Layout](t)(stack.NewLayout(s.dir))
-	s.coffer(t, "up", "--image", filepath.Join(os.Getenv("COFFER_IMAGES"), "numpy.tar"), "--tools", os.Getenv("COFFER_TOOLS"), "--port-base", fmt.Sprint(submitPorts))
+	s.coffer(t, "up", "--image", filepath.Join(os.Getenv("COFFER_IMAGES"), "numpy.tar"), "--tools", os.Getenv("COFFER_TOOLS"), "--port-base", fmt.Sprint(loopback.Base(t)))
 	t.Cleanup(func() {
 		s.coffer(t, "down")
 		if err := os.RemoveAll(s.dir); err != nil {

@@ -125,7 +125,7 @@ func TestQueueSurvivesTheAgent(t *testing.T) {
 			t.Errorf("the job that waits: %v", j)
 		}
 		n.restartAgent(t)
-		for deadline := time.Now().Add(5 * time.Second); n.job(t, waits).GetQueuePosition() == 0 && time.Now().Before(deadline); {
+		for deadline := time.Now().Add(time.Minute); n.job(t, waits).GetQueuePosition() == 0 && time.Now().Before(deadline); {
 			time.Sleep(20 * time.Millisecond)
 		}
 	}
@@ -252,7 +252,7 @@ func TestStopGrace(t *testing.T) {
 	long := n.submit(t, file)
 	for _, id := range []string{quick, slow, long} {
 		n.wait(t, id, "running", running)
-		for deadline := time.Now().Add(20 * time.Second); !strings.Contains(n.log(t, id, 0, false), "ready") && time.Now().Before(deadline); {
+		for deadline := time.Now().Add(time.Minute); !strings.Contains(n.log(t, id, 0, false), "ready") && time.Now().Before(deadline); {
 			time.Sleep(50 * time.Millisecond)
 		}
 	}

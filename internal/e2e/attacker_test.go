@@ -230,7 +230,7 @@ func (a *attacker) release(t *testing.T, token, resultID, grant, asset string, s
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	r, err := a.broker.Release(ctx, connect.NewRequest(&brokerv1.ReleaseRequest{Result: token, Request: req, Signature: sig}))
 	if err != nil {

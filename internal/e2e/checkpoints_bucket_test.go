@@ -128,7 +128,7 @@ func TestCheckpointsInS3(t *testing.T) {
 	agent := n.pid(t, "cofferd")
 	victim.Store(int64(agent))
 	first := n.submit(t, job)
-	for deadline := time.Now().Add(30 * time.Second); victim.Load() != 0; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); victim.Load() != 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("no second checkpoint: %q", store.names("run/"))
 		}
@@ -137,7 +137,7 @@ func TestCheckpointsInS3(t *testing.T) {
 		t.Errorf("half-way through the second upload the newest whole checkpoint is %d", at)
 	}
 	n.must(t, "restart")
-	for deadline := time.Now().Add(30 * time.Second); store.newest(first, "anchor.jwt") < 3; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); store.newest(first, "anchor.jwt") < 3; time.Sleep(10 * time.Millisecond) {
 		if s := n.status(t, first); ended(s) || time.Now().After(deadline) {
 			t.Fatalf("no third checkpoint in the bucket: %+v\n%q", s, store.names("run/"))
 		}
@@ -182,7 +182,7 @@ func TestCheckpointsInS3(t *testing.T) {
 	if manifests == 0 || manifests > 4 || records < int(last) {
 		t.Errorf("%d manifests and %d records of %d checkpoints", manifests, records, last)
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		left, err := filepath.Glob(filepath.Join(cache, "checkpoints", "*"))
 		if err == nil && len(left) == 0 {
 			break

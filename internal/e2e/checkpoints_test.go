@@ -56,7 +56,7 @@ func (n *node) output(t *testing.T, id string) string {
 // or a later one.
 func (n *node) anchored(t *testing.T, id string, sequence uint64) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		dirs, err := filepath.Glob(filepath.Join(n.sink, id, "*", "anchor.jwt"))
 		if err != nil {
 			t.Fatal(err)
@@ -76,7 +76,7 @@ func (n *node) anchored(t *testing.T, id string, sequence uint64) {
 // while.
 func (n *node) unanchored(t *testing.T, id string) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		records, err := filepath.Glob(filepath.Join(n.sink, id, "*", "record.json"))
 		if err != nil {
 			t.Fatal(err)

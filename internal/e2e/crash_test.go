@@ -96,7 +96,7 @@ func (n *node) logged(t *testing.T, id string) {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(2 * time.Millisecond) {
 		records := 0
 		if err := db.QueryRow("SELECT count(*) FROM log WHERE job = ? AND bundle <> ''", id).Scan(&records); err != nil {
 			t.Fatal(err)

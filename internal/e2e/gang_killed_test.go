@@ -29,7 +29,7 @@ func halt(t *testing.T, pid int, on bool) {
 // told waits until a job has an event of which f holds.
 func (n *node) told(t *testing.T, id, what string, f func(*agentv1.WatchResponse) bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	st, err := n.agent(t).Watch(ctx, connect.NewRequest(&agentv1.WatchRequest{Id: id}))
 	if err != nil {
@@ -58,7 +58,7 @@ func TestAgentKilledBetweenTheStartsOfAGang(t *testing.T) {
 	two := n.submit(t, job)
 	// Whichever has a holder first is kept back, so that the other one is ready before it.
 	late, ready, lateHolder := one, two, 0
-	for deadline := time.Now().Add(20 * time.Second); lateHolder == 0; time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); lateHolder == 0; time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("no job of the gang has a holder")
 		}

@@ -53,7 +53,7 @@ func TestGangInAQueue(t *testing.T) {
 	}
 	waits := func() {
 		t.Helper()
-		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 			j, err := a.Get(t.Context(), one)
 			if err != nil {
 				t.Fatal(err)

@@ -418,7 +418,7 @@ func (n *node) force(t *testing.T, broker, file string, content []byte) {
 	if err := syscall.Kill(n.pid(t, "coffer-broker"), syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(10 * time.Second); taken() == before; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); taken() == before; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the broker does not take the new policies")
 		}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,16 +17,9 @@ import (
 	"time"
 
 	"github.com/coffer-run/coffer/internal/docs/pages"
+	"github.com/coffer-run/coffer/internal/loopback"
 	"github.com/coffer-run/coffer/internal/stack"
 	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
-)
-
-// Ports of the tests' stacks begin here, apart from those of a stack that people use.
-// Each stack has a range, and the last port of it says that it is taken.
-const (
-	firstPort = 17441
-	portRange = 20
-	lastRange = 32
 )
 
 // node is a stack, which one test uses at a time.
@@ -40,9 +32,9 @@ type node struct {
 	// weights are the initial model's bytes, which nobody else may have.
 	weights []byte
 
-	// portBase is the first of its ports, taken as long as claim is open.
+	// portBase is the first of its ports, its own until release.
 	portBase int
-	claim    net.Listener
+	release  func()
 
 	once     sync.Once
 	engineer agentv1connect.AgentServiceClient
@@ -121,7 +113,7 @@ func (n *node) up() (err error) {
 			err = errors.Join(err, n.down())
 		}
 	}()
-	if n.portBase, n.claim, err = claimPorts(); err != nil {
+	if n.portBase, n.release, err = loopback.Lend(); err != nil {
 		return err
 	}
 	if n.dir, err = os.MkdirTemp("", "coffer-e2e-"); err != nil {
@@ -152,33 +144,6 @@ func (n *node) readme(script *pages.Script, more ...string) (string, error) {
 		return "", fmt.Errorf("README.md: %q is not by the clone's coffer", c[0].Text)
 	}
 	return n.coffer(append(strings.Fields(line), more...)...)
-}
-
-// claimPorts finds a range that no other stack has. It is taken until the listener
-// on its last port is closed.
-func claimPorts() (base int, claim net.Listener, err error) {
-	for i := range lastRange {
-		base = firstPort + i*portRange
-		if claim, err = listen(base + portRange - 1); err != nil {
-			continue
-		}
-		// A stack that outlived its test has its ports still.
-		for port := base; port < base+portRange-1 && err == nil; port++ {
-			var l net.Listener
-			if l, err = listen(port); err == nil {
-				err = l.Close()
-			}
-		}
-		if err == nil {
-			return base, claim, nil
-		}
-		_ = claim.Close()
-	}
-	return 0, nil, fmt.Errorf("no %d free ports from %d: %w", portRange, firstPort, err)
-}
-
-func listen(port int) (net.Listener, error) {
-	return net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 }
 
 // seal seals the real data set, and weights that exist nowhere else.
@@ -213,8 +178,8 @@ func (n *node) seal() error {
 
 // down stops the stack, if it is up, and looks for anything that it left behind.
 func (n *node) down() error {
-	if n.claim != nil {
-		defer n.claim.Close() //nolint:errcheck // nobody has connected
+	if n.release != nil {
+		defer n.release()
 	}
 	if n.dir == "" {
 		return nil
@@ -421,7 +386,7 @@ func kill(t *testing.T, pid int) {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err != nil || strings.Contains(string(b), ") Z ") {
 			return
 		}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/coffer-run/coffer/internal/docs/pages"
+	"github.com/coffer-run/coffer/internal/loopback"
 	"github.com/coffer-run/coffer/internal/stack"
 )
 
@@ -209,12 +210,7 @@ func (n *node) witnessedLog(t *testing.T, sh *pages.Shell, commands []pages.Comm
 	keys := ""
 	for i := range 2 {
 		// The page's own witness, and one like it.
-		l, err := listen(0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		addr := l.Addr().String()
-		_ = l.Close()
+		addr := fmt.Sprintf("127.0.0.1:%d", n.portBase+loopback.Ports-1-i)
 		other := ""
 		if i > 0 {
 			other = fmt.Sprint(i)
@@ -246,7 +242,7 @@ func (n *node) witnessedLog(t *testing.T, sh *pages.Shell, commands []pages.Comm
 	n.must(t, "restart", "coffer-broker")
 	// The next entry is signed by all.
 	n.must(t, "assets", "create", "by-hand-logged", "--kind", "checkpoints")
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		out, err := n.coffer("log", "verify", "--witness-keys", filepath.Join(sh.Dir, "witnesses"), "--witnesses", "2")
 		if err == nil && !strings.Contains(out, "not witnessed") {
 			break

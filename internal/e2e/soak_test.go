@@ -166,7 +166,7 @@ func (s *soak) smallDisk() {
 		} else {
 			// What the agent had started ends when it notices that the agent is gone.
 			err := unix.Unmount(dir, 0)
-			for deadline := time.Now().Add(20 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(deadline); err = unix.Unmount(dir, 0) {
+			for deadline := time.Now().Add(time.Minute); errors.Is(err, unix.EBUSY) && time.Now().Before(deadline); err = unix.Unmount(dir, 0) {
 				time.Sleep(50 * time.Millisecond)
 			}
 			if err != nil {

@@ -43,7 +43,7 @@ func groupMembers(t *testing.T, c *sandbox.Cgroup) (pids []int) {
 func (n *node) waitingHolder(t *testing.T) int {
 	t.Helper()
 	group := sandbox.OpenCgroup(n.layout.Cgroup() + "/warm")
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if used, err := group.MemoryUsage(); err == nil && used >= warmSize {
 			if pids := groupMembers(t, group); len(pids) == 1 {
 				return pids[0]
@@ -115,7 +115,7 @@ func TestJobWithMemoryThatWasReady(t *testing.T) {
 	}
 	// One that waits ends with its agent, whoever cleans up.
 	kill(t, n.pid(t, "cofferd"))
-	for deadline := time.Now().Add(10 * time.Second); there(next); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); there(next); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("process %d outlives the agent that started it", next)
 		}

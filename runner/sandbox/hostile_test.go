@@ -218,7 +218,7 @@ print(subprocess.run(["/evil/python3", "-c", "import os; print(os.getresuid(), o
 		if want := "['refused', 'refused', 'refused', 'refused', 'refused']\nFalse\n(65532, 65532, 65532) (65532, 65532, 65532)\n"; out != want {
 			t.Errorf("the job says\n%swant\n%s", out, want)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("no output")
 	}
 }

@@ -147,7 +147,8 @@ func TestIOLimitSlowsReads(t *testing.T) {
 		}
 		return time.Since(began)
 	}
-	free := read("free")
+	// Whatever else the disk has to do.
+	free := min(read("free"), read("free"), read("free"))
 	r.IO.ReadBytesPerSecond = 1 << 20
 	if slow := read("slow"); slow < 400*time.Millisecond || slow < 2*free {
 		t.Errorf("512 KiB at 1 MiB/s took %s, and %s without a limit", slow, free)

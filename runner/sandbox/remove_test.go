@@ -90,7 +90,7 @@ func TestStartsThatWereCutOff(t *testing.T) {
 	}
 	select {
 	case <-j.Exited():
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("it does not end")
 	}
 	if err := j.Remove(ctx); err != nil {

@@ -97,7 +97,7 @@ func startContainerdIn(t *testing.T, base, store string) *Node {
 		}
 	})
 	var node *Node
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		if _, err := os.Stat(sock); err == nil {
 			node, err = Open(t.Context(), Config{
 				Containerd: sock, Runsc: filepath.Join(tools, "runsc"), ShimPath: filepath.Join(tools, "containerd-shim-runc-v2"), Cgroup: testCgroup, ImageStore: store,
@@ -294,7 +294,7 @@ func TestJobSeesOnlyWhatItWasGiven(t *testing.T) {
 	}
 	select {
 	case <-j.traced:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("no container/start in the trace")
 	}
 	if code, err := ExitCode(<-j.Exited()); err != nil || code != 0 {

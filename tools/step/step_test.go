@@ -143,15 +143,26 @@ func TestCached(t *testing.T) {
 	}
 }
 
+// saying keeps what is said, and does something after the first words.
+type saying struct {
+	strings.Builder
+	then func()
+}
+
+func (s *saying) Write(b []byte) (int, error) {
+	defer s.then()
+	return s.Builder.Write(b)
+}
+
 func TestTwoRunsDoNotBuildTheSameAtOnce(t *testing.T) {
 	parent := t.TempDir()
 	ctx, cancel := context.WithCancel(t.Context())
 	var log strings.Builder
 	usable := func(string) error { return nil }
 	_, _, err := Cached(ctx, &Progress{log: &log}, parent, "x", usable, func(string) error {
-		var waiting strings.Builder
-		time.AfterFunc(200*time.Millisecond, cancel)
-		_, _, err := Cached(ctx, &Progress{log: &waiting}, parent, "x", usable, func(string) error {
+		// It gives up once it has said that it waits.
+		waiting := &saying{then: cancel}
+		_, _, err := Cached(ctx, &Progress{log: waiting}, parent, "x", usable, func(string) error {
 			t.Error("both build")
 			return nil
 		})
@@ -169,15 +180,15 @@ func TestAnInterruptEndsGrandchildren(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	marker := filepath.Join(t.TempDir(), "ended")
-	var log strings.Builder
+	log := &saying{then: cancel}
+	// It is ready once its child runs its own program, which the signal ends.
 	// The shell's child holds the output open: without the group's signal, Wait would last until it ends by itself.
-	cmd := Command(ctx, &Progress{log: &log}, "sh", "-c", "trap 'touch "+marker+"; exit 1' TERM; sleep 60 & wait")
+	cmd := Command(ctx, &Progress{log: log}, "sh", "-c", "trap 'touch "+marker+"; exit 1' TERM; sleep 60 & until read c </proc/$!/comm && [ \"$c\" = sleep ]; do :; done; echo ready; wait")
 	start := time.Now()
-	time.AfterFunc(200*time.Millisecond, cancel)
 	if err := cmd.Run(); err == nil {
 		t.Error("an interrupted program passed")
 	}
-	if took := time.Since(start); took > 10*time.Second {
+	if took := time.Since(start); took > 15*time.Second {
 		t.Errorf("ending took %v", took)
 	}
 	if _, err := os.Stat(marker); err != nil {

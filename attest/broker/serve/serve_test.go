@@ -349,7 +349,7 @@ func TestRoleIsCheckedBeforeTheBodyIsRead(t *testing.T) {
 	s := newStack(t)
 	for who, want := range map[string]int{"engineer/x": http.StatusForbidden, "root/x": http.StatusForbidden, "nobody": http.StatusUnauthorized} {
 		c := s.begin(t, s.url, who, brokerv1connect.BrokerServiceReleaseProcedure)
-		if err := c.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		if err := c.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
@@ -373,8 +373,8 @@ func TestSlowBody(t *testing.T) {
 	}
 	srv := httptest.NewServer(h)
 	t.Cleanup(srv.Close)
-	c := s.begin(t, srv.URL, "agent/node-1", brokerv1connect.BrokerServiceReleaseProcedure)
 	began, answered := time.Now(), make(chan string, 1)
+	c := s.begin(t, srv.URL, "agent/node-1", brokerv1connect.BrokerServiceReleaseProcedure)
 	go func() {
 		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err != nil {
@@ -386,7 +386,7 @@ func TestSlowBody(t *testing.T) {
 	}()
 	drip := time.NewTicker(50 * time.Millisecond)
 	defer drip.Stop()
-	for time.Since(began) < 10*time.Second {
+	for time.Since(began) < time.Minute {
 		select {
 		case status := <-answered:
 			if took := time.Since(began); took < 200*time.Millisecond || strings.HasPrefix(status, "2") {
@@ -397,7 +397,7 @@ func TestSlowBody(t *testing.T) {
 			_, _ = c.Write([]byte(" "))
 		}
 	}
-	t.Fatal("still read after 10 s")
+	t.Fatal("still read after a minute")
 }
 
 func TestErrorsOnTheWire(t *testing.T) {
@@ -478,7 +478,7 @@ func TestOneCallerWaits(t *testing.T) {
 	t.Cleanup(srv.Close)
 	s.url = srv.URL
 	var last error
-	for range 100 {
+	for range 6000 {
 		// One that comes while Info is in work is turned away, and so is not the last.
 		s.begin(t, srv.URL, "agent/slow", brokerv1connect.BrokerServiceReleaseProcedure)
 		if _, last = s.client("agent/slow").Info(t.Context(), connect.NewRequest(&brokerv1.InfoRequest{})); last != nil {
@@ -541,7 +541,7 @@ func TestListsLeaveRoom(t *testing.T) {
 	<-slow.began
 	<-slow.began
 	time.Sleep(50 * time.Millisecond) // for the others to come
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	r, err := s.client("agent/node-1").Renew(ctx, connect.NewRequest(&brokerv1.RenewRequest{Renewals: []*brokerv1.Renewal{{JobId: "job-1", Challenge: make([]byte, receipt.ChallengeSize)}}}))
 	if err != nil || len(r.Msg.GetRenewed()) != 1 {

@@ -246,7 +246,7 @@ func TestMisbehavingServices(t *testing.T) {
 			if !slices.ContainsFunc(l, func(c check.Check) bool { return strings.Contains(c.Found, row.says) }) {
 				t.Errorf("nothing says %q: %+v", row.says, l.Failed())
 			}
-			if took := time.Since(began); took > 2*endorse.Patience+5*time.Second {
+			if took := time.Since(began); took > 2*endorse.Patience+time.Minute {
 				t.Errorf("took %s", took)
 			}
 			if n := len(e.Folder().Library().All()); n != 0 {
@@ -272,7 +272,7 @@ func TestHangingService(t *testing.T) {
 	}
 	began := time.Now()
 	res := e.AppraiseSNP(t.Context(), snp.Evidence{Report: r}, snp.Want{ReportData: data}, v.Anchors(), start)
-	if took := time.Since(began); took < endorse.Patience-time.Second || took > endorse.Patience+3*time.Second {
+	if took := time.Since(began); took < endorse.Patience-time.Second || took > endorse.Patience+time.Minute {
 		t.Errorf("took %s", took)
 	}
 	if got := failed(res.Checks); !slices.Equal(got, []string{snp.CheckChain}) {
@@ -568,7 +568,7 @@ func TestImportExport(t *testing.T) {
 	if got, err = serve.Import(t.Context(), folder, src, v.Anchors(), time.Now()); err != nil || len(got.Known) != n || len(got.Added) != 0 {
 		t.Errorf("again: added %d, known %d, %v", len(got.Added), len(got.Known), err)
 	}
-	for range 40 {
+	for range 600 {
 		if len(failed(appraise(t, running, v))) == 0 {
 			break
 		}

@@ -65,7 +65,7 @@ func die(t *testing.T, c child, after time.Duration) {
 	check(t, err)
 	exe, err := os.Executable()
 	check(t, err)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, exe)
 	cmd.Env = append(os.Environ(), childVariable+"="+string(arg))

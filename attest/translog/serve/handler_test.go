@@ -177,7 +177,7 @@ func TestProofsThatOneCallerWaitsFor(t *testing.T) {
 	for range maxInWork {
 		<-codes
 	}
-	for range 100 {
+	for range 6000 {
 		if post(t.Context(), "agent", `{"indices":[1]}`) == http.StatusOK {
 			return
 		}

@@ -110,7 +110,7 @@ func start(t testing.TB, l *Log) (stop func() error) {
 // published waits until a checkpoint covers n entries.
 func published(t testing.TB, l *Log, n int) translog.Checkpoint {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	_, c, err := l.covering(ctx, uint64(n-1))
 	check(t, err)
@@ -233,7 +233,7 @@ func TestADatabaseThatWasChangedStopsTheSequencer(t *testing.T) {
 				m.entries[8-1].Index = 7
 			}
 			l = open(t, c)
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			if err := l.Run(ctx); !errors.Is(err, ErrOldDatabase) {
 				t.Errorf("got %v", err)
@@ -252,7 +252,7 @@ func TestATreeThatWasChangedStopsTheSequencer(t *testing.T) {
 	published(t, l, 300)
 	check(t, stop())
 	flip(t, filepath.Join(c.Dir, "tile/1/000.p/1"), 4)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := open(t, c).Run(ctx); !errors.Is(err, ErrDiverged) || errors.Is(err, ErrOldDatabase) {
 		t.Errorf("got %v", err)
@@ -289,7 +289,7 @@ func TestAnOldDatabase(t *testing.T) {
 			published(t, l, 8)
 			check(t, stop())
 			change(t, c.Dir, m)
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			l = open(t, c)
 			if err := l.Run(ctx); !errors.Is(err, ErrOldDatabase) {
@@ -305,7 +305,7 @@ func TestAnOldDatabase(t *testing.T) {
 	t.Run("put in while the log runs", func(t *testing.T) {
 		m := newMemory(t, 8)
 		l := open(t, config(t, m))
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		done := make(chan error, 1)
 		go func() { done <- l.Run(ctx) }()

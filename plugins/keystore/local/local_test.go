@@ -269,7 +269,7 @@ func software(t *testing.T) func() (transport.TPMCloser, error) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	for range 200 {
+	for range 6000 {
 		if _, err := os.Stat(socket); err == nil {
 			break
 		}

@@ -253,7 +253,7 @@ func (k *transitKey) open(text string, context, ad []byte) ([]byte, error) {
 // eventually waits for what another goroutine does.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for range 500 {
+	for range 6000 {
 		if ok() {
 			return
 		}

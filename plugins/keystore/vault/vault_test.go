@@ -243,9 +243,8 @@ func TestServersThatMisbehave(t *testing.T) {
 		})
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		defer cancel()
-		began := time.Now()
-		if err := s.Health(ctx); err == nil || time.Since(began) > 3*time.Second {
-			t.Errorf("got %v after %s", err, time.Since(began))
+		if err := s.Health(ctx); err == nil || ctx.Err() == nil {
+			t.Errorf("got %v", err)
 		}
 	})
 	t.Run("its certificate is of another authority", func(t *testing.T) {

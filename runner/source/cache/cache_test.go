@@ -279,7 +279,7 @@ func TestOneFetchForAll(t *testing.T) {
 // waiting returns when so many calls wait for the one fetch.
 func waiting(t *testing.T, c *Cache, want int) {
 	t.Helper()
-	for range 5000 {
+	for range 60000 {
 		n := 0
 		c.mu.Lock()
 		for _, f := range c.flights {
@@ -751,7 +751,7 @@ func TestProgress(t *testing.T) {
 		done <- err
 	}()
 	got, total, ok := int64(0), int64(0), false
-	for range 5000 {
+	for range 60000 {
 		if got, total, ok = c.Progress(digest); got > testChunk {
 			break
 		}

@@ -76,7 +76,7 @@ func TestAnswersWithHoles(t *testing.T) {
 				select {
 				case <-r.Context().Done():
 					gone <- struct{}{}
-				case <-time.After(10 * time.Second):
+				case <-time.After(time.Minute):
 				}
 			}))
 			config := Config{URI: c.uri, CAFile: ca, Checkpoints: true}
@@ -107,7 +107,7 @@ func TestAnswersWithHoles(t *testing.T) {
 			if !c.ok && c.body == "1234" {
 				select {
 				case <-gone:
-				case <-time.After(5 * time.Second):
+				case <-time.After(time.Minute):
 					t.Error("the connection of an answer that nobody reads stays open")
 				}
 			}

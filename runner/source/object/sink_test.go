@@ -480,7 +480,7 @@ func TestUploadKilled(t *testing.T) {
 			t.Fatalf("the process was not killed and sent nothing: %d requests", requests.Load())
 		}
 		must(t, s.Keep(map[string]bool{}))
-		for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 			if l, err := os.ReadDir(filepath.Join(w.dir, "checkpoints")); err == nil && len(l) == 0 {
 				break
 			}

@@ -1,0 +1,32 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestKeyStoreBackOffGrows is a plugin that dies at every start: its configuration
+// has no checksum.
+func TestKeyStoreBackOffGrows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := &KeyStore{o: Options{BackOff: 20 * time.Millisecond, Log: slog.New(slog.DiscardHandler)}}
+		k.life, k.end = context.WithCancel(t.Context())
+		defer k.end()
+		for _, wait := range []time.Duration{0, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240, 20480, 30000, 30000} {
+			if wait *= time.Millisecond; wait > 0 {
+				time.Sleep(wait - 1)
+				if _, err := k.acquire(t.Context()); !errors.Is(err, ErrDied) {
+					t.Errorf("a moment before %s are over: %v", wait, err)
+				}
+				time.Sleep(1)
+			}
+			if _, err := k.acquire(t.Context()); !errors.Is(err, ErrChecksum) || errors.Is(err, ErrDied) {
+				t.Errorf("after %s: not started again: %v", wait, err)
+			}
+		}
+	})
+}
