@@ -52,7 +52,9 @@ const (
 	ActionDenyGrant         Action = "DenyGrant"
 	ActionReadGrant         Action = "ReadGrant"
 	ActionListGrants        Action = "ListGrants"
-	ActionRevoke            Action = "Revoke"
+	// ActionListOwnGrants is to list the grants that one has asked for.
+	ActionListOwnGrants Action = "ListOwnGrants"
+	ActionRevoke        Action = "Revoke"
 	// ActionRevokeAny is to revoke what another owns, or for all owners.
 	ActionRevokeAny       Action = "RevokeAny"
 	ActionListRevocations Action = "ListRevocations"
@@ -84,7 +86,7 @@ const (
 func Actions() []Action {
 	return []Action{
 		ActionInfo, ActionCreateAsset, ActionReadAsset, ActionUpdateAssetPolicy, ActionCreateGrant, ActionRequestGrant, ActionApproveGrant, ActionConsentGrant,
-		ActionDenyGrant, ActionReadGrant, ActionListGrants, ActionRevoke, ActionRevokeAny, ActionListRevocations, ActionLiftRevocation, ActionRewrapKeys, ActionRelease,
+		ActionDenyGrant, ActionReadGrant, ActionListGrants, ActionListOwnGrants, ActionRevoke, ActionRevokeAny, ActionListRevocations, ActionLiftRevocation, ActionRewrapKeys, ActionRelease,
 		ActionRenew, ActionReattest, ActionReportStopped, ActionCountersign, ActionCommitReseal, ActionLogBundle, ActionEntries, ActionReadLog,
 	}
 }
@@ -99,6 +101,8 @@ func MayEver(role string, a Action) bool {
 	switch a {
 	case ActionInfo, ActionReadAsset, ActionReadGrant, ActionListGrants:
 		return slices.Contains([]string{roleOwner, roleEngineer, roleAgent, roleAuditor, roleApprover, roleOperator, roleScheduler}, role)
+	case ActionListOwnGrants:
+		return role != roleAgent && MayEver(role, ActionListGrants)
 	case ActionCreateAsset, ActionUpdateAssetPolicy, ActionCreateGrant, ActionConsentGrant:
 		return role == roleOwner
 	case ActionRequestGrant:

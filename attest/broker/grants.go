@@ -737,6 +737,8 @@ type Listing struct {
 	Plan      plan.Digest
 	State     State
 	Principal string
+	// Mine lists those alone that the caller asked for.
+	Mine bool
 	// Size is at most how many are looked at, 1 to MaxPage; 0 is all, or
 	// ErrTooMany if there are more than MaxList.
 	Size int
@@ -755,10 +757,16 @@ func (b *Broker) ListGrants(ctx context.Context, who Actor, f Listing) (out []Gr
 		limit = MaxList + 1
 	}
 	err = b.view(ctx, func(ctx context.Context, r Reader) error {
-		if err := b.may(ctx, who, ActionListGrants, Resource{Kind: "grant", Plan: f.Plan}); err != nil {
+		filter := GrantFilter{Plan: f.Plan, Principal: f.Principal, After: f.After, Limit: limit}
+		err := b.may(ctx, who, ActionListGrants, Resource{Kind: "grant", Plan: f.Plan})
+		if f.Mine {
+			filter.Requester = who.String()
+			err = b.may(ctx, who, ActionListOwnGrants, Resource{})
+		}
+		if err != nil {
 			return err
 		}
-		l, err := r.Grants(ctx, GrantFilter{Plan: f.Plan, Principal: f.Principal, After: f.After, Limit: limit})
+		l, err := r.Grants(ctx, filter)
 		if err != nil {
 			return err
 		}

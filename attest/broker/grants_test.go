@@ -554,6 +554,20 @@ func TestListGrants(t *testing.T) {
 			t.Errorf("%s: %v, want %v", name, got, tc.want)
 		}
 	}
+	l, _, err := w.ListGrants(t.Context(), erin, broker.Listing{Mine: true})
+	if err != nil || len(l) != 1 || l[0].ID != mine.ID {
+		t.Errorf("erin's own: %v, %v", l, err)
+	}
+	if l, _, err := w.ListGrants(t.Context(), erin, broker.Listing{Mine: true, Plan: other.Plan}); err != nil || len(l) > 0 {
+		t.Errorf("erin's own of another's plan: %v, %v", l, err)
+	}
+	// Who has the same name in another role is another.
+	if l, _, err := w.ListGrants(t.Context(), broker.Actor{Role: "scheduler", Name: erin.Name}, broker.Listing{Mine: true}); err != nil || len(l) > 0 {
+		t.Errorf("of another role: %v, %v", l, err)
+	}
+	if _, _, err := w.ListGrants(t.Context(), node, broker.Listing{Mine: true}); !refusedWith(err, "role") {
+		t.Errorf("an agent asks for none: %v", err)
+	}
 	for _, who := range []broker.Actor{erin, node} {
 		if _, _, err := w.ListGrants(t.Context(), who, broker.Listing{}); !refusedWith(err, "role") {
 			t.Errorf("%s lists everything: %v", who, err)

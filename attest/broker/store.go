@@ -131,6 +131,8 @@ type GrantFilter struct {
 	Plan plan.Digest
 	// Principal is one of Principals.
 	Principal string
+	// Requester asked for them.
+	Requester string
 	// After is the Seq of the last grant already seen.
 	After int64
 	// Limit is at most how many are returned.

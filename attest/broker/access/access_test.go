@@ -247,6 +247,8 @@ func TestAuthorize(t *testing.T) {
 		{"an operator obtains a key", user("omar", "sre"), "Release", asset("olga"), 0, "access.forbidden", "only-agents-release"},
 		{"an owner obtains a key", user("olga", "weights-owners"), "Release", asset("olga"), 0, "access.forbidden", "only-agents-release"},
 		{"an engineer lists everyone's grants", user("emil", "ml"), "ListGrants", thing("Broker"), 0, "access.denied", "none does"},
+		{"an engineer lists their own requests", user("emil", "ml"), "ListOwnGrants", thing("Broker"), 0, "", ""},
+		{"a node lists its own requests", service("agent", "node-eu"), "ListOwnGrants", thing("Broker"), 0, "access.denied", "none does"},
 		{"an engineer lists a plan's grants", user("emil", "ml"), "ListGrants", thing("Plan"), 0, "", ""},
 		{"a role that nobody knows", service("root", "x"), "Info", thing("Broker"), 0, "access.request", "role"},
 		{"nobody", access.Principal{}, "Info", thing("Broker"), 0, "access.request", "without a name"},
@@ -507,6 +509,9 @@ func TestAuthorizer(t *testing.T) {
 		{"groups without a sign-in", with(func(q *broker.Access) { q.Principal.Role, q.Principal.Groups = "", nil }), "access.denied"},
 		{"a role by certificate", with(func(q *broker.Access) { q.Principal.Role, q.Principal.Groups = "approver", nil }), ""},
 		{"all grants", with(func(q *broker.Access) { q.Action, q.Resource = broker.ActionListGrants, broker.Resource{Kind: "grant"} }), ""},
+		{"own grants, by an engineer", with(func(q *broker.Access) {
+			q.Action, q.Resource, q.Principal.Groups = broker.ActionListOwnGrants, broker.Resource{}, []string{"ml"}
+		}), ""},
 		{"all grants, by an engineer", with(func(q *broker.Access) {
 			q.Action, q.Resource, q.Principal.Groups = broker.ActionListGrants, broker.Resource{Kind: "grant"}, []string{"ml"}
 		}), "access.denied"},

@@ -499,7 +499,7 @@ func grantLists(t *testing.T, s broker.Store, _ func() broker.Store) {
 		for i := range 5 {
 			g := grant(fmt.Sprint("g", i), "a")
 			if i%2 == 1 {
-				g.Plan, g.Principals = other, []string{"agent/node-2"}
+				g.Plan, g.Principals, g.Requester = other, []string{"agent/node-2"}, "user/ada"
 			}
 			errs = append(errs, tx.InsertGrant(ctx, g))
 		}
@@ -521,6 +521,9 @@ func grantLists(t *testing.T, s broker.Store, _ func() broker.Store) {
 			"of a plan, after one":      {broker.GrantFilter{Plan: other, After: all[1].Seq, Limit: 9}, []string{"g3"}},
 			"of a principal":            {broker.GrantFilter{Principal: "engineer/erin", Limit: 9}, []string{"g0", "g2", "g4"}},
 			"of a principal and a plan": {broker.GrantFilter{Plan: other, Principal: "agent/node-2", Limit: 1}, []string{"g1"}},
+			"that somebody asked for":   {broker.GrantFilter{Requester: "user/ada", Limit: 9}, []string{"g1", "g3"}},
+			"of a plan, asked for":      {broker.GrantFilter{Plan: other, Requester: "user/ada", After: all[1].Seq, Limit: 9}, []string{"g3"}},
+			"that nobody asked for":     {broker.GrantFilter{Requester: "user/a", Limit: 9}, nil},
 			"of nobody":                 {broker.GrantFilter{Principal: "agent", Limit: 9}, nil},
 		} {
 			l, err := r.Grants(ctx, tc.f)

@@ -148,7 +148,7 @@ func (s *service) GetGrant(ctx context.Context, req *connect.Request[brokerv1.Ge
 
 func (s *service) ListGrants(ctx context.Context, req *connect.Request[brokerv1.ListGrantsRequest]) (*connect.Response[brokerv1.ListGrantsResponse], error) {
 	m := req.Msg
-	f := broker.Listing{Plan: plan.Digest(m.GetPlanDigest()), State: broker.State(m.GetState()), Principal: m.GetPrincipal(), Size: int(m.GetPageSize())}
+	f := broker.Listing{Plan: plan.Digest(m.GetPlanDigest()), State: broker.State(m.GetState()), Principal: m.GetPrincipal(), Mine: m.GetMine(), Size: int(m.GetPageSize())}
 	if m.GetPageToken() != "" {
 		after, err := strconv.ParseInt(m.GetPageToken(), 10, 64)
 		if err != nil || after <= 0 {

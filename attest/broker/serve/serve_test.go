@@ -291,6 +291,10 @@ func TestRoles(t *testing.T) {
 			_, err := c.ListGrants(ctx, connect.NewRequest(&brokerv1.ListGrantsRequest{PlanDigest: string(plan.Sum([]byte("plan")))}))
 			return err
 		}, everyone},
+		"ListGrants of their own": {func(c client, ctx context.Context) error {
+			_, err := c.ListGrants(ctx, connect.NewRequest(&brokerv1.ListGrantsRequest{Mine: true}))
+			return err
+		}, let("owner", "engineer", "approver", "auditor", "operator", "scheduler")},
 		"RevokeGrant":           {try(client.RevokeGrant), let("owner", "operator")},
 		"Revoke":                {try(client.Revoke), let("owner", "operator")},
 		"ListRevocations":       {try(client.ListRevocations), let("owner", "operator", "auditor")},

@@ -95,8 +95,8 @@ const (
 	qAssets     = `SELECT ` + assetColumns + ` FROM assets ORDER BY name LIMIT ?`
 	qOwnAssets  = `SELECT count(*) FROM assets WHERE owner = ?`
 	qGrant      = `SELECT ` + grantColumns + ` FROM grants WHERE id = ?`
-	qGrants     = `SELECT ` + grantColumns + ` FROM grants WHERE rowid > ?1 AND (?2 = '' OR EXISTS (SELECT 1 FROM json_each(principals) WHERE value = ?2)) ORDER BY rowid LIMIT ?3`
-	qPlanGrants = `SELECT ` + grantColumns + ` FROM grants WHERE plan = ?4 AND rowid > ?1 AND (?2 = '' OR EXISTS (SELECT 1 FROM json_each(principals) WHERE value = ?2)) ORDER BY rowid LIMIT ?3`
+	qGrants     = `SELECT ` + grantColumns + ` FROM grants WHERE rowid > ?1 AND (?2 = '' OR EXISTS (SELECT 1 FROM json_each(principals) WHERE value = ?2)) AND (?4 = '' OR requester = ?4) ORDER BY rowid LIMIT ?3`
+	qPlanGrants = `SELECT ` + grantColumns + ` FROM grants WHERE plan = ?5 AND rowid > ?1 AND (?2 = '' OR EXISTS (SELECT 1 FROM json_each(principals) WHERE value = ?2)) AND (?4 = '' OR requester = ?4) ORDER BY rowid LIMIT ?3`
 	qKeyGrant   = `SELECT ` + grantColumns + ` FROM grants WHERE requester = ? AND idem_key = ? AND idem_key <> ''`
 	qOwnGrants  = `SELECT count(*) FROM grants WHERE requester = ?1 AND plan = ?2`
 	qAllGrants  = `SELECT count(*) FROM grants WHERE requester = ?1`
@@ -444,9 +444,9 @@ func (t *tx) Grant(ctx context.Context, id string) (broker.Grant, error) {
 
 func (t *tx) Grants(ctx context.Context, f broker.GrantFilter) ([]broker.Grant, error) {
 	if f.Plan == "" {
-		return list(ctx, t, scanGrant, qGrants, f.After, f.Principal, f.Limit)
+		return list(ctx, t, scanGrant, qGrants, f.After, f.Principal, f.Limit, f.Requester)
 	}
-	return list(ctx, t, scanGrant, qPlanGrants, f.After, f.Principal, f.Limit, string(f.Plan))
+	return list(ctx, t, scanGrant, qPlanGrants, f.After, f.Principal, f.Limit, f.Requester, string(f.Plan))
 }
 
 func (t *tx) GrantByKey(ctx context.Context, requester, key string) (broker.Grant, error) {

@@ -1996,8 +1996,8 @@ func (x *CreateGrantResponse) GetGrant() *Grant {
 	return nil
 }
 
-// ListGrantsRequest lists what matches every field that is set. Without a plan,
-// only owners, approvers, auditors and operators may list.
+// ListGrantsRequest lists what matches every field that is set. Without a plan, only
+// owners, approvers, auditors and operators may list the grants of others.
 type ListGrantsRequest struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	PlanDigest string                 `protobuf:"bytes,1,opt,name=plan_digest,json=planDigest,proto3" json:"plan_digest,omitempty"`
@@ -2007,7 +2007,9 @@ type ListGrantsRequest struct {
 	// At most 1000; 0 returns all, or an error if there are too many.
 	PageSize int32 `protobuf:"varint,4,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// next_page_token of the page before.
-	PageToken     string `protobuf:"bytes,5,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	PageToken string `protobuf:"bytes,5,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Only those that the caller asked for.
+	Mine          bool `protobuf:"varint,6,opt,name=mine,proto3" json:"mine,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2075,6 +2077,13 @@ func (x *ListGrantsRequest) GetPageToken() string {
 		return x.PageToken
 	}
 	return ""
+}
+
+func (x *ListGrantsRequest) GetMine() bool {
+	if x != nil {
+		return x.Mine
+	}
+	return false
 }
 
 type ListGrantsResponse struct {
@@ -4011,7 +4020,7 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\x128\n" +
 	"\tapprovals\x18\x02 \x03(\v2\x1a.coffer.broker.v1.ApprovalR\tapprovals\"D\n" +
 	"\x13CreateGrantResponse\x12-\n" +
-	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"\xa4\x01\n" +
+	"\x05grant\x18\x01 \x01(\v2\x17.coffer.broker.v1.GrantR\x05grant\"\xb8\x01\n" +
 	"\x11ListGrantsRequest\x12\x1f\n" +
 	"\vplan_digest\x18\x01 \x01(\tR\n" +
 	"planDigest\x12\x14\n" +
@@ -4019,7 +4028,8 @@ const file_attest_api_broker_v1_broker_proto_rawDesc = "" +
 	"\tprincipal\x18\x03 \x01(\tR\tprincipal\x12\x1b\n" +
 	"\tpage_size\x18\x04 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\x05 \x01(\tR\tpageToken\"m\n" +
+	"page_token\x18\x05 \x01(\tR\tpageToken\x12\x12\n" +
+	"\x04mine\x18\x06 \x01(\bR\x04mine\"m\n" +
 	"\x12ListGrantsResponse\x12/\n" +
 	"\x06grants\x18\x01 \x03(\v2\x17.coffer.broker.v1.GrantR\x06grants\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"<\n" +
