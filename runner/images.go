@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/plan"
@@ -35,6 +36,8 @@ type Images struct {
 	Registries image.Registries
 
 	pull sync.Mutex // one image is fetched at a time
+	// pulled is the image that is being fetched; nil for none.
+	pulled atomic.Pointer[pulling]
 
 	chosen sync.Mutex // guards sboms
 	// sboms has what was chosen, by the digest of what there was to choose from.
@@ -157,15 +160,7 @@ func (i *Images) fetch(ctx context.Context, n *sandbox.Node, ref string) (admitt
 	if err := i.keep(out); err != nil {
 		return admitted{}, err
 	}
-	r, w := io.Pipe()
-	go func() {
-		_, err := remote.WriteTo(w)
-		_ = w.CloseWithError(err)
-	}()
-	err = n.Import(ctx, remote.Name, remote.Digest, r)
-	// The writer ends even if the import did not read to the end.
-	_ = r.CloseWithError(errors.New("the import has ended"))
-	if err != nil {
+	if err := i.hand(ref, remote, func(layout io.Reader) error { return n.Import(ctx, remote.Name, remote.Digest, layout) }); err != nil {
 		return admitted{}, err
 	}
 	return out, nil

@@ -16,7 +16,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/coffer-run/coffer/attest/bundle"
@@ -177,13 +176,13 @@ func (a *Agent) release(ctx context.Context, j *Job, in attested) (released, str
 	if err != nil {
 		return released{}, "", err
 	}
+	grants, err := a.grantsFor(j, known)
+	if err != nil {
+		return released{}, "", err
+	}
 	out := released{created: in.created}
-	for _, asset := range j.assets() {
-		id, err := a.grantOn(asset, known, j)
-		if err != nil {
-			return released{}, "", err
-		}
-		g, err := a.releaseOne(ctx, j, in, asset, id)
+	for i, asset := range j.assets() {
+		g, err := a.releaseOne(ctx, j, in, asset, grants[i])
 		if err != nil {
 			return released{}, "", err
 		}
@@ -191,24 +190,6 @@ func (a *Agent) release(ctx context.Context, j *Job, in attested) (released, str
 	}
 	a.noteApprovals(ctx, j, out.grants)
 	return out, fmt.Sprintf("%d keys, wrapped to the job", len(out.grants)), a.Journal.Keep(ctx, j.id, string(bundle.StageRelease), j.record)
-}
-
-// grantOn picks the grant under which a key is asked for: one that this job may use,
-// or, for the broker to say why not, any on the asset.
-func (a *Agent) grantOn(asset string, known []*grantInfo, j *Job) (string, error) {
-	i := slices.IndexFunc(known, func(g *grantInfo) bool {
-		return slices.Contains(g.GetAssets(), asset) && g.GetState() == grantActive && a.mayUse(g, j)
-	})
-	if i < 0 {
-		i = slices.IndexFunc(known, func(g *grantInfo) bool { return slices.Contains(g.GetAssets(), asset) })
-	}
-	if i < 0 {
-		var l check.List
-		l.Fail("grant.missing", "a grant on asset "+asset+" for plan "+string(j.digest), "none",
-			fmt.Sprintf("its owner may run: coffer grant create --plan %s --asset %s", j.digest, asset))
-		return "", check.Refuse("release", l)
-	}
-	return known[i].GetId(), nil
 }
 
 // releaseOne asks for the key of one asset and hands it to the holder, still wrapped.

@@ -68,6 +68,8 @@ type fakeAgent struct {
 	sealed    []byte
 	cancelled []string
 	onCancel  func()
+	// lacks is what the node lacks for every job.
+	lacks []string
 }
 
 func (a *fakeAgent) Plan(_ context.Context, r *connect.Request[agentv1.PlanRequest]) (*connect.Response[agentv1.PlanResponse], error) {
@@ -75,7 +77,10 @@ func (a *fakeAgent) Plan(_ context.Context, r *connect.Request[agentv1.PlanReque
 		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("line 3: bogus: unknown field, allowed are name and image"))
 	}
 	p := []byte(`{"name":"demo"}`)
-	return connect.NewResponse(&agentv1.PlanResponse{PlanDigest: string(plan.Sum(p)), Plan: p}), nil
+	if bytes.Contains(r.Msg.GetJobFile(), []byte("inputs:")) {
+		p = []byte(`{"name":"demo","inputs":[{"asset":"data"},{"asset":"model"},{"asset":"held"}],"checkpoints":{"asset":"ckpt"}}`)
+	}
+	return connect.NewResponse(&agentv1.PlanResponse{PlanDigest: string(plan.Sum(p)), Plan: p, Lacks: a.lacks}), nil
 }
 
 func (a *fakeAgent) Submit(_ context.Context, r *connect.Request[agentv1.SubmitRequest]) (*connect.Response[agentv1.SubmitResponse], error) {
@@ -86,7 +91,7 @@ func (a *fakeAgent) Submit(_ context.Context, r *connect.Request[agentv1.SubmitR
 	if a.refuse != nil {
 		return nil, refusal.Encode(a.refuse)
 	}
-	return connect.NewResponse(&agentv1.SubmitResponse{Job: a.jobs["job-1"]}), nil
+	return connect.NewResponse(&agentv1.SubmitResponse{Job: a.jobs["job-1"], Lacks: a.lacks}), nil
 }
 
 func (a *fakeAgent) Get(_ context.Context, r *connect.Request[agentv1.GetRequest]) (*connect.Response[agentv1.GetResponse], error) {
@@ -220,6 +225,8 @@ type fakeBroker struct {
 	assets []*brokerv1.Asset
 	wraps  map[string][2][]byte
 	refuse bool
+	// grants answers what lists grants; nil for one that waits for people.
+	grants func(*brokerv1.ListGrantsRequest) (*connect.Response[brokerv1.ListGrantsResponse], error)
 }
 
 func (b *fakeBroker) Info(context.Context, *connect.Request[brokerv1.InfoRequest]) (*connect.Response[brokerv1.InfoResponse], error) {

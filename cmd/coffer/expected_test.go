@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 
@@ -12,12 +13,23 @@ import (
 )
 
 func (b *fakeBroker) ListGrants(_ context.Context, r *connect.Request[brokerv1.ListGrantsRequest]) (*connect.Response[brokerv1.ListGrantsResponse], error) {
-	if r.Msg.GetPlanDigest() == "sha384:granted" {
+	switch {
+	case r.Msg.GetPlanDigest() == "sha384:granted":
 		return connect.NewResponse(&brokerv1.ListGrantsResponse{}), nil
+	case b.grants != nil:
+		return b.grants(r.Msg)
 	}
 	return connect.NewResponse(&brokerv1.ListGrantsResponse{Grants: []*brokerv1.Grant{{
 		Id: "g-1", State: "requested", PlanDigest: r.Msg.GetPlanDigest(), Missing: []string{"2 of security"},
 	}}}), nil
+}
+
+func (b *fakeBroker) GetAsset(_ context.Context, r *connect.Request[brokerv1.GetAssetRequest]) (*connect.Response[brokerv1.GetAssetResponse], error) {
+	owner := map[string]string{"data": "user/dora", "model": "user/olga", "held": "user/olga", "ckpt": "user/dora"}[r.Msg.GetName()]
+	if owner == "" {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such asset"))
+	}
+	return connect.NewResponse(&brokerv1.GetAssetResponse{Asset: &brokerv1.Asset{Name: r.Msg.GetName(), Owner: owner}}), nil
 }
 
 // What the submitter expects is shown beside what the owner's rules ask for, and takes

@@ -141,6 +141,9 @@ type eventView struct {
 	Egress     map[string]any `json:"egress,omitempty"`
 	Alert      map[string]any `json:"alert,omitempty"`
 	Metrics    *metricsView   `json:"metrics,omitempty"`
+	// Going is all that takes long of what goes on, of the kind progress: there is none when
+	// nothing does any more.
+	Going []goingView `json:"going,omitempty"`
 	// Dropped is what a job printed beyond its plan so far, in bytes.
 	Dropped int64 `json:"dropped,omitempty"`
 }
@@ -198,6 +201,8 @@ func viewEvent(e *agentv1.WatchResponse) eventView {
 		}
 	case e.GetQueue() != nil:
 		v.Kind, v.Queue = "queue", map[string]any{"position": e.GetQueue().GetPosition(), "waitsFor": e.GetQueue().GetWaitsFor()}
+	case e.GetProgress() != nil:
+		v.Kind, v.Going = "progress", viewGoing(e.GetProgress().GetGoing())
 	case e.GetMetrics() != nil:
 		v.Kind, v.Metrics = "metrics", &metricsView{viewMetrics(e.GetMetrics().GetMetrics()), e.GetMetrics().GetCut()}
 	case e.GetLogCut() != nil:
@@ -266,6 +271,9 @@ it prints. In JSON there is all of it, one event a line.`,
 		}
 		w := json.NewEncoder(c.stdout)
 		err = c.events(cmd.Context(), a, args[0], watch, func(e *agentv1.WatchResponse) error {
+			if e.GetProgress() != nil {
+				return nil // it has not happened, it goes on
+			}
 			if *out == formatJSON {
 				return w.Encode(viewEvent(e))
 			}

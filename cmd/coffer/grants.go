@@ -15,6 +15,7 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 
 	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
+	"github.com/coffer-run/coffer/attest/api/refusal"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/internal/daemon"
@@ -410,7 +411,12 @@ func (c *cli) plan(ctx context.Context, path string) (*agentv1.PlanResponse, err
 	if err != nil {
 		return nil, err
 	}
-	return call(ctx, c, "plan "+path, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file})
+	var out *agentv1.PlanResponse
+	err = c.whileFetching(ctx, a, file, func() (err error) {
+		out, err = call(ctx, c, "plan "+path, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file})
+		return err
+	})
+	return out, err
 }
 
 // sign makes the approval of the signed-in person.
@@ -528,12 +534,16 @@ func (c *cli) grantsCmd() *cobra.Command {
 
 func (c *cli) grantsListCmd() *cobra.Command {
 	var digest, state string
+	var mine bool
 	cmd := &cobra.Command{
-		Use:     "ls",
-		Short:   "List grants",
-		Example: "  coffer grants ls --state requested\n  coffer grants ls --plan sha384:4f2c... --output json",
+		Use:   "ls",
+		Short: "List grants",
+		Long: `ls lists the grants of everybody, for owners, approvers, auditors and operators. For
+others it lists those that they asked for, and with --plan all of one plan.`,
+		Example: "  coffer grants ls --state requested\n  coffer grants ls --mine\n  coffer grants ls --plan sha384:4f2c... --output json",
 		Args:    exactly(),
 	}
+	cmd.Flags().BoolVar(&mine, "mine", false, "only grants that you asked for")
 	cmd.Flags().StringVar(&digest, "plan", "", "only grants of this plan `digest`")
 	cmd.Flags().StringVar(&state, "state", "", "only grants in this `state`: requested, approved, active, expired, revoked, exhausted or denied")
 	out := outputFlag(cmd)
@@ -550,11 +560,21 @@ func (c *cli) grantsListCmd() *cobra.Command {
 		list := []grantView{}
 		rows := [][]string{{"GRANT", "STATE", "USED", "UNTIL", "SIMULATED", "ASSETS", "PLAN", "LACKS"}}
 		for token := ""; ; {
-			res, err := call(cmd.Context(), c, "list grants", serverBroker, b.ListGrants, &brokerv1.ListGrantsRequest{PlanDigest: digest, State: state, PageSize: 500, PageToken: token})
-			if err != nil {
-				return err
+			req := &brokerv1.ListGrantsRequest{PlanDigest: digest, State: state, PageSize: 500, PageToken: token, Mine: mine}
+			res, err := b.ListGrants(cmd.Context(), connectRequest(req))
+			if r, ok := refusal.Decode(err); ok && r.Stage == "authorize" && digest == "" && !mine {
+				// Who may not list everybody's has their own.
+				req.Mine, mine = true, true
+				if res, err = b.ListGrants(cmd.Context(), connectRequest(req)); err == nil {
+					if _, err := fmt.Fprintln(c.stderr, "these are the grants that you asked for; --plan lists all of one plan"); err != nil {
+						return err
+					}
+				}
 			}
-			for _, g := range res.GetGrants() {
+			if err != nil {
+				return c.explain("list grants", serverBroker, err)
+			}
+			for _, g := range res.Msg.GetGrants() {
 				v := viewGrant(g)
 				list = append(list, v)
 				allowed := "refused"
@@ -563,7 +583,7 @@ func (c *cli) grantsListCmd() *cobra.Command {
 				}
 				rows = append(rows, []string{v.ID, v.State, fmt.Sprintf("%d of %d", v.Used, v.MaxReleases), clock(g.GetNotAfterUnix()), allowed, strings.Join(v.Assets, ","), short(v.PlanDigest), orDash(strings.Join(v.Missing, "; "))})
 			}
-			if token = res.GetNextPageToken(); token == "" {
+			if token = res.Msg.GetNextPageToken(); token == "" {
 				break
 			}
 		}
@@ -781,6 +801,9 @@ func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
 		v.Next = []string{"coffer evidence get " + v.Job + " -o " + v.Job + ".json"}
 	case ended(j.GetState()):
 		whyEnded(j, &v)
+		if lacksGrants(j) {
+			return v, c.whyMissing(ctx, j, &v)
+		}
 	case j.GetStopping() != "":
 		code, said, _ := strings.Cut(j.GetStopping(), ": ")
 		v.Gate, v.Why = "stopping", j.GetStopping()
@@ -844,77 +867,4 @@ func whyEnded(j *agentv1.Job, v *whyView) {
 	if len(v.Next) == 0 {
 		v.Next = []string{"coffer events " + v.Job}
 	}
-}
-
-func (c *cli) whyApproval(ctx context.Context, j *agentv1.Job, v *whyView) error {
-	v.Gate, v.Why = gateApproval, "a grant of its plan waits for people"
-	b, err := c.broker(ctx)
-	if err != nil {
-		return err
-	}
-	res, err := call(ctx, c, "look up grants of the plan", serverBroker, b.ListGrants, &brokerv1.ListGrantsRequest{PlanDigest: j.GetPlanDigest()})
-	if err != nil {
-		return err
-	}
-	for _, g := range res.GetGrants() {
-		if g.GetState() != "requested" {
-			continue
-		}
-		for _, m := range g.GetMissing() {
-			v.Who = append(v.Who, m)
-			if next := approveCommand(g.GetId(), m); !slices.Contains(v.Next, next) {
-				v.Next = append(v.Next, next)
-			}
-		}
-	}
-	if want := j.GetExpectedApprovals(); len(want) > 0 {
-		v.Who = append(v.Who, "its submitter expects approval by: "+strings.Join(want, ", "))
-	}
-	return nil
-}
-
-// previewGrants says, for each asset of a plan, what stands between the plan and
-// its key, and names those that nobody has asked for. It is no part of the plan and
-// may change with every call.
-func (c *cli) previewGrants(ctx context.Context, digest string, canonical []byte) (out, unasked []string, err error) {
-	assets, err := assetsOf(canonical)
-	if err != nil || len(assets) == 0 {
-		return nil, nil, err
-	}
-	b, err := c.broker(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	res, err := call(ctx, c, "look up grants of the plan", serverBroker, b.ListGrants, &brokerv1.ListGrantsRequest{PlanDigest: digest})
-	if err != nil {
-		return nil, nil, err
-	}
-	for _, a := range assets {
-		text := grantFor(a, res.GetGrants())
-		if text == "" {
-			text, unasked = "no grant", append(unasked, a)
-		}
-		out = append(out, a+": "+text)
-	}
-	return out, unasked, nil
-}
-
-// grantFor says how the best grant on an asset stands, and nothing if there is none.
-func grantFor(asset string, grants []*brokerv1.Grant) (text string) {
-	for _, g := range grants {
-		names := false
-		for _, a := range g.GetAssets() {
-			names = names || a == asset
-		}
-		switch {
-		case !names:
-		case g.GetState() == "active":
-			return "grant " + g.GetId() + " is active"
-		case g.GetState() == "requested":
-			text = fmt.Sprintf("grant %s lacks %s", g.GetId(), strings.Join(g.GetMissing(), "; "))
-		case g.GetState() == "approved":
-			text = fmt.Sprintf("grant %s begins at %s", g.GetId(), clock(g.GetNotBeforeUnix()))
-		}
-	}
-	return text
 }

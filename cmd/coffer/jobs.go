@@ -76,6 +76,8 @@ type jobView struct {
 	NotBefore     *time.Time `json:"notBefore,omitempty"`
 	// LeaseUntil is when a running job ends unless the broker renews its lease.
 	LeaseUntil *time.Time `json:"leaseUntil,omitempty"`
+	// Going is what takes long of what goes on at this moment, of status alone.
+	Going []goingView `json:"going,omitempty"`
 	// Attested is when a running job that attests again did so last, Attests when it
 	// will, and Paused that it is frozen until its machine is affirmed.
 	Attested *time.Time `json:"attested,omitempty"`
@@ -118,7 +120,7 @@ func viewJob(j *agentv1.Job) jobView {
 	return jobView{
 		ID: j.GetId(), Name: j.GetName(), PlanDigest: j.GetPlanDigest(), State: j.GetState(), Stage: j.GetStage(),
 		Reason: j.GetReason(), Message: j.GetMessage(), Submitted: stamp(j.GetSubmittedUnix()), Ended: stamp(j.GetEndedUnix()),
-		ExitCode: j.GetExitCode(), Submitter: j.GetSubmitter(), LeaseUntil: stamp(j.GetLeaseUntilUnix()), Attested: stamp(j.GetAttestedUnix()), Attests: stamp(j.GetAttestsUnix()), Paused: j.GetPaused(), Stopping: j.GetStopping(), Failed: failedChecks(j),
+		ExitCode: j.GetExitCode(), Submitter: j.GetSubmitter(), LeaseUntil: stamp(j.GetLeaseUntilUnix()), Going: viewGoing(j.GetGoing()), Attested: stamp(j.GetAttestedUnix()), Attests: stamp(j.GetAttestsUnix()), Paused: j.GetPaused(), Stopping: j.GetStopping(), Failed: failedChecks(j),
 		Attempt: j.GetAttempt(), RetryOf: j.GetRetryOf(), RetriedAs: j.GetRetriedAs(), Priority: j.GetPriority(),
 		Queue: j.GetQueue(), Gang: j.GetGang(), GangJobs: j.GetGangJobs(), QueuePosition: j.GetQueuePosition(), WaitsFor: j.GetWaitsFor(), NotBefore: stamp(j.GetNotBeforeUnix()),
 		Metrics: viewMetrics(j.GetMetrics()), MetricsCut: j.GetMetricsCut(),
@@ -185,6 +187,11 @@ func (c *cli) statusCmd() *cobra.Command {
 		rows := [][]string{{"job", j.GetId()}, {"name", j.GetName()}, {"plan", j.GetPlanDigest()}, {"state", j.GetState()}, {"stage", orDash(j.GetStage())}}
 		if j.GetReason() != "" || j.GetMessage() != "" {
 			rows = append(rows, []string{"reason", orDash(j.GetReason())}, []string{"message", orDash(j.GetMessage())})
+		}
+		var now transfers
+		now.take(j.GetGoing(), time.Now())
+		for _, g := range now {
+			rows = append(rows, []string{"going", g.line()})
 		}
 		if j.GetQueuePosition() > 0 {
 			rows = append(rows, []string{"queue", fmt.Sprintf("number %d of %s: %s", j.GetQueuePosition(), orDash(j.GetQueue()), orDash(j.GetWaitsFor()))})
@@ -335,7 +342,7 @@ func (c *cli) stream(ctx context.Context, a agentv1connect.AgentServiceClient, i
 	if !follow {
 		idle.Reset(quiet)
 	}
-	s, err := a.Watch(sctx, connect.NewRequest(&agentv1.WatchRequest{Id: id, AfterSequence: *last, Progress: c.progress}))
+	s, err := a.Watch(sctx, connect.NewRequest(&agentv1.WatchRequest{Id: id, AfterSequence: *last, Progress: follow}))
 	if err != nil {
 		return err
 	}

@@ -32,7 +32,7 @@ type live struct {
 	job, name string
 	stages    []liveStage
 	queue     string
-	going     []going
+	going     transfers
 	// metrics in the order in which the job printed them first.
 	metrics []metric
 	out     [2]lines
@@ -119,7 +119,7 @@ func (l *live) event(e *agentv1.WatchResponse) {
 		t.phase, t.took, t.detail = s.GetPhase(), time.Duration(s.GetDurationNanos()), s.GetDetail()
 		l.queue = ""
 	case e.GetProgress() != nil:
-		l.progress(e.GetProgress().GetGoing(), time.Unix(0, e.GetTimeUnixNano()))
+		l.going.take(e.GetProgress().GetGoing(), time.Unix(0, e.GetTimeUnixNano()))
 	case e.GetQueue() != nil:
 		l.queue = queueLine(e.GetQueue())
 	case e.GetLog() != nil:
@@ -301,7 +301,7 @@ func (c *cli) watchLive(ctx context.Context, a agentv1connect.AgentServiceClient
 	l := &live{job: id, name: name, now: time.Now()}
 	p := tea.NewProgram(l, tea.WithContext(ctx), tea.WithInput(c.stdin), tea.WithOutput(c.stdout), tea.WithoutSignalHandler(), tea.WithEnvironment(os.Environ()))
 	follower := *c
-	follower.stderr, follower.progress = notices{p.Send}, true
+	follower.stderr = notices{p.Send}
 	over := make(chan struct{})
 	go func() {
 		defer close(over)

@@ -58,8 +58,6 @@ type cli struct {
 	dir            string
 	// user is the signed-in person to act for, "" for who signed in last.
 	user string
-	// progress is that watching asks how far transfers and decryption are.
-	progress bool
 	// clients are closed at the end, so that servers need not wait for them.
 	clients []*http.Client
 }

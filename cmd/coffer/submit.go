@@ -29,8 +29,11 @@ type preview struct {
 	Plan   json.RawMessage `json:"plan"`
 	// Keys says for each asset what stands between the plan and its key.
 	Keys []string `json:"preview"`
-	// Request is the command that asks for the grants which nobody has asked for.
-	Request string `json:"request,omitempty"`
+	// Requests are the commands that ask for the grants which nobody has asked for, one for
+	// each owner.
+	Requests []string `json:"requests,omitempty"`
+	// Lacks is what the node lacks at this moment of what the job file names.
+	Lacks []string `json:"lacks,omitempty"`
 	// Verdict is what the verifier says of the machine as it is: accepted, refused or
 	// unknown. A job is attested anew.
 	Verdict *verdict `json:"predictedVerdict,omitempty"`
@@ -87,7 +90,11 @@ func (g change) String() string {
 }
 
 func (c *cli) previewPlan(ctx context.Context, a agentv1connect.AgentServiceClient, name string, file []byte) (preview, error) {
-	res, err := call(ctx, c, "plan "+name, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file, Predict: true})
+	var res *agentv1.PlanResponse
+	err := c.whileFetching(ctx, a, file, func() (err error) {
+		res, err = call(ctx, c, "plan "+name, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: file, Predict: true})
+		return err
+	})
 	if err != nil {
 		return preview{}, err
 	}
@@ -95,17 +102,16 @@ func (c *cli) previewPlan(ctx context.Context, a agentv1connect.AgentServiceClie
 	if !json.Valid(p.Plan) {
 		return preview{}, fmt.Errorf("plan %s: the agent's answer is not JSON", name)
 	}
-	var unasked []string
-	if p.Keys, unasked, err = c.previewGrants(ctx, p.Digest, p.Plan); err != nil {
+	p.Lacks = res.GetLacks()
+	if p.Keys, p.Requests, err = c.previewGrants(ctx, p.Digest, p.Plan); err != nil {
 		return preview{}, err
 	}
 	if v := res.GetPrediction(); v != nil {
 		p.Verdict = &verdict{v.GetVerdict(), v.GetSimulated(), checksOf(v.GetFailed()), v.GetUnknown()}
 	}
-	if len(unasked) > 0 {
-		p.Request = "coffer grant request --plan " + p.Digest + " --asset " + strings.Join(unasked, " --asset ")
-		if p.Verdict != nil && p.Verdict.Simulated {
-			p.Request += " --allow-simulated"
+	if p.Verdict != nil && p.Verdict.Simulated {
+		for i := range p.Requests {
+			p.Requests[i] += " --allow-simulated"
 		}
 	}
 	if spec, err := jobspec.Parse(file); err == nil {
@@ -209,8 +215,11 @@ func (c *cli) sayPreview(p preview) error {
 	for _, k := range p.Keys {
 		say = append(say, "key      "+k)
 	}
-	if p.Request != "" {
-		say = append(say, "next     "+p.Request)
+	for _, r := range p.Requests {
+		say = append(say, "next     "+r)
+	}
+	for _, l := range p.Lacks {
+		say = append(say, "lacks    "+l)
 	}
 	if p.Verdict != nil {
 		say = append(say, p.Verdict.lines()...)
@@ -377,20 +386,30 @@ func (c *cli) submit(ctx context.Context, a agentv1connect.AgentServiceClient, s
 		// Makes a repeated delivery of this one call harmless.
 		s.key = rand.Text()
 	}
-	if s.plan != "" {
-		res, err := call(ctx, c, "plan "+s.name, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: s.file})
-		if err != nil {
-			return err
+	var res *agentv1.SubmitResponse
+	err := c.whileFetching(ctx, a, s.file, func() error {
+		if s.plan != "" {
+			p, err := call(ctx, c, "plan "+s.name, serverAgent, a.Plan, &agentv1.PlanRequest{JobFile: s.file})
+			if err != nil {
+				return err
+			}
+			if err := samePlan(s.plan, p.GetPlanDigest()); err != nil {
+				return err
+			}
 		}
-		if err := samePlan(s.plan, res.GetPlanDigest()); err != nil {
-			return err
-		}
-	}
-	res, err := call(ctx, c, "submit "+s.name, serverAgent, a.Submit, &agentv1.SubmitRequest{JobFile: s.file, IdempotencyKey: s.key})
+		var err error
+		res, err = call(ctx, c, "submit "+s.name, serverAgent, a.Submit, &agentv1.SubmitRequest{JobFile: s.file, IdempotencyKey: s.key})
+		return err
+	})
 	if err != nil {
 		return err
 	}
 	job := res.GetJob()
+	for _, l := range res.GetLacks() {
+		if _, err := fmt.Fprintf(c.stderr, "the node lacks what the job needs to begin: %s\n", clean(l)); err != nil {
+			return err
+		}
+	}
 	if s.plan != "" && job.GetPlanDigest() != s.plan {
 		// An image name or a policy came to mean something else between the calls.
 		_, err := call(ctx, c, "cancel job "+job.GetId(), serverAgent, a.Cancel, &agentv1.CancelRequest{Id: job.GetId()})

@@ -64,7 +64,18 @@ func (c *cli) watchLines(ctx context.Context, a agentv1connect.AgentServiceClien
 		}
 		return errs.flush()
 	}
+	var now transfers
 	err := c.events(ctx, a, id, true, func(e *agentv1.WatchResponse) error {
+		if p := e.GetProgress(); p != nil {
+			at := time.Unix(0, e.GetTimeUnixNano())
+			now.take(p.GetGoing(), at)
+			for _, line := range now.due(at) {
+				if _, err := fmt.Fprintf(c.stdout, "  %s\n", line); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
 		if l := e.GetLog(); l != nil {
 			w := out
 			if l.GetStream() == "stderr" {

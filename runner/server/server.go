@@ -234,7 +234,7 @@ func (s *server) Plan(ctx context.Context, r *connect.Request[agentv1.PlanReques
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&agentv1.PlanResponse{PlanDigest: string(d), Plan: p, Prediction: prediction(said)}), nil
+	return connect.NewResponse(&agentv1.PlanResponse{PlanDigest: string(d), Plan: p, Prediction: prediction(said), Lacks: s.agent.Lacking(r.Msg.GetJobFile(), p)}), nil
 }
 
 func prediction(p runner.Prediction) *agentv1.Prediction {
@@ -257,7 +257,7 @@ func (s *server) Submit(ctx context.Context, r *connect.Request[agentv1.SubmitRe
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&agentv1.SubmitResponse{Job: s.describe(row)}), nil
+	return connect.NewResponse(&agentv1.SubmitResponse{Job: s.describe(row), Lacks: s.agent.Lacking(r.Msg.GetJobFile(), row.Plan)}), nil
 }
 
 func (s *server) Get(ctx context.Context, r *connect.Request[agentv1.GetRequest]) (*connect.Response[agentv1.GetResponse], error) {
@@ -273,6 +273,7 @@ func (s *server) Get(ctx context.Context, r *connect.Request[agentv1.GetRequest]
 			return nil, err
 		}
 		j.Metrics, j.MetricsCut = runner.Metrics(m), m.Cut
+		j.Going, j.Assets = s.agent.Progress(ctx, row.ID), runner.AssetsOf(row.Plan)
 	}
 	return connect.NewResponse(&agentv1.GetResponse{Job: j}), nil
 }
@@ -450,10 +451,10 @@ func (s *server) Bundle(ctx context.Context, r *connect.Request[agentv1.BundleRe
 	return connect.NewResponse(&agentv1.BundleResponse{Bundle: b}), nil
 }
 
-func (s *server) Capacity(ctx context.Context, _ *connect.Request[agentv1.CapacityRequest]) (*connect.Response[agentv1.CapacityResponse], error) {
+func (s *server) Capacity(ctx context.Context, r *connect.Request[agentv1.CapacityRequest]) (*connect.Response[agentv1.CapacityResponse], error) {
 	l := s.agent.Load()
 	out := &agentv1.CapacityResponse{
-		Node: s.agent.Name, Version: s.agent.Version,
+		Node: s.agent.Name, Version: s.agent.Version, Image: s.agent.Fetching(r.Msg.GetImage()),
 		CpuMillis: int32(l.Total.CPUMillis), MemoryBytes: l.Total.MemoryBytes, Gpus: int32(l.GPUs), GpuDriver: s.gpu.Driver, GpuCcMode: s.gpu.CCMode, //nolint:gosec // small counts
 		Running: int32(l.Running), Queued: int32(l.Waiting), MaxRunning: int32(l.Total.Jobs), //nolint:gosec // small counts
 		FreeCpuMillis: int32(l.Free.CPUMillis), FreeMemoryBytes: l.Free.MemoryBytes, FreeGpus: int32(l.FreeGPUs), //nolint:gosec // small counts

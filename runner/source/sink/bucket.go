@@ -83,6 +83,9 @@ type Buckets struct {
 	ctx  context.Context //nolint:containedctx // the life of what ended jobs left, which is of no call
 	stop context.CancelFunc
 	wait sync.WaitGroup
+
+	mu    sync.Mutex          // guards going
+	going map[string]*sending // by job
 }
 
 // OpenBuckets returns the sinks of a node. Close ends what they do.
@@ -242,7 +245,12 @@ func (b *Buckets) Upload(ctx context.Context, job, folder string) error {
 		return err
 	}
 	if slices.Contains(names, manifestName) {
-		if err := b.with(ctx, at, func(k Bucket) error { return send(ctx, k, root, at, names) }); err != nil {
+		s, done, err := b.begin(job, folder, root, names)
+		if err != nil {
+			return fmt.Errorf("send checkpoint %s: %w", folder, err)
+		}
+		defer done()
+		if err := b.with(ctx, at, func(k Bucket) error { return send(ctx, k, root, at, names, s) }); err != nil {
 			return fmt.Errorf("send checkpoint to %s: %w", at, err)
 		}
 		// First: a folder without it has been sent.
@@ -273,7 +281,7 @@ func (b *Buckets) checkpoint(job, folder string) (string, source.Location, error
 }
 
 // send puts the files of a whole checkpoint into a bucket, the manifest last.
-func send(ctx context.Context, k Bucket, root *os.Root, at source.Location, names []string) error {
+func send(ctx context.Context, k Bucket, root *os.Root, at source.Location, names []string, s *sending) error {
 	there, err := k.List(ctx, at.Prefix+"/", maxListed)
 	if err != nil {
 		return err
@@ -282,22 +290,22 @@ func send(ctx context.Context, k Bucket, root *os.Root, at source.Location, name
 	g.SetLimit(parallelFiles)
 	for _, n := range names {
 		if sealedForm.MatchString(n) {
-			g.Go(func() error { return put(gctx, k, root, at, n, there) })
+			g.Go(func() error { return put(gctx, k, root, at, n, there, s) })
 		}
 	}
 	if err := g.Wait(); err != nil {
 		return err
 	}
 	for _, n := range []string{recordName, manifestName} {
-		if err := put(ctx, k, root, at, n, nil); err != nil {
+		if err := put(ctx, k, root, at, n, nil, nil); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// put sends one file, unless there says that it is in the bucket.
-func put(ctx context.Context, k Bucket, root *os.Root, at source.Location, name string, there map[string]int64) error {
+// put sends one file, unless there says that it is in the bucket. s may be nil.
+func put(ctx context.Context, k Bucket, root *os.Root, at source.Location, name string, there map[string]int64, s *sending) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -311,9 +319,10 @@ func put(ctx context.Context, k Bucket, root *os.Root, at source.Location, name 
 		return err
 	}
 	if size, ok := there[name]; ok && size == st.Size() {
+		s.add(size)
 		return nil
 	}
-	if err := k.Put(ctx, at.Object(name), f, st.Size()); err != nil {
+	if err := k.Put(ctx, at.Object(name), s.reader(f), st.Size()); err != nil {
 		return fmt.Errorf("send %s: %w", name, err)
 	}
 	return nil
@@ -337,7 +346,7 @@ func (b *Buckets) SendAnchor(ctx context.Context, job, folder string) error {
 	if _, err := root.Lstat(anchorName); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := b.with(ctx, at, func(k Bucket) error { return put(ctx, k, root, at, anchorName, nil) }); err != nil {
+	if err := b.with(ctx, at, func(k Bucket) error { return put(ctx, k, root, at, anchorName, nil, nil) }); err != nil {
 		return fmt.Errorf("send countersignature to %s: %w", at, err)
 	}
 	return root.WriteFile(anchorName+sentSuffix, nil, 0o600)

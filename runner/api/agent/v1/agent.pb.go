@@ -84,7 +84,10 @@ type PlanResponse struct {
 	// Canonical JSON of the plan.
 	Plan []byte `protobuf:"bytes,2,opt,name=plan,proto3" json:"plan,omitempty"`
 	// If it was asked for. No part of the plan, and true for this moment at best.
-	Prediction    *Prediction `protobuf:"bytes,3,opt,name=prediction,proto3" json:"prediction,omitempty"`
+	Prediction *Prediction `protobuf:"bytes,3,opt,name=prediction,proto3" json:"prediction,omitempty"`
+	// If a prediction was asked for: what the node lacks at this moment of what the job file
+	// names, a sentence each (SubmitResponse.lacks).
+	Lacks         []string `protobuf:"bytes,4,rep,name=lacks,proto3" json:"lacks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -136,6 +139,13 @@ func (x *PlanResponse) GetPlan() []byte {
 func (x *PlanResponse) GetPrediction() *Prediction {
 	if x != nil {
 		return x.Prediction
+	}
+	return nil
+}
+
+func (x *PlanResponse) GetLacks() []string {
+	if x != nil {
+		return x.Lacks
 	}
 	return nil
 }
@@ -270,8 +280,13 @@ func (x *SubmitRequest) GetIdempotencyKey() string {
 }
 
 type SubmitResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Job           *Job                   `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Job   *Job                   `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	// What the node lacks at this moment of what the job file names: inputs that are not in
+	// the folder that it says, or are others, and a place for checkpoints that is not there. The
+	// job fails with inputs-missing unless it is there when the job begins. Of object stores
+	// it says whether the node has them configured; they are not asked.
+	Lacks         []string `protobuf:"bytes,2,rep,name=lacks,proto3" json:"lacks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -309,6 +324,13 @@ func (*SubmitResponse) Descriptor() ([]byte, []int) {
 func (x *SubmitResponse) GetJob() *Job {
 	if x != nil {
 		return x.Job
+	}
+	return nil
+}
+
+func (x *SubmitResponse) GetLacks() []string {
+	if x != nil {
+		return x.Lacks
 	}
 	return nil
 }
@@ -366,6 +388,9 @@ type Job struct {
 	// Of a job that waits for approvals: the groups whose approval its submitter
 	// expects. The broker's rules alone say who must approve.
 	ExpectedApprovals []string `protobuf:"bytes,30,rep,name=expected_approvals,json=expectedApprovals,proto3" json:"expected_approvals,omitempty"`
+	// The assets whose keys the job needs, in the plan's order. Get alone has them, for who
+	// may watch the job.
+	Assets []string `protobuf:"bytes,31,rep,name=assets,proto3" json:"assets,omitempty"`
 	// When a running job that attests again did so last, and when it will; 0 for one
 	// that attests once.
 	AttestedUnix int64 `protobuf:"varint,40,opt,name=attested_unix,json=attestedUnix,proto3" json:"attested_unix,omitempty"`
@@ -375,8 +400,11 @@ type Job struct {
 	// Of a running job whose plan has metrics: the numbers that it reported so far, in the
 	// plan's order, and how many more it reported than the plan allows. Of one that has
 	// ended its record has them.
-	Metrics       []*Metric `protobuf:"bytes,50,rep,name=metrics,proto3" json:"metrics,omitempty"`
-	MetricsCut    int64     `protobuf:"varint,51,opt,name=metrics_cut,json=metricsCut,proto3" json:"metrics_cut,omitempty"`
+	Metrics    []*Metric `protobuf:"bytes,50,rep,name=metrics,proto3" json:"metrics,omitempty"`
+	MetricsCut int64     `protobuf:"varint,51,opt,name=metrics_cut,json=metricsCut,proto3" json:"metrics_cut,omitempty"`
+	// What goes on of what takes long, at this moment. Get alone has it, for who may watch
+	// the job.
+	Going         []*Progress `protobuf:"bytes,52,rep,name=going,proto3" json:"going,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -586,6 +614,13 @@ func (x *Job) GetExpectedApprovals() []string {
 	return nil
 }
 
+func (x *Job) GetAssets() []string {
+	if x != nil {
+		return x.Assets
+	}
+	return nil
+}
+
 func (x *Job) GetAttestedUnix() int64 {
 	if x != nil {
 		return x.AttestedUnix
@@ -619,6 +654,13 @@ func (x *Job) GetMetricsCut() int64 {
 		return x.MetricsCut
 	}
 	return 0
+}
+
+func (x *Job) GetGoing() []*Progress {
+	if x != nil {
+		return x.Going
+	}
+	return nil
 }
 
 // Metric is what a job reported under one name of its plan's metrics.
@@ -988,7 +1030,7 @@ type WatchRequest struct {
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// The sequence of the last event that came; 0 for all.
 	AfterSequence uint64 `protobuf:"varint,2,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
-	// Also tell how far transfers and decryption are, at most once a second.
+	// Also tell how far transfers and decryption are (ProgressEvent), at most once a second.
 	Progress      bool `protobuf:"varint,3,opt,name=progress,proto3" json:"progress,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1731,12 +1773,16 @@ func (x *ProgressEvent) GetGoing() []*Progress {
 // Progress is how far one thing is.
 type Progress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// fetch or decrypt.
+	// fetch: of an input from its object store. image: of an image from its registry; when
+	// all of it is there it is unpacked. decrypt: of all inputs. send: of a checkpoint to its
+	// object store.
 	What string `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"`
-	// The input that is fetched; empty for decryption, which is of all inputs.
-	Name          string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Bytes         int64  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	Total         int64  `protobuf:"varint,4,opt,name=total,proto3" json:"total,omitempty"`
+	// The input, the image's reference, or the checkpoint's number and name; empty for
+	// decryption.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// How many bytes are there, or were handed on, of how many.
+	Bytes         int64 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Total         int64 `protobuf:"varint,4,opt,name=total,proto3" json:"total,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2536,7 +2582,10 @@ func (x *BundleResponse) GetBundle() []byte {
 }
 
 type CapacityRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// An image's reference as a job file has it: the answer says how far it is, if the
+	// node fetches it. Plan and Submit answer when the image is there.
+	Image         string `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2571,6 +2620,13 @@ func (*CapacityRequest) Descriptor() ([]byte, []int) {
 	return file_runner_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
+func (x *CapacityRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
 type CapacityResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What jobs may have together, in thousandths of a core.
@@ -2599,7 +2655,9 @@ type CapacityResponse struct {
 	// before the first. Every job is attested anew, whatever stands here.
 	Attested *Attested `protobuf:"bytes,14,opt,name=attested,proto3" json:"attested,omitempty"`
 	// The node's queues. A node that names none has one, default, for everybody.
-	Queues        []*Queue `protobuf:"bytes,15,rep,name=queues,proto3" json:"queues,omitempty"`
+	Queues []*Queue `protobuf:"bytes,15,rep,name=queues,proto3" json:"queues,omitempty"`
+	// Of the request's image; absent if it is not being fetched.
+	Image         *Progress `protobuf:"bytes,16,opt,name=image,proto3" json:"image,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2735,6 +2793,13 @@ func (x *CapacityResponse) GetAttested() *Attested {
 func (x *CapacityResponse) GetQueues() []*Queue {
 	if x != nil {
 		return x.Queues
+	}
+	return nil
+}
+
+func (x *CapacityResponse) GetImage() *Progress {
+	if x != nil {
+		return x.Image
 	}
 	return nil
 }
@@ -2940,14 +3005,15 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x1frunner/api/agent/v1/agent.proto\x12\x0fcoffer.agent.v1\"B\n" +
 	"\vPlanRequest\x12\x19\n" +
 	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12\x18\n" +
-	"\apredict\x18\x02 \x01(\bR\apredict\"\x80\x01\n" +
+	"\apredict\x18\x02 \x01(\bR\apredict\"\x96\x01\n" +
 	"\fPlanResponse\x12\x1f\n" +
 	"\vplan_digest\x18\x01 \x01(\tR\n" +
 	"planDigest\x12\x12\n" +
 	"\x04plan\x18\x02 \x01(\fR\x04plan\x12;\n" +
 	"\n" +
 	"prediction\x18\x03 \x01(\v2\x1b.coffer.agent.v1.PredictionR\n" +
-	"prediction\"\x8e\x01\n" +
+	"prediction\x12\x14\n" +
+	"\x05lacks\x18\x04 \x03(\tR\x05lacks\"\x8e\x01\n" +
 	"\n" +
 	"Prediction\x12\x18\n" +
 	"\averdict\x18\x01 \x01(\tR\averdict\x12\x1c\n" +
@@ -2956,9 +3022,10 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\aunknown\x18\x04 \x01(\tR\aunknown\"S\n" +
 	"\rSubmitRequest\x12\x19\n" +
 	"\bjob_file\x18\x01 \x01(\fR\ajobFile\x12'\n" +
-	"\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"8\n" +
+	"\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"N\n" +
 	"\x0eSubmitResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\"\xa5\a\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.coffer.agent.v1.JobR\x03job\x12\x14\n" +
+	"\x05lacks\x18\x02 \x03(\tR\x05lacks\"\xee\a\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n" +
@@ -2988,13 +3055,15 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05queue\x18\x16 \x01(\tR\x05queue\x12\x12\n" +
 	"\x04gang\x18\x17 \x01(\tR\x04gang\x12\x1b\n" +
 	"\tgang_jobs\x18\x18 \x03(\tR\bgangJobs\x12-\n" +
-	"\x12expected_approvals\x18\x1e \x03(\tR\x11expectedApprovals\x12#\n" +
+	"\x12expected_approvals\x18\x1e \x03(\tR\x11expectedApprovals\x12\x16\n" +
+	"\x06assets\x18\x1f \x03(\tR\x06assets\x12#\n" +
 	"\rattested_unix\x18( \x01(\x03R\fattestedUnix\x12!\n" +
 	"\fattests_unix\x18) \x01(\x03R\vattestsUnix\x12\x16\n" +
 	"\x06paused\x18* \x01(\bR\x06paused\x121\n" +
 	"\ametrics\x182 \x03(\v2\x17.coffer.agent.v1.MetricR\ametrics\x12\x1f\n" +
 	"\vmetrics_cut\x183 \x01(\x03R\n" +
-	"metricsCut\"j\n" +
+	"metricsCut\x12/\n" +
+	"\x05going\x184 \x03(\v2\x19.coffer.agent.v1.ProgressR\x05going\"j\n" +
 	"\x06Metric\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x03R\x05count\x12\x12\n" +
@@ -3131,8 +3200,9 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\rBundleRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"(\n" +
 	"\x0eBundleResponse\x12\x16\n" +
-	"\x06bundle\x18\x01 \x01(\fR\x06bundle\"\x11\n" +
-	"\x0fCapacityRequest\"\x80\x04\n" +
+	"\x06bundle\x18\x01 \x01(\fR\x06bundle\"'\n" +
+	"\x0fCapacityRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\"\xb1\x04\n" +
 	"\x10CapacityResponse\x12\x1d\n" +
 	"\n" +
 	"cpu_millis\x18\x01 \x01(\x05R\tcpuMillis\x12!\n" +
@@ -3152,7 +3222,8 @@ const file_runner_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04node\x18\f \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\r \x01(\tR\aversion\x125\n" +
 	"\battested\x18\x0e \x01(\v2\x19.coffer.agent.v1.AttestedR\battested\x12.\n" +
-	"\x06queues\x18\x0f \x03(\v2\x16.coffer.agent.v1.QueueR\x06queues\"\x89\x02\n" +
+	"\x06queues\x18\x0f \x03(\v2\x16.coffer.agent.v1.QueueR\x06queues\x12/\n" +
+	"\x05image\x18\x10 \x01(\v2\x19.coffer.agent.v1.ProgressR\x05image\"\x89\x02\n" +
 	"\x05Queue\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06weight\x18\x02 \x01(\x05R\x06weight\x12\x14\n" +
@@ -3239,49 +3310,51 @@ var file_runner_api_agent_v1_agent_proto_depIdxs = []int32{
 	5,  // 2: coffer.agent.v1.SubmitResponse.job:type_name -> coffer.agent.v1.Job
 	7,  // 3: coffer.agent.v1.Job.checks:type_name -> coffer.agent.v1.Check
 	6,  // 4: coffer.agent.v1.Job.metrics:type_name -> coffer.agent.v1.Metric
-	5,  // 5: coffer.agent.v1.GetResponse.job:type_name -> coffer.agent.v1.Job
-	5,  // 6: coffer.agent.v1.ListResponse.jobs:type_name -> coffer.agent.v1.Job
-	14, // 7: coffer.agent.v1.WatchResponse.stage:type_name -> coffer.agent.v1.StageEvent
-	15, // 8: coffer.agent.v1.WatchResponse.log:type_name -> coffer.agent.v1.LogEvent
-	5,  // 9: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
-	16, // 10: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
-	17, // 11: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
-	21, // 12: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
-	23, // 13: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
-	26, // 14: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
-	27, // 15: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
-	18, // 16: coffer.agent.v1.WatchResponse.reattest:type_name -> coffer.agent.v1.ReattestEvent
-	22, // 17: coffer.agent.v1.WatchResponse.metrics:type_name -> coffer.agent.v1.MetricsEvent
-	19, // 18: coffer.agent.v1.WatchResponse.progress:type_name -> coffer.agent.v1.ProgressEvent
-	20, // 19: coffer.agent.v1.ProgressEvent.going:type_name -> coffer.agent.v1.Progress
-	6,  // 20: coffer.agent.v1.MetricsEvent.metrics:type_name -> coffer.agent.v1.Metric
-	15, // 21: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
-	5,  // 22: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
-	35, // 23: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
-	34, // 24: coffer.agent.v1.CapacityResponse.queues:type_name -> coffer.agent.v1.Queue
-	0,  // 25: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
-	3,  // 26: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
-	8,  // 27: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
-	10, // 28: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
-	12, // 29: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
-	28, // 30: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
-	24, // 31: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
-	30, // 32: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
-	32, // 33: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
-	1,  // 34: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
-	4,  // 35: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
-	9,  // 36: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
-	11, // 37: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
-	13, // 38: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
-	29, // 39: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
-	25, // 40: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
-	31, // 41: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
-	33, // 42: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
-	34, // [34:43] is the sub-list for method output_type
-	25, // [25:34] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	20, // 5: coffer.agent.v1.Job.going:type_name -> coffer.agent.v1.Progress
+	5,  // 6: coffer.agent.v1.GetResponse.job:type_name -> coffer.agent.v1.Job
+	5,  // 7: coffer.agent.v1.ListResponse.jobs:type_name -> coffer.agent.v1.Job
+	14, // 8: coffer.agent.v1.WatchResponse.stage:type_name -> coffer.agent.v1.StageEvent
+	15, // 9: coffer.agent.v1.WatchResponse.log:type_name -> coffer.agent.v1.LogEvent
+	5,  // 10: coffer.agent.v1.WatchResponse.job:type_name -> coffer.agent.v1.Job
+	16, // 11: coffer.agent.v1.WatchResponse.checkpoint:type_name -> coffer.agent.v1.CheckpointEvent
+	17, // 12: coffer.agent.v1.WatchResponse.lease:type_name -> coffer.agent.v1.LeaseEvent
+	21, // 13: coffer.agent.v1.WatchResponse.queue:type_name -> coffer.agent.v1.QueueEvent
+	23, // 14: coffer.agent.v1.WatchResponse.log_cut:type_name -> coffer.agent.v1.LogCutEvent
+	26, // 15: coffer.agent.v1.WatchResponse.egress:type_name -> coffer.agent.v1.EgressEvent
+	27, // 16: coffer.agent.v1.WatchResponse.alert:type_name -> coffer.agent.v1.AlertEvent
+	18, // 17: coffer.agent.v1.WatchResponse.reattest:type_name -> coffer.agent.v1.ReattestEvent
+	22, // 18: coffer.agent.v1.WatchResponse.metrics:type_name -> coffer.agent.v1.MetricsEvent
+	19, // 19: coffer.agent.v1.WatchResponse.progress:type_name -> coffer.agent.v1.ProgressEvent
+	20, // 20: coffer.agent.v1.ProgressEvent.going:type_name -> coffer.agent.v1.Progress
+	6,  // 21: coffer.agent.v1.MetricsEvent.metrics:type_name -> coffer.agent.v1.Metric
+	15, // 22: coffer.agent.v1.LogsResponse.log:type_name -> coffer.agent.v1.LogEvent
+	5,  // 23: coffer.agent.v1.CancelResponse.job:type_name -> coffer.agent.v1.Job
+	35, // 24: coffer.agent.v1.CapacityResponse.attested:type_name -> coffer.agent.v1.Attested
+	34, // 25: coffer.agent.v1.CapacityResponse.queues:type_name -> coffer.agent.v1.Queue
+	20, // 26: coffer.agent.v1.CapacityResponse.image:type_name -> coffer.agent.v1.Progress
+	0,  // 27: coffer.agent.v1.AgentService.Plan:input_type -> coffer.agent.v1.PlanRequest
+	3,  // 28: coffer.agent.v1.AgentService.Submit:input_type -> coffer.agent.v1.SubmitRequest
+	8,  // 29: coffer.agent.v1.AgentService.Get:input_type -> coffer.agent.v1.GetRequest
+	10, // 30: coffer.agent.v1.AgentService.List:input_type -> coffer.agent.v1.ListRequest
+	12, // 31: coffer.agent.v1.AgentService.Watch:input_type -> coffer.agent.v1.WatchRequest
+	28, // 32: coffer.agent.v1.AgentService.Cancel:input_type -> coffer.agent.v1.CancelRequest
+	24, // 33: coffer.agent.v1.AgentService.Logs:input_type -> coffer.agent.v1.LogsRequest
+	30, // 34: coffer.agent.v1.AgentService.Bundle:input_type -> coffer.agent.v1.BundleRequest
+	32, // 35: coffer.agent.v1.AgentService.Capacity:input_type -> coffer.agent.v1.CapacityRequest
+	1,  // 36: coffer.agent.v1.AgentService.Plan:output_type -> coffer.agent.v1.PlanResponse
+	4,  // 37: coffer.agent.v1.AgentService.Submit:output_type -> coffer.agent.v1.SubmitResponse
+	9,  // 38: coffer.agent.v1.AgentService.Get:output_type -> coffer.agent.v1.GetResponse
+	11, // 39: coffer.agent.v1.AgentService.List:output_type -> coffer.agent.v1.ListResponse
+	13, // 40: coffer.agent.v1.AgentService.Watch:output_type -> coffer.agent.v1.WatchResponse
+	29, // 41: coffer.agent.v1.AgentService.Cancel:output_type -> coffer.agent.v1.CancelResponse
+	25, // 42: coffer.agent.v1.AgentService.Logs:output_type -> coffer.agent.v1.LogsResponse
+	31, // 43: coffer.agent.v1.AgentService.Bundle:output_type -> coffer.agent.v1.BundleResponse
+	33, // 44: coffer.agent.v1.AgentService.Capacity:output_type -> coffer.agent.v1.CapacityResponse
+	36, // [36:45] is the sub-list for method output_type
+	27, // [27:36] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_runner_api_agent_v1_agent_proto_init() }
