@@ -24,6 +24,11 @@ Unit tests try these: the attacker is the peer itself, with its keys and its pla
 var protocolRows = [][4]string{
 	{"agent", "reports a job gone, or logs its record, while the holder lives; then has another key released to the job, for the broker to renew the holder's lease after the first grant was taken back", "no key (`job.ended`), and no lease", "`TestEndThatDidNotHappen`"},
 	{"agent", "has a second holder of the same job attest and get a key, and carries its leases to the first", "a lease names one holder's session key (`lease.session`)", "`TestLeasesAreForTheLastHolder`, `TestLeasesThatAreNotTheJobs`"},
+	{"object store", "lists without end, or refuses with a text without end", "8 MiB are read of each answer", "`TestAnswersWithoutEnd`"},
+	{"object store", "answers an upload before it has read it, so that Azure's library unmaps what the transport still reads", "the body is taken back first; the agent lives", "`TestAnsweredBeforeAllIsTaken`, `TestBodyIsTakenBack`"},
+	{"object store", "sends the node's signed requests to another address, such as that of a cloud's metadata", "it is not asked", "`TestNoRedirectIsFollowed`"},
+	{"object store", "answers each range with the whole object, or with its beginning", "the folder is refused", "`TestRefusedSources`"},
+	{"object store", "calls an object compressed", "it is read as it came, and held against its digest", "`TestNothingIsDecompressed`"},
 	{"broker", "signs a lease of so many seconds that they overflow", "refused (`lease.form`)", "`TestLeasesThatAreNotTheJobs`"},
 }
 

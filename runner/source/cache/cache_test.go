@@ -98,6 +98,13 @@ func TestRefusedSources(t *testing.T) {
 		"more than was asked for": {always(big, func(whole []byte, r io.Reader) (io.Reader, int64, error) {
 			return io.MultiReader(r, strings.NewReader("x")), int64(len(whole)), nil
 		}), "more bytes than were asked for"},
+		"the whole object for each range": {always(big, func(whole []byte, _ io.Reader) (io.Reader, int64, error) {
+			return bytes.NewReader(whole), int64(len(whole)), nil
+		}), "more bytes than were asked for"},
+		"its beginning for each range": {always(big, func(whole []byte, r io.Reader) (io.Reader, int64, error) {
+			n, err := io.Copy(io.Discard, r)
+			return bytes.NewReader(whole[:n]), int64(len(whole)), err
+		}), "damaged or lies"},
 		"a connection that always drops": {always(big, func(whole []byte, r io.Reader) (io.Reader, int64, error) {
 			return broken(r, 50), int64(len(whole)), nil
 		}), "given up after 3 tries"},

@@ -61,14 +61,15 @@ type Config struct {
 // Buckets are those that the node may use.
 type Buckets struct {
 	known map[string]Config
-	// pause is putPause and listTime is listTime, but in tests.
+	// pause is putPause, listTime is listTime and words is maxWords, but in tests.
 	pause, listTime time.Duration
+	words           int
 }
 
 // New checks configurations. It reads no file: credentials may change while the
 // agent runs.
 func New(configs []Config) (*Buckets, error) {
-	b := &Buckets{known: map[string]Config{}, pause: putPause, listTime: listTime}
+	b := &Buckets{known: map[string]Config{}, pause: putPause, listTime: listTime, words: maxWords}
 	for _, c := range configs {
 		at, err := source.Parse(c.URI + "/x")
 		if err != nil || bucketURI(at) != c.URI {
@@ -129,7 +130,7 @@ func (b *Buckets) open(ctx context.Context, at source.Location, pause time.Durat
 	if err != nil {
 		return nil, err
 	}
-	client, err := httpClient(c.CAFile)
+	client, err := httpClient(c.CAFile, b.words)
 	if err != nil {
 		return nil, err
 	}
@@ -187,7 +188,7 @@ const (
 
 // httpClient reaches a store. Redirects are not followed: they would lead the
 // node's requests to a place that nobody configured.
-func httpClient(caFile string) (*http.Client, error) {
+func httpClient(caFile string, words int) (*http.Client, error) {
 	t := &http.Transport{
 		Proxy:                 http.ProxyFromEnvironment,
 		DialContext:           (&net.Dialer{Timeout: dialTimeout}).DialContext,
@@ -209,7 +210,7 @@ func httpClient(caFile string) (*http.Client, error) {
 			return nil, fmt.Errorf("read authorities: no certificate in %s", caFile)
 		}
 	}
-	return &http.Client{Transport: t, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}, nil
+	return &http.Client{Transport: bounded{t, words}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}, nil
 }
 
 // bucket is a cache.Bucket.
@@ -225,7 +226,7 @@ func (b bucket) Read(ctx context.Context, object string, off, length int64) (_ i
 		}
 	}()
 	defer contain(&err)
-	r, err := b.b.NewRangeReader(ctx, object, off, length, nil)
+	r, err := b.b.NewRangeReader(forContent(ctx), object, off, length, nil)
 	if err != nil {
 		return nil, 0, told(err)
 	}

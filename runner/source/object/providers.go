@@ -139,6 +139,7 @@ func openGCS(ctx context.Context, name string, c Config, secret []byte, client *
 }
 
 func openAzure(ctx context.Context, name string, c Config, secret []byte, client *http.Client, pause time.Duration) (*blob.Bucket, error) {
+	client.Transport = lending{client.Transport}
 	options := azcore.ClientOptions{Transport: client, Retry: policy.RetryOptions{MaxRetries: -1}}
 	if pause > 0 {
 		options.Retry.MaxRetries, options.Retry.MaxRetryDelay = putTries-1, pause

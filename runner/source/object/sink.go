@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws/retry"
 	"gocloud.dev/blob"
 	"gocloud.dev/gcerrors"
+	"google.golang.org/api/googleapi"
 
 	"github.com/coffer-run/coffer/runner/source"
 	"github.com/coffer-run/coffer/runner/source/cache"
@@ -142,7 +144,10 @@ func (w writable) List(ctx context.Context, prefix string, limit int) (_ map[str
 func (w writable) Delete(ctx context.Context, object string) (err error) {
 	defer contain(&err)
 	err = w.b.Delete(ctx, object)
-	if gcerrors.Code(err) == gcerrors.NotFound {
+	// The library takes a refusal of Google's for an object that is not there.
+	var google *googleapi.Error
+	refused := errors.As(err, &google) && google.Code == http.StatusForbidden
+	if gcerrors.Code(err) == gcerrors.NotFound && !refused {
 		return nil
 	}
 	return told(err)
