@@ -22,6 +22,7 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle/verify"
 	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/printable"
 	"github.com/coffer-run/coffer/attest/receipt"
 )
 
@@ -140,7 +141,9 @@ func Write(w io.Writer, r verify.Report, file []byte, frameworks []Framework) er
 	if err := page.Execute(&out, v); err != nil {
 		return fmt.Errorf("write report: %w", err)
 	}
-	_, err := w.Write(out.Bytes())
+	// What cannot be seen is an escape on the page, as everywhere else: the template has
+	// nothing of the kind.
+	_, err := io.WriteString(w, printable.Text(out.String()))
 	return err
 }
 

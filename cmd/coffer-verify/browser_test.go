@@ -248,20 +248,36 @@ func TestReportInBrowser(t *testing.T) {
 	}
 }
 
-// TestPageReplacesWholeFiles writes where nothing can be written.
+// TestPageReplacesWholeFiles writes where a folder is, and where links to another file
+// wait: at the page's own name, and at one that it could be written under first.
 func TestPageReplacesWholeFiles(t *testing.T) {
 	dir := t.TempDir()
-	path := filepath.Join(dir, "page.html")
-	if err := os.WriteFile(path, []byte("before"), 0o600); err != nil {
+	folder := filepath.Join(dir, "folder.html")
+	if err := os.MkdirAll(filepath.Join(folder, "x"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Mkdir(path+".part", 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := writePage(path, verify.Report{Outcome: bundle.Outcome{}}, nil, nil); err == nil {
+	if err := writePage(folder, verify.Report{Outcome: bundle.Outcome{}}, nil, nil); err == nil {
 		t.Fatal("written over a folder")
 	}
-	if b, err := os.ReadFile(path); err != nil || string(b) != "before" {
-		t.Errorf("the page before is %q, %v", b, err)
+	path, other := filepath.Join(dir, "page.html"), filepath.Join(dir, "other")
+	if err := os.WriteFile(other, []byte("before"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, link := range []string{path, path + ".part"} {
+		if err := os.Symlink(other, link); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := writePage(path, verify.Report{Outcome: bundle.Outcome{}}, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(other); err != nil || string(b) != "before" {
+		t.Errorf("another file was written: %q, %v", b, err)
+	}
+	if i, err := os.Lstat(path); err != nil || !i.Mode().IsRegular() || i.Mode().Perm() != 0o644 {
+		t.Errorf("the page is no file of its own: %v, %v", i, err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 4 {
+		t.Errorf("%d files are left, %v", len(left), err)
 	}
 }

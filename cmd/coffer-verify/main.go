@@ -20,6 +20,7 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/bundle/verify"
 	"github.com/coffer-run/coffer/attest/endorse"
+	"github.com/coffer-run/coffer/attest/printable"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/simulate"
 	"github.com/coffer-run/coffer/attest/translog"
@@ -59,7 +60,7 @@ func main() {
 		code = e.code
 	}
 	if !errors.Is(err, errFailed) && !errors.Is(err, errUnknown) && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "coffer-verify:", err)
+		fmt.Fprintln(os.Stderr, "coffer-verify:", printable.Text(err.Error()))
 	}
 	os.Exit(code)
 }
@@ -371,7 +372,7 @@ func read(path string, stdin io.Reader, limit int64) (_ []byte, err error) {
 
 func writeJSON(w io.Writer, r verify.Report) error {
 	pass, fail, notChecked := r.Count()
-	e := json.NewEncoder(w)
+	e := json.NewEncoder(printable.NewWriter(w))
 	e.SetIndent("", "  ")
 	return e.Encode(struct {
 		verify.Report

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/coffer-run/coffer/attest/bundle/verify"
 	"github.com/coffer-run/coffer/attest/report"
@@ -45,14 +46,20 @@ func writePage(path string, r verify.Report, file []byte, frameworks []report.Fr
 	return replace(path, page.Bytes())
 }
 
-// replace writes the file at path, whole or not at all.
+// replace writes the file at path, whole or not at all. What it writes first has a name
+// that nobody knows beforehand: a link that waits there would have another file written.
 func replace(path string, b []byte) error {
-	next := path + ".part"
-	if err := os.WriteFile(next, b, 0o644); err != nil { //nolint:gosec // it is for others to read
-		return err
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
 	}
-	if err := os.Rename(next, path); err != nil {
-		return errors.Join(err, os.Remove(next))
+	_, err = f.Write(b)
+	// It is for others to read.
+	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
 	}
 	return nil
 }

@@ -7,10 +7,10 @@ import (
 	"regexp"
 	"strings"
 	"time"
-	"unicode"
 
 	"github.com/coffer-run/coffer/attest/bundle/verify"
 	"github.com/coffer-run/coffer/attest/check"
+	"github.com/coffer-run/coffer/attest/printable"
 )
 
 const (
@@ -54,7 +54,7 @@ func writeText(w io.Writer, r verify.Report, simulation, color bool) error {
 func (t *text) head(r verify.Report, simulation bool) {
 	if r.JobID != "" {
 		t.field("job", clean(strings.TrimSpace(r.JobID+"  "+r.Name)))
-		t.field("plan", string(r.Plan))
+		t.field("plan", clean(string(r.Plan)))
 		t.field("outcome", clean(strings.TrimSpace(fmt.Sprintf("%s at %s  %s", r.Outcome.State, r.Outcome.Stage, r.Outcome.Reason))))
 	}
 	if !r.At.IsZero() {
@@ -78,7 +78,7 @@ func (t *text) group(g verify.Group) {
 	if len(g.Checks) == 0 {
 		return
 	}
-	t.line("\n%s", t.paint(bold, g.Title))
+	t.line("\n%s", t.paint(bold, clean(g.Title)))
 	ids := 0
 	for _, c := range g.Checks {
 		ids = max(ids, len(c.ID))
@@ -158,12 +158,5 @@ func shorten(s string) string {
 	return long.ReplaceAllStringFunc(s, func(d string) string { return d[:16] + "..." })
 }
 
-// clean replaces what could steer a terminal: a bundle's words are foreign.
-func clean(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r == ' ' || unicode.IsPrint(r) {
-			return r
-		}
-		return '?'
-	}, s)
-}
+// clean makes a bundle's words, which are foreign, fit for one line.
+func clean(s string) string { return printable.Line(s) }

@@ -315,7 +315,7 @@ plan write "resume: latest" once.`,
 		if err != nil {
 			return &exitError{code: exitUsage, text: args[1] + ": " + err.Error(), err: err}
 		}
-		_, err = c.stdout.Write(out)
+		_, err = raw(c.stdout).Write(out)
 		return err
 	}
 	return cmd

@@ -132,13 +132,15 @@ func (c *cli) explain(doing, server string, err error) error {
 	}
 }
 
-// message is an error's text without the protocol's prefix.
+// message is an error's text without the protocol's prefix. None of its lines begins
+// where what coffer says does.
 func message(err error) string {
+	text := err.Error()
 	var ce *connect.Error
 	if errors.As(err, &ce) {
-		return ce.Message()
+		text = ce.Message()
 	}
-	return err.Error()
+	return strings.ReplaceAll(text, "\n", "\n    ")
 }
 
 func (c *cli) refused(doing string, r *check.Refusal) error {

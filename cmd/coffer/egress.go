@@ -236,7 +236,7 @@ func proposal(id string, v egressView) string {
 			at := destination(host, port)
 			more[at] = append(more[at], d)
 		default:
-			fmt.Fprintf(&rest, "#   %s: %s%s\n", strconv.QuoteToASCII(destination(d.Host, d.Port)), d.Rule, by(d))
+			fmt.Fprintf(&rest, "#   %s: %s%s\n", strconv.QuoteToASCII(destination(d.Host, d.Port)), clean(d.Rule), by(d))
 		}
 	}
 	entry := func(host string, port int, bytes, perSecond int64) {

@@ -21,6 +21,7 @@ import (
 
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/bundle/facts"
+	"github.com/coffer-run/coffer/attest/printable"
 	"github.com/coffer-run/coffer/attest/statement"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/stack"
@@ -224,15 +225,16 @@ as its id and its times, is left out. It checks nothing of either record.`,
 		last := ""
 		for _, ch := range changes {
 			if ch.Section != last {
-				_, _ = fmt.Fprintln(w, ch.Section)
+				_, _ = fmt.Fprintln(w, clean(ch.Section))
 				last = ch.Section
 			}
 			_, _ = fmt.Fprintf(w, "  %s\n", clean(ch.Name))
+			before, after := printable.Apart(ch.Before, ch.After)
 			if ch.Before != "" {
-				_, _ = fmt.Fprintf(w, "    - %s\n", clean(ch.Before))
+				_, _ = fmt.Fprintf(w, "    - %s\n", before)
 			}
 			if ch.After != "" {
-				_, _ = fmt.Fprintf(w, "    + %s\n", clean(ch.After))
+				_, _ = fmt.Fprintf(w, "    + %s\n", after)
 			}
 		}
 		return w.Flush()
@@ -289,7 +291,7 @@ func (c *cli) verify(cmd *cobra.Command, args []string, as string, stdout io.Wri
 	}
 	// #nosec G204 -- the program lies beside this one; a shell has no part in it
 	v := exec.CommandContext(cmd.Context(), program, append(append(flags, trust...), "-")...)
-	v.Stdin, v.Stdout, v.Stderr = bytes.NewReader(file), stdout, c.stderr
+	v.Stdin, v.Stdout, v.Stderr = bytes.NewReader(file), raw(stdout), raw(c.stderr)
 	err = v.Run()
 	var exit *exec.ExitError
 	switch {

@@ -110,7 +110,7 @@ func TestEvidenceShowAndDiff(t *testing.T) {
 	if err := json.Unmarshal([]byte(r.coffer(t, "evidence", "show", first, "-o", "json").stdout), &sections); err != nil || len(sections) < 5 {
 		t.Errorf("%d sections as JSON, %v", len(sections), err)
 	}
-	if got := r.coffer(t, "evidence", "show", other); strings.Contains(got.stdout, "\x1b") || !strings.Contains(got.stdout, "?[2Jwiped") {
+	if got := r.coffer(t, "evidence", "show", other); strings.Contains(got.stdout, "\x1b") || !strings.Contains(got.stdout, "\\u001b[2Jwiped") {
 		t.Errorf("the record steers the terminal: %q", got.stdout)
 	}
 	r.coffer(t, "evidence", "diff", first, again).want(t, 0, "no difference but")

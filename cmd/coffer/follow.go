@@ -107,7 +107,7 @@ func (c *cli) showJobs(jobs []jobView, out format, again bool) error {
 	}
 	if again && terminal(c.stdout) {
 		// Home, and clear what is below.
-		if _, err := io.WriteString(c.stdout, "\x1b[H\x1b[2J"); err != nil {
+		if _, err := io.WriteString(raw(c.stdout), "\x1b[H\x1b[2J"); err != nil {
 			return err
 		}
 	}
@@ -302,9 +302,10 @@ func (c *cli) logsCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "logs JOB",
 		Short: "Print what a job has written to its standard output and error",
-		Long: `logs prints what a job has written, up to the output budget of its plan. On a
-terminal, control characters are replaced. Each attempt of a job has a log of its
-own: without --attempt it is that of the job named.`,
+		Long: `logs prints what a job has written, up to the output budget of its plan: byte for
+byte into a file or a pipe, and on a terminal with what cannot be seen, such as
+control characters, as escapes. All of it is the job's word. Each attempt of a job
+has a log of its own: without --attempt it is that of the job named.`,
 		Example: "  coffer logs 01JD3V8Q\n  coffer logs -f 01JD3V8Q --since 5m\n  coffer logs 01JD3V8Q --attempt 2\n  coffer logs 01JD3V8Q --download train.log",
 		Args:    exactly("a job id"),
 	}
@@ -328,7 +329,7 @@ own: without --attempt it is that of the job named.`,
 				return err
 			}
 		}
-		to := map[string]io.Writer{"stdout": c.stdout, "stderr": c.stderr}
+		to := map[string]io.Writer{"stdout": logTo(c.stdout), "stderr": logTo(c.stderr)}
 		if download != "" {
 			f, err := os.OpenFile(download, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {
@@ -336,11 +337,6 @@ own: without --attempt it is that of the job named.`,
 			}
 			to = map[string]io.Writer{"stdout": f, "stderr": f}
 			defer func() { _ = f.Close() }()
-		}
-		for k, w := range to {
-			if terminal(w) {
-				to[k] = &printable{w: w}
-			}
 		}
 		lines := json.NewEncoder(c.stdout)
 		var wrote int64
@@ -506,7 +502,7 @@ a checkpoint was sealed after the job was told to stop.`,
 			}
 			_, err = fmt.Fprintf(c.stdout, "job %s %s\n", job.GetId(), clean(said))
 			if err == nil && last != nil {
-				_, err = fmt.Fprintf(c.stdout, "last checkpoint #%d %s %s\n", last.GetSequence(), clean(last.GetName()), last.GetDigest())
+				_, err = fmt.Fprintf(c.stdout, "last checkpoint #%d %s %s\n", last.GetSequence(), clean(last.GetName()), clean(last.GetDigest()))
 			}
 		}
 		if err == nil && checkpoint && last == nil {

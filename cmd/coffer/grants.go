@@ -229,11 +229,11 @@ func (c *cli) printNewGrant(g *brokerv1.Grant, out format) error {
 	if out == formatJSON {
 		return writeJSON(c.stdout, viewGrant(g))
 	}
-	if _, err := fmt.Fprintln(c.stdout, g.GetId()); err != nil {
+	if _, err := fmt.Fprintln(c.stdout, clean(g.GetId())); err != nil {
 		return err
 	}
 	for _, m := range g.GetMissing() {
-		if _, err := fmt.Fprintf(c.stderr, "it lacks %s: `%s`\n", clean(m), approveCommand(g.GetId(), m)); err != nil {
+		if _, err := fmt.Fprintf(c.stderr, "it lacks %s: `%s`\n", clean(m), clean(approveCommand(g.GetId(), m))); err != nil {
 			return err
 		}
 	}
@@ -380,10 +380,10 @@ key for the owner.`,
 		}
 		g := res.GetGrant()
 		if len(g.GetMissing()) == 0 {
-			_, err = fmt.Fprintf(c.stdout, "grant %s is %s\n", g.GetId(), clean(g.GetState()))
+			_, err = fmt.Fprintf(c.stdout, "grant %s is %s\n", clean(g.GetId()), clean(g.GetState()))
 			return err
 		}
-		_, err = fmt.Fprintf(c.stdout, "grant %s is %s: it lacks %s\n", g.GetId(), clean(g.GetState()), clean(strings.Join(g.GetMissing(), "; ")))
+		_, err = fmt.Fprintf(c.stdout, "grant %s is %s: it lacks %s\n", clean(g.GetId()), clean(g.GetState()), clean(strings.Join(g.GetMissing(), "; ")))
 		return err
 	}
 	return cmd
@@ -512,7 +512,7 @@ func (c *cli) grantDenyCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		_, err = fmt.Fprintf(c.stdout, "grant %s is %s\n", res.GetGrant().GetId(), clean(res.GetGrant().GetState()))
+		_, err = fmt.Fprintf(c.stdout, "grant %s is %s\n", clean(res.GetGrant().GetId()), clean(res.GetGrant().GetState()))
 		return err
 	}
 	return cmd

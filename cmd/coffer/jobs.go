@@ -7,7 +7,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -161,7 +163,35 @@ func (c *cli) getJob(ctx context.Context, a agentv1connect.AgentServiceClient, i
 	if err != nil {
 		return nil, err
 	}
-	return res.GetJob(), nil
+	return res.GetJob(), knownJob(res.GetJob(), id)
+}
+
+// idForm is the form of what a server names and people type again, in a shell.
+var idForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+
+// wordForm is what a shell takes for a word, and nothing for a flag.
+var wordForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:/@-]*$`)
+
+// word is s as one word of a shell's command line.
+func word(s string) string {
+	if wordForm.MatchString(s) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+// knownJob refuses an answer about another job than the one that was asked for, and one
+// whose ids are not fit for a command line.
+func knownJob(j *agentv1.Job, id string) error {
+	if j.GetId() != id {
+		return fmt.Errorf("the node agent answers with job %.80q in the place of %.80q", j.GetId(), id)
+	}
+	for _, name := range []string{id, j.GetRetriedAs(), j.GetRetryOf()} {
+		if name != "" && !idForm.MatchString(name) {
+			return fmt.Errorf("the node agent calls a job %.80q: want letters, digits, '.', '_' and '-'", name)
+		}
+	}
+	return nil
 }
 
 func (c *cli) statusCmd() *cobra.Command {

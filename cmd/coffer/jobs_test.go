@@ -157,7 +157,7 @@ func TestEvents(t *testing.T) {
 		&agentv1.WatchResponse{Event: &agentv1.WatchResponse_Job{Job: &agentv1.Job{State: stateSucceeded}}},
 	)
 	r := s.coffer(t.Context(), "events", "job-1")
-	r.want(t, 0, "verify     ok        12 ms  affirming?[2J", "number 2 in the queue: a GPU", "log        cut     2.0 KiB", "evil.example.com:443", "ended      succeeded")
+	r.want(t, 0, "verify     ok        12 ms  affirming\\u001b[2J", "number 2 in the queue: a GPU", "log        cut     2.0 KiB", "evil.example.com:443", "ended      succeeded")
 	if strings.Contains(r.stdout, "out") {
 		t.Errorf("what the job prints is no event: %s", r.stdout)
 	}

@@ -20,6 +20,7 @@ import (
 // Bounds of the live view. A job may print as it likes; the view stays one screen.
 const (
 	liveLines   = 8   // of the job's output
+	liveSaid    = 4   // of what coffer says of the job
 	liveMetrics = 4   // plotted
 	maxMetrics  = 16  // remembered
 	plotWidth   = 40  // values in a plot, a character each
@@ -36,11 +37,15 @@ type live struct {
 	// metrics in the order in which the job printed them first.
 	metrics []metric
 	out     [2]lines
-	tail    []string
-	sealed  int
-	bytes   int64
-	last    string
-	notice  string
+	// tail is what the job printed last. said is what coffer said of it last, beside its
+	// stages, and told how much that was: the job can neither write it nor push it out.
+	tail   []string
+	said   []string
+	told   int
+	sealed int
+	bytes  int64
+	last   string
+	notice string
 	// now is the time of the last tick.
 	now      time.Time
 	width    int
@@ -140,14 +145,19 @@ func (l *live) event(e *agentv1.WatchResponse) {
 	case e.GetLogCut() != nil:
 		l.notice = logCutLine(e.GetLogCut())
 	case e.GetAlert() != nil:
-		l.tail = append(l.tail, "! rule "+clean(e.GetAlert().GetRule()+": "+e.GetAlert().GetSays()))
+		l.say("rule " + clean(e.GetAlert().GetRule()+": "+e.GetAlert().GetSays()))
 	default:
 		if line := eventLine(e); line != "" {
-			l.tail = append(l.tail, "! "+line)
+			l.say(line)
 		}
 	}
-	if n := len(l.tail) - liveLines; n > 0 {
-		l.tail = l.tail[n:]
+}
+
+// say keeps a line of coffer's own.
+func (l *live) say(s string) {
+	l.said, l.told = append(l.said, s), l.told+1
+	if n := len(l.said) - liveSaid; n > 0 {
+		l.said = l.said[n:]
 	}
 }
 
@@ -263,6 +273,12 @@ func (l *live) text() string {
 	for _, m := range l.metrics[:min(len(l.metrics), liveMetrics)] {
 		say("", "  %-12s %10.4g  %s", m.name, m.values[len(m.values)-1], plot(m.values, min(plotWidth, max(l.width-27, 8))))
 	}
+	if n := l.told - len(l.said); n > 0 {
+		say(yellow, "%s%d before these: `coffer events %s`", saidMark, n, l.job)
+	}
+	for _, s := range l.said {
+		say(yellow, "%s%s", saidMark, s)
+	}
 	tail := l.tail
 	if room := l.height - strings.Count(b.String(), "\n") - 3; l.height > 0 && len(tail) > max(room, 1) {
 		tail = tail[len(tail)-max(room, 1):]
@@ -299,7 +315,7 @@ func (c *cli) watchLive(ctx context.Context, a agentv1connect.AgentServiceClient
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	l := &live{job: id, name: name, now: time.Now()}
-	p := tea.NewProgram(l, tea.WithContext(ctx), tea.WithInput(c.stdin), tea.WithOutput(c.stdout), tea.WithoutSignalHandler(), tea.WithEnvironment(os.Environ()))
+	p := tea.NewProgram(l, tea.WithContext(ctx), tea.WithInput(c.stdin), tea.WithOutput(raw(c.stdout)), tea.WithoutSignalHandler(), tea.WithEnvironment(os.Environ()))
 	follower := *c
 	follower.stderr = notices{p.Send}
 	over := make(chan struct{})

@@ -21,15 +21,6 @@ import (
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
 )
 
-// shown is what the view shows, without styles.
-func shown(l *live) string {
-	text := l.text()
-	for _, s := range []string{green, red, yellow, dim, bold, plain} {
-		text = strings.ReplaceAll(text, s, "")
-	}
-	return text
-}
-
 func TestLiveView(t *testing.T) {
 	l := &live{job: "job-1", name: "demo\x1b[2J", width: 80, height: 40}
 	var m tea.Model = l
@@ -46,7 +37,7 @@ func TestLiveView(t *testing.T) {
 		&agentv1.WatchResponse{Event: &agentv1.WatchResponse_Queue{Queue: &agentv1.QueueEvent{Position: 2, WaitsFor: "a GPU"}}},
 	)
 	m, _ = m.Update(tickMsg(time.Unix(103, 0)))
-	if s := shown(l); !strings.Contains(s, "✓ verify        12 ms  affirming (simulated)?[31m") || !strings.Contains(s, "… decrypt          3s") || !strings.Contains(s, "number 2 in the queue: a GPU") {
+	if s := shown(l); !strings.Contains(s, "✓ verify        12 ms  affirming (simulated)\\u001b[31m") || !strings.Contains(s, "… decrypt          3s") || !strings.Contains(s, "number 2 in the queue: a GPU") {
 		t.Errorf("shown:\n%s", s)
 	}
 	tell(stage(3, "decrypt", "done", 3*time.Second, "1.0 GiB"))
@@ -55,7 +46,7 @@ func TestLiveView(t *testing.T) {
 	}
 	tell(logged(0, "stderr", "warn\x1b[31m\n"), sealedAt(0, "epoch-1"))
 	s := shown(l)
-	for _, want := range []string{"loss                  1  █", "▁\n", "lr                  0.1  ▅▅", "| warn?[31m", "checkpoints 1 sealed, 2.0 KiB, last #1 epoch-1", "Ctrl-C detaches"} {
+	for _, want := range []string{"loss                  1  █", "▁\n", "lr                  0.1  ▅▅", "| warn\\u001b[31m", "checkpoints 1 sealed, 2.0 KiB, last #1 epoch-1", "Ctrl-C detaches"} {
 		if !strings.Contains(s, want) {
 			t.Errorf("%q is missing:\n%s", want, s)
 		}

@@ -92,12 +92,7 @@ func (c *cli) logkeyReadCmd() *cobra.Command {
 			return c.explain(doing, serverAgent, err)
 		}
 		defer func() { _ = s.Close() }()
-		to := map[string]io.Writer{logs.Stdout: c.stdout, logs.Stderr: c.stderr}
-		for k, w := range to {
-			if terminal(w) {
-				to[k] = &printable{w: w}
-			}
-		}
+		to := map[string]io.Writer{logs.Stdout: logTo(c.stdout), logs.Stderr: logTo(c.stderr)}
 		show := func(e logs.Entry) error {
 			w := to[e.Stream]
 			if w == nil {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/coffer-run/coffer/attest/printable"
 	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/internal/stack"
 )
@@ -53,7 +54,8 @@ func usagef(cmd *cobra.Command, format string, args ...any) error {
 
 // cli is one run of the command.
 type cli struct {
-	stdin          io.Reader
+	stdin io.Reader
+	// What is written to them is printable; raw has what is behind them.
 	stdout, stderr io.Writer
 	dir            string
 	// user is the signed-in person to act for, "" for who signed in last.
@@ -63,12 +65,12 @@ type cli struct {
 }
 
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
-	c := &cli{stdin: stdin, stdout: stdout, stderr: stderr}
+	c := &cli{stdin: stdin, stdout: printable.NewWriter(stdout), stderr: printable.NewWriter(stderr)}
 	root := c.root() //nolint:contextcheck // commands take the context from ExecuteContext
 	root.SetArgs(args)
 	root.SetIn(stdin)
-	root.SetOut(stdout)
-	root.SetErr(stderr)
+	root.SetOut(c.stdout)
+	root.SetErr(c.stderr)
 	err := root.ExecuteContext(ctx)
 	for _, h := range c.clients {
 		h.CloseIdleConnections()
@@ -171,11 +173,11 @@ the job file.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch args[0] {
 			case "bash":
-				return cmd.Root().GenBashCompletionV2(c.stdout, true)
+				return cmd.Root().GenBashCompletionV2(raw(c.stdout), true)
 			case "zsh":
-				return cmd.Root().GenZshCompletion(c.stdout)
+				return cmd.Root().GenZshCompletion(raw(c.stdout))
 			case "fish":
-				return cmd.Root().GenFishCompletion(c.stdout, true)
+				return cmd.Root().GenFishCompletion(raw(c.stdout), true)
 			}
 			return usagef(cmd, "no completion for %.40q: want bash, zsh or fish", args[0])
 		},

@@ -8,11 +8,11 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
+
+	"github.com/coffer-run/coffer/attest/printable"
 )
 
 // format is the value of --output.
@@ -73,14 +73,7 @@ func table(w io.Writer, rows ...[]string) error {
 }
 
 // clean makes foreign text fit for one line of a terminal.
-func clean(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) || r == utf8.RuneError {
-			return '?'
-		}
-		return r
-	}, s)
-}
+func clean(s string) string { return printable.Line(s) }
 
 func took(d time.Duration) string {
 	switch {
@@ -108,43 +101,28 @@ func orDash(s string) string {
 	return s
 }
 
+// raw is the writer behind one that makes what is written printable: for what moves
+// the cursor on purpose, and for bytes that are a job's or a document's own.
+func raw(w io.Writer) io.Writer {
+	if p, ok := w.(*printable.Writer); ok {
+		return p.Unwrap()
+	}
+	return w
+}
+
 // terminal reports whether w is one.
 func terminal(w io.Writer) bool {
-	f, ok := w.(interface{ Fd() uintptr })
+	f, ok := raw(w).(interface{ Fd() uintptr })
 	return ok && isatty.IsTerminal(f.Fd())
 }
 
-// printable passes text on to a terminal without what would move its cursor,
-// change its colours or its title: what a job prints is not ours.
-type printable struct {
-	w     io.Writer
-	carry []byte
-}
-
-func (p *printable) Write(b []byte) (int, error) {
-	buf := append(p.carry, b...)
-	p.carry = nil
-	out := make([]byte, 0, len(buf))
-	for len(buf) > 0 {
-		if !utf8.FullRune(buf) {
-			p.carry = append([]byte(nil), buf...)
-			break
-		}
-		r, n := utf8.DecodeRune(buf)
-		switch {
-		case r == '\n' || r == '\t' || r == '\r':
-			out = append(out, byte(r))
-		case unicode.IsControl(r) || (r == utf8.RuneError && n == 1):
-			out = append(out, '?')
-		default:
-			out = append(out, buf[:n]...)
-		}
-		buf = buf[n:]
+// logTo is where a job's output goes: byte for byte, and on a terminal without what
+// would move its cursor, change its colours or its title.
+func logTo(w io.Writer) io.Writer {
+	if terminal(w) {
+		return printable.NewOutput(raw(w))
 	}
-	if _, err := p.w.Write(out); err != nil {
-		return 0, err
-	}
-	return len(b), nil
+	return raw(w)
 }
 
 // maxLine is the longest line of a job's output that is held back until its end.
@@ -197,7 +175,7 @@ func (l *lines) line(b []byte) error {
 	if i := strings.LastIndexByte(s, '\r'); i >= 0 {
 		s = s[i+1:]
 	}
-	s = clean(strings.ReplaceAll(strings.ToValidUTF8(s, "?"), "\t", "    "))
+	s = printable.Output(strings.ReplaceAll(s, "\t", "    "))
 	if l.each != nil {
 		l.each(s)
 		return nil

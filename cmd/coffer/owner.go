@@ -165,7 +165,7 @@ func (c *cli) seal(ctx context.Context, src string, asset *brokerv1.CreateAssetR
 	key := keys.GenerateDataKey()
 	defer key.Destroy()
 	began := time.Now()
-	bar := &progress{w: c.stderr, began: began, what: "sealing"}
+	bar := &progress{w: raw(c.stderr), began: began, what: "sealing"}
 	sealed, err := seal.Seal(ctx, key, name, tree.Sources, out, seal.Options{Progress: bar.at})
 	bar.end()
 	if err != nil {

@@ -34,6 +34,7 @@ func assetsOf(canonical []byte) ([]string, error) {
 // approveCommand is what somebody runs to give a grant what it lacks: the owner of its
 // assets consents, others approve.
 func approveCommand(grant, missing string) string {
+	grant = word(grant)
 	if strings.HasPrefix(missing, "the consent of ") {
 		return "coffer grant approve " + grant + " --consent"
 	}

@@ -28,7 +28,7 @@ func TestLiveProgress(t *testing.T) {
 	}
 	l.event(stage(1, "sandbox", "started", 0, ""))
 	tell(100, fetch(1<<30))
-	if s := l.text(); !strings.Contains(s, "fetching data?[2J: 1.0 GiB of 10.0 GiB\x1b") {
+	if s := l.text(); !strings.Contains(s, "fetching data\\u001b[2J: 1.0 GiB of 10.0 GiB\x1b") {
 		t.Errorf("shown:\n%s", s)
 	}
 	tell(102, fetch(3<<30))
@@ -68,7 +68,7 @@ func TestWhatGoesOn(t *testing.T) {
 		"an image that is there": {&agentv1.Progress{What: "image", Name: "registry.example/train" + digest, Bytes: 4 << 20, Total: 4 << 20}, "unpacking image train"},
 		"a checkpoint":           {&agentv1.Progress{What: "send", Name: "#3 step-300", Bytes: 1, Total: 2}, "sending checkpoint #3 step-300: 1 B of 2 B"},
 		"an input":               {&agentv1.Progress{What: "fetch", Name: "data", Bytes: 1, Total: 2}, "fetching data: 1 B of 2 B"},
-		"a kind of a later node": {&agentv1.Progress{What: "zzz", Name: "x\x1b[2J", Bytes: 1, Total: 2}, "x?[2J: 1 B of 2 B"},
+		"a kind of a later node": {&agentv1.Progress{What: "zzz", Name: "x\x1b[2J", Bytes: 1, Total: 2}, "x\\u001b[2J: 1 B of 2 B"},
 	} {
 		var now transfers
 		now.take([]*agentv1.Progress{row.p}, time.Unix(100, 0))

@@ -293,7 +293,7 @@ that name that ended well.`,
 		if err := json.Indent(&pretty, p.Plan, "", "  "); err != nil {
 			return err
 		}
-		if _, err := fmt.Fprintf(c.stdout, "%s\n%s\n", p.Digest, pretty.Bytes()); err != nil {
+		if _, err := fmt.Fprintf(c.stdout, "%s\n%s\n", clean(p.Digest), pretty.Bytes()); err != nil {
 			return err
 		}
 		return c.sayPreview(p)
@@ -360,7 +360,7 @@ With --plan nothing is submitted but that plan: the one that was approved.`,
 		if s.out == formatJSON {
 			return writeJSON(c.stdout, p)
 		}
-		if _, err := fmt.Fprintf(c.stdout, "%s\n", p.Digest); err != nil {
+		if _, err := fmt.Fprintf(c.stdout, "%s\n", clean(p.Digest)); err != nil {
 			return err
 		}
 		if err := c.sayPreview(p); err != nil {
@@ -405,6 +405,9 @@ func (c *cli) submit(ctx context.Context, a agentv1connect.AgentServiceClient, s
 		return err
 	}
 	job := res.GetJob()
+	if err := knownJob(job, job.GetId()); err != nil {
+		return err
+	}
 	for _, l := range res.GetLacks() {
 		if _, err := fmt.Fprintf(c.stderr, "the node lacks what the job needs to begin: %s\n", clean(l)); err != nil {
 			return err
@@ -427,7 +430,7 @@ func (c *cli) submit(ctx context.Context, a agentv1connect.AgentServiceClient, s
 		_, err := fmt.Fprintf(c.stderr, "submitted %s; follow it with `coffer watch %s`, or `coffer logs -f %s`\n", clean(job.GetName()), job.GetId(), job.GetId())
 		return err
 	}
-	if _, err := fmt.Fprintf(c.stdout, "job %s  %s\nplan %s\n", job.GetId(), clean(job.GetName()), job.GetPlanDigest()); err != nil {
+	if _, err := fmt.Fprintf(c.stdout, "job %s  %s\nplan %s\n", job.GetId(), clean(job.GetName()), clean(job.GetPlanDigest())); err != nil {
 		return err
 	}
 	return c.watch(ctx, a, job.GetId(), job.GetName())

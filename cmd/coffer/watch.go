@@ -11,8 +11,12 @@ import (
 	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
 )
 
-// jobMark stands before every line that a job prints.
-const jobMark = "  | "
+// jobMark stands before every line that a job prints, and saidMark, in the live view,
+// before one that coffer says of it.
+const (
+	jobMark  = "  | "
+	saidMark = "  ! "
+)
 
 // Phases of a stage in events.
 const (

@@ -135,7 +135,11 @@ func (c *cli) byOwner(ctx context.Context, b brokerClient, assets []string) (out
 
 // request is the command that asks for a grant on the assets.
 func (o owned) request(plan string) string {
-	return "coffer grant request --plan " + plan + " --asset " + strings.Join(o.assets, " --asset ")
+	command := "coffer grant request --plan " + word(plan)
+	for _, a := range o.assets {
+		command += " --asset " + word(a)
+	}
+	return command
 }
 
 // previewGrants says, for each asset of a plan, what stands between the plan and

@@ -107,9 +107,9 @@ func TestLacks(t *testing.T) {
 	s.agent.jobs["job-1"] = &agentv1.Job{Id: "job-1", Name: "demo", State: "queued"}
 	s.agent.lacks = []string{"input data: no folder\x1b[2J"}
 	file := jobFile(t, smallJob)
-	s.coffer(t.Context(), "plan", file).want(t, 0, "lacks    input data: no folder?[2J")
+	s.coffer(t.Context(), "plan", file).want(t, 0, "lacks    input data: no folder\\u001b[2J")
 	s.coffer(t.Context(), "plan", file, "-o", "json").want(t, 0, `"lacks": [`)
-	s.coffer(t.Context(), "submit", file).want(t, 0, "the node lacks what the job needs to begin: input data: no folder?[2J", "job-1")
+	s.coffer(t.Context(), "submit", file).want(t, 0, "the node lacks what the job needs to begin: input data: no folder\\u001b[2J", "job-1")
 	s.agent.lacks = nil
 	if r := s.coffer(t.Context(), "submit", file); strings.Contains(r.stderr, "lacks") {
 		t.Errorf("lacks nothing: %s", r.stderr)

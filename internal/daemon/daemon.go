@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/printable"
 )
 
 const (
@@ -174,7 +175,7 @@ func exitCode(run func(ctx context.Context, args []string, stdin io.Reader, stdo
 		return 0
 	}
 	if text := err.Error(); text != "" {
-		_, _ = fmt.Fprintf(stderr, "%s: %s\n", filepath.Base(argv[0]), text)
+		_, _ = fmt.Fprintf(stderr, "%s: %s\n", filepath.Base(argv[0]), printable.Text(text))
 	}
 	var coded interface{ ExitCode() int }
 	if errors.As(err, &coded) {

@@ -3,6 +3,7 @@ package verify
 import (
 	"bytes"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -263,6 +264,8 @@ func (v *verification) checkpoint(g *check.List, c bundle.Checkpoint) (bundle.Ch
 	return r, true
 }
 
+var reasonForm = regexp.MustCompile(`^[a-z0-9-]{1,128}$`)
+
 func (v *verification) outcomeGroup() {
 	g := v.group("outcome", "How it ended")
 	defer v.done("outcome", g)
@@ -293,6 +296,9 @@ func (v *verification) outcomeGroup() {
 		v.success(g, last)
 	case o.Reason == "":
 		g.Fail("outcome.state", "a reason for "+string(o.State), "none", "")
+	case !reasonForm.MatchString(o.Reason):
+		// The summary repeats it beside the verdict: it must not read like more of one.
+		g.Fail("outcome.state", "a reason code: at most 128 lower-case letters, digits and '-'", fmt.Sprintf("%.80q", o.Reason), "")
 	default:
 		g.Pass("outcome.state", fmt.Sprintf("%s at %s: %s", o.State, o.Stage, o.Reason))
 	}

@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -207,6 +208,12 @@ func (v *verification) run(file []byte) {
 	v.rep.Statement = plan.Sum(b.Statement)
 	if v.st, err = bundle.ParseStatement(b.Statement); err != nil {
 		g.Fail("statement.form", "a statement", err.Error(), "ask for the file again, unchanged")
+		v.conclude(g)
+		return
+	}
+	if !jobForm.MatchString(v.st.JobID) {
+		// As every word of the statement, it stands beside the verdict.
+		g.Fail("statement.form", "a job id: at most 128 letters, digits, '.', '_' and '-'", fmt.Sprintf("%.80q", v.st.JobID), "")
 		v.conclude(g)
 		return
 	}
@@ -411,6 +418,8 @@ func issuerOf(token string) (string, error) {
 	}
 	return head.Issuer, nil
 }
+
+var jobForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
 func (v *verification) conclude(l *check.List) {
 	if l != nil {
