@@ -98,6 +98,7 @@ test: deps build images lint ## everything: vet, linters, unit tests, and integr
 	@go test -timeout 20m $$(go list ./... | grep -xE '$(PROGRAMS)' | grep -vxE '$(OUTSIDE)')
 	@go test -race -timeout 20m -count=1 $$(go list ./... | grep -xE '$(INTEGRATION)')
 	@go test -timeout 20m -count=1 -parallel 3 $$(go list ./... | grep -xE '$(OUTSIDE)')
+	@cd tools/gvisor && CGO_ENABLED=0 GOFLAGS= go test -trimpath ./sink
 
 .PHONY: counts
 counts: ## count the real evidence that the tests verify, and the changes to evidence that they see refused

@@ -264,6 +264,7 @@ func history(ctx context.Context, c *holdapi.Client) (trace []bundle.Event, comm
 			if e.Checkpoint != nil {
 				commits = append(commits, *e.Checkpoint)
 			}
+			e.Detail = recorded(e.Detail)
 			size += 160 + len(e.Detail) + len(e.Process) + len(e.Digest)
 			rare := e.Kind != "exec" && e.Kind != "open" && e.Kind != "connect" && e.Kind != "ptrace" && e.Kind != bundle.EventInputError
 			if size <= maxTrace || rare {

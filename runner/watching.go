@@ -56,6 +56,16 @@ type ruleError struct{ id, says string }
 
 func (e *ruleError) Error() string { return "rule " + e.id + ": " + e.says }
 
+// maxRecorded bounds a path in a job's events and in its bundle, in bytes. Rules see all of it.
+const maxRecorded = 512
+
+func recorded(path string) string {
+	if len(path) <= maxRecorded {
+		return path
+	}
+	return strings.ToValidUTF8(path[:maxRecorded], "?")
+}
+
 func findingKey(rule string, trace uint64) string { return rule + "/" + strconv.FormatUint(trace, 10) }
 
 // beginWatching is called before the first event is looked at.
@@ -232,7 +242,7 @@ func (a *Agent) find(ctx context.Context, j *Job, ev rules.Event, trace uint64) 
 		}
 		one := bundle.Finding{
 			Sequence: uint64(len(w.found.Findings) + 1), UnixNano: ev.At.UnixNano(), Rule: f.Rule.ID, Action: string(f.Rule.Action), Severity: string(f.Rule.Severity), Kind: string(ev.Kind),
-			Process: ev.Process, Path: ev.Path, Digest: ev.Digest, Address: ev.Address, Bytes: ev.Bytes, Count: f.Count, Trace: trace,
+			Process: ev.Process, Path: recorded(ev.Path), Digest: ev.Digest, Address: ev.Address, Bytes: ev.Bytes, Count: f.Count, Trace: trace,
 		}
 		w.found.Findings = append(w.found.Findings, one)
 		// To the collector first: whoever takes the job up says it again under the same

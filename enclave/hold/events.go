@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 )
 
@@ -14,8 +16,12 @@ const (
 	// are counted only. reservedEvents are kept for those that people must see.
 	maxEvents      = 10_000
 	reservedEvents = 2_000
-	// maxText bounds each text in an event, in bytes.
+	// maxText bounds each text in an event, in bytes, but for the path of a program or a file: maxPath is the longest that a
+	// call takes with each byte of it escaped (tools/gvisor/sink), so that rules see all of it.
 	maxText = 512
+	maxPath = 5 * unix.PathMax
+	// maxPaths bounds what all paths have beyond maxText, in bytes.
+	maxPaths = 16 << 20
 	// maxBatch and maxBatchBytes bound one answer, in events and in bytes of JSON.
 	maxBatch      = 256
 	maxBatchBytes = 96 << 10
@@ -34,6 +40,8 @@ type eventLog struct {
 	// news is closed and replaced when the list grows.
 	news    chan struct{}
 	dropped int64
+	// paths are the bytes of paths beyond maxText.
+	paths int
 	// over: nothing will follow, so nobody need wait.
 	over bool
 }
@@ -46,9 +54,14 @@ func newEventLog(now func() time.Time) *eventLog {
 // input-error, checkpoint-error) stop at the bound, so that they cannot push out
 // the others.
 func (l *eventLog) add(e holdapi.Event) {
-	e.Detail, e.Process = text(e.Detail), text(e.Process)
+	length := maxText
+	if e.Kind == "exec" || e.Kind == "open" {
+		length = maxPath
+	}
+	e.Detail, e.Process = text(e.Detail, length), text(e.Process, maxText)
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	long := max(0, len(e.Detail)-maxText)
 	limit := maxEvents - reservedEvents
 	switch e.Kind {
 	case "container-start", eventResumed, eventInputsOpen, eventInputsFailed, "operator-exec", "trace-lost", eventLeaseStop, eventLeaseOver, eventKilled, eventScrubbed:
@@ -56,10 +69,11 @@ func (l *eventLog) add(e holdapi.Event) {
 	case "checkpoint":
 		limit = maxEvents + maxCommits
 	}
-	if len(l.list) >= limit {
+	if len(l.list) >= limit || long > maxPaths-l.paths {
 		l.dropped++
 		return
 	}
+	l.paths += long
 	e.Sequence = uint64(len(l.list) + 1)
 	if e.UnixNano == 0 {
 		e.UnixNano = l.now().UnixNano()
@@ -114,10 +128,10 @@ func (l *eventLog) after(ctx context.Context, seq uint64, wait time.Duration) []
 	}
 }
 
-// text makes bytes from a job fit for an event.
-func text(s string) string {
-	if len(s) > maxText {
-		s = s[:maxText]
+// text makes bytes from a job fit for an event, length bytes at most.
+func text(s string, length int) string {
+	if len(s) > length {
+		s = s[:length]
 	}
 	return strings.ToValidUTF8(s, "?")
 }

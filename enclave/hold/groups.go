@@ -2,6 +2,7 @@ package hold
 
 import (
 	"path"
+	"strings"
 
 	pb "gvisor.dev/gvisor/pkg/sentry/seccheck/points/points_go_proto"
 )
@@ -56,6 +57,18 @@ func (g groups) exit(m *pb.TaskExit) {
 			delete(g, id)
 		}
 	}
+}
+
+// programPath returns the path of a program as rules match it. Of one in memory the runtime
+// gives the name, which may have slashes, and of one that was asked for below an open folder
+// the descriptor and what was asked: there are no folders above either for dots to lead to.
+func programPath(p string) string {
+	for _, above := range []string{"/memfd:", "/dev/fd/"} {
+		if rest, ok := strings.CutPrefix(p, above); ok {
+			return above + strings.TrimPrefix(path.Clean("/"+rest), "/")
+		}
+	}
+	return p
 }
 
 // program returns the name of the program that a message is of; empty if the trace has

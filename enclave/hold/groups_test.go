@@ -64,3 +64,24 @@ func TestProcessesAreNamedAfterTheirPrograms(t *testing.T) {
 		t.Errorf("%d processes are remembered, want %d at most", len(tr.groups), maxGroups)
 	}
 }
+
+// A rule for programs in memory sees one however it is named.
+func TestPathsOfPrograms(t *testing.T) {
+	for in, want := range map[string]string{
+		"/usr/bin/python3":                         "/usr/bin/python3",
+		"/memfd:tool (deleted)":                    "/memfd:tool (deleted)",
+		"/memfd:a/b (deleted)":                     "/memfd:a/b (deleted)",
+		"/memfd:a/../../usr/bin/python3 (deleted)": "/memfd:usr/bin/python3 (deleted)",
+		"/memfd:\uFFFDff/.. (deleted)":             "/memfd:\uFFFDff/.. (deleted)",
+		"/memfd:..":                                "/memfd:",
+		"/dev/fd/4":                                "/dev/fd/4",
+		"/dev/fd/4/7":                              "/dev/fd/4/7",
+		"/dev/fd/4/../../../../usr/bin/python3":    "/dev/fd/usr/bin/python3",
+		"/dev/fdx/../y":                            "/dev/fdx/../y",
+		"":                                         "",
+	} {
+		if got := programPath(in); got != want {
+			t.Errorf("%s becomes %s, want %s", in, got, want)
+		}
+	}
+}

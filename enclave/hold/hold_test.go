@@ -280,7 +280,7 @@ func (c *traceConn) send(kind pb.MessageType, m proto.Message) {
 	must(c.t, err)
 	b := binary.LittleEndian.AppendUint16(nil, 8)
 	b = binary.LittleEndian.AppendUint16(b, uint16(kind))
-	b = binary.LittleEndian.AppendUint32(b, 3)
+	b = binary.LittleEndian.AppendUint32(b, 0)
 	_, err = c.c.Write(append(b, body...))
 	must(c.t, err)
 }
@@ -422,7 +422,7 @@ func TestEndToEnd(t *testing.T) {
 
 	st, err := h.c.Finish(ctx)
 	must(t, err)
-	if !st.Scrubbed || !st.Started || st.TraceLost || st.RegionBytes != 0 || len(st.Checkpoints) != 2 || st.Execs != 1 || st.Dropped != 3 {
+	if !st.Scrubbed || !st.Started || st.TraceLost || st.RegionBytes != 0 || len(st.Checkpoints) != 2 || st.Execs != 1 || st.Dropped != 0 {
 		t.Errorf("final status %+v", st)
 	}
 	if _, err := os.Stat(h.path("inputs")); !errors.Is(err, fs.ErrNotExist) {
@@ -633,10 +633,13 @@ func TestTrace(t *testing.T) {
 			var err error
 			evs, err = h.c.Events(t.Context(), holdapi.Events{})
 			must(t, err)
-			return len(evs) == 4
+			return len(evs) == 5
 		})
-		if evs[1].Kind != "operator-exec" || evs[1].Process != "" || evs[2].Kind != "connect" || evs[2].Detail != "10.1.2.3:80" || evs[3].Kind != "ptrace" {
+		if evs[1].Kind != "operator-exec" || evs[1].Process != "" || evs[2].Kind != "connect" || evs[2].Detail != "10.1.2.3:80" || evs[3].Kind != "trace-lost" || evs[4].Kind != "ptrace" {
 			t.Errorf("%+v", evs)
+		}
+		if st, err := h.c.Status(t.Context()); err != nil || !st.TraceLost || st.Dropped != 4 {
+			t.Errorf("%+v, %v", st, err)
 		}
 	})
 }

@@ -67,7 +67,7 @@ func (h *holder) runsc(runsc, script string) (string, error) {
 			map[string]any{"name": "sentry/clone", "context_fields": []string{"time"}},
 			map[string]any{"name": "sentry/task_exit", "context_fields": []string{"time"}},
 		},
-		"sinks": []any{map[string]any{"name": "remote", "config": map[string]any{"endpoint": h.path(holdapi.TraceName), "retries": 10, "backoff": "25us", "backoff_max": "10ms"}}},
+		"sinks": []any{map[string]any{"name": "coffer", "config": map[string]any{"endpoint": h.path(holdapi.TraceName)}}},
 	}}
 	for name, v := range map[string]any{"config.json": spec, "trace.json": trace} {
 		b, err := json.Marshal(v)

@@ -22,13 +22,21 @@ import (
 const (
 	// traceVersion is the version of gVisor's remote sink protocol
 	// (pkg/sentry/seccheck/sinks/remote/wire): a handshake each way, then packets
-	// of an 8-byte little-endian header and a protobuf message.
+	// of an 8-byte little-endian header and a protobuf message. The sandbox speaks it by
+	// tools/gvisor/sink, whose text is always UTF-8: what is not is escaped there.
 	traceVersion = 1
-	// maxTrace bounds one packet; the kernel's default socket buffer is smaller.
+	// maxTrace bounds one packet; the sandbox sends half of it at most.
 	maxTrace        = 256 << 10
 	traceHeaderSize = 8
 	handshakeWait   = 5 * time.Second
 )
+
+// looksInto are the calls by which a process looks into another, ptrace aside.
+var looksInto = map[uint64]string{
+	unix.SYS_PROCESS_VM_READV:  "process_vm_readv",
+	unix.SYS_PROCESS_VM_WRITEV: "process_vm_writev",
+	unix.SYS_PIDFD_GETFD:       "pidfd_getfd",
+}
 
 // trace receives what the sandbox says about the job.
 type trace struct {
@@ -52,8 +60,10 @@ type trace struct {
 	ended     bool
 	uncounted bool
 	execs     int64
-	dropped   int64
 	groups    groups
+	// unsent are messages that the runtime says it could not send, unread those that came
+	// and could not be read.
+	unsent, unread int64
 }
 
 func listenTrace(path string, events *eventLog, watched opens, grace time.Duration, log *slog.Logger) (*trace, error) {
@@ -86,7 +96,8 @@ func (t *trace) finish() {
 	t.mu.Unlock()
 	_ = t.l.Close()
 	if conn != nil {
-		_ = conn.Close()
+		// What has come is still read.
+		_ = conn.CloseRead()
 	}
 	t.wg.Wait()
 }
@@ -95,7 +106,7 @@ func (t *trace) status(s *holdapi.Status) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s.Started, s.TraceLost = isClosed(t.started), isClosed(t.lost)
-	s.Execs, s.Dropped = t.execs, t.dropped
+	s.Execs, s.Dropped = t.execs, t.unsent+t.unread
 }
 
 // accept allows one trace at a time, and none after a job has started: a second
@@ -210,8 +221,21 @@ func (t *trace) receive(c *net.UnixConn) error {
 
 func (t *trace) drop(n int64) {
 	t.mu.Lock()
+	t.unread += n
+	t.mu.Unlock()
+	t.gap()
+}
+
+// gap declares the trace lost once a message of a job that has started is missing: what
+// the job did then, nobody knows.
+func (t *trace) gap() {
+	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.dropped += n
+	if !isClosed(t.started) || isClosed(t.lost) || t.unsent+t.unread == 0 {
+		return
+	}
+	close(t.lost)
+	t.events.add(holdapi.Event{Kind: "trace-lost", Detail: fmt.Sprintf("%d messages that the runtime could not send, %d that could not be read", t.unsent, t.unread)})
 }
 
 // message handles one packet. Kinds that are not named here are watched for
@@ -226,8 +250,9 @@ func (t *trace) message(b []byte) error {
 		return fmt.Errorf("packet header of %d bytes", head)
 	}
 	t.mu.Lock()
-	t.dropped = max(t.dropped, int64(binary.LittleEndian.Uint32(b[4:])))
+	t.unsent = max(t.unsent, int64(binary.LittleEndian.Uint32(b[4:])))
 	t.mu.Unlock()
+	defer t.gap()
 	body := b[head:]
 	switch kind {
 	case pb.MessageType_MESSAGE_CONTAINER_START:
@@ -261,7 +286,7 @@ func (t *trace) message(b []byte) error {
 		if err := proto.Unmarshal(body, &m); err != nil {
 			return fmt.Errorf("sentry/execve: %w", err)
 		}
-		e := holdapi.Event{Kind: "exec", Detail: m.BinaryPath, Process: t.program(m.ContextData), UnixNano: m.ContextData.GetTimeNs()}
+		e := holdapi.Event{Kind: "exec", Detail: programPath(m.BinaryPath), Process: t.program(m.ContextData), UnixNano: m.ContextData.GetTimeNs()}
 		if len(m.BinarySha256) > 0 {
 			e.Digest = "sha256:" + hex.EncodeToString(m.BinarySha256)
 		}
@@ -275,12 +300,18 @@ func (t *trace) message(b []byte) error {
 		t.groups.exec(&m)
 		t.mu.Unlock()
 		t.events.add(e)
+		if len(m.BinaryPath) > maxPath {
+			return fmt.Errorf("sentry/execve: a path of %d bytes", len(m.BinaryPath))
+		}
 	case pb.MessageType_MESSAGE_SYSCALL_OPEN:
 		var m pb.Open
 		if err := proto.Unmarshal(body, &m); err != nil {
 			return fmt.Errorf("syscall/open: %w", err)
 		}
 		if p, watched := t.opens.look(&m); watched {
+			if len(p) > maxPath {
+				return fmt.Errorf("syscall/open: a path of %d bytes", len(p))
+			}
 			t.events.add(holdapi.Event{Kind: "open", Detail: p, Process: t.program(m.ContextData), UnixNano: m.ContextData.GetTimeNs()})
 		}
 	case pb.MessageType_MESSAGE_SYSCALL_CONNECT:
@@ -295,6 +326,14 @@ func (t *trace) message(b []byte) error {
 			return fmt.Errorf("syscall/ptrace: %w", err)
 		}
 		t.events.add(holdapi.Event{Kind: "ptrace", Detail: fmt.Sprintf("request %d on pid %d", m.Request, m.Pid), Process: t.program(m.ContextData), UnixNano: m.ContextData.GetTimeNs()})
+	case pb.MessageType_MESSAGE_SYSCALL_RAW:
+		var m pb.Syscall
+		if err := proto.Unmarshal(body, &m); err != nil {
+			return fmt.Errorf("syscall: %w", err)
+		}
+		if call, does := looksInto[m.Sysno]; does {
+			t.events.add(holdapi.Event{Kind: "ptrace", Detail: fmt.Sprintf("%s of %d", call, int32(m.Arg1)), Process: t.program(m.ContextData), UnixNano: m.ContextData.GetTimeNs()}) //nolint:gosec // a process, or a descriptor of one, is an int
+		}
 	default:
 	}
 	return nil

@@ -109,7 +109,7 @@ func This() Machine {
 // Node makes the checks of a node's configuration. endorsements is the verifier's folder of
 // them, which may be another machine's.
 func Node(ctx context.Context, c Config, m Machine, endorsements string) []stack.Finding {
-	out := []stack.Finding{m.clock(), m.disk(c.StateDir), m.runDir(c.RunDir), images(c.ImageStore), m.tpm(c.TPM), m.tsm(c.TSM), containerd(ctx, c.Containerd)}
+	out := []stack.Finding{m.clock(), m.disk(c.StateDir), m.runDir(c.RunDir), images(c.ImageStore), m.tpm(c.TPM), m.tsm(c.TSM), containerd(ctx, c.Containerd), trace(ctx, c.Runsc)}
 	out = append(out, m.gpus(ctx, c, endorsements)...)
 	out = append(out, m.verifier(ctx, c), broker(ctx, c))
 	return append(out, m.registries(ctx, c.Images.Registries)...)

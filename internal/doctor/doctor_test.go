@@ -79,13 +79,14 @@ type world struct {
 	removed int
 	kernel  string
 	runsc   string
+	sink    string
 }
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	dir := t.TempDir()
 	w := &world{
-		free: 8 << 30, memory: true, right: true, jwks: keySet(t), kernel: "sev_guest\n", runsc: "550.90.12\n580.65.06",
+		free: 8 << 30, memory: true, right: true, jwks: keySet(t), kernel: "sev_guest\n", runsc: "550.90.12\n580.65.06", sink: "coffer",
 		inv: contract.Inventory{DriverVersion: "580.65.06", CCMode: contract.CCOn, Devices: []contract.Device{{UUID: "GPU-1", Name: "NVIDIA H100", Persistent: true}}},
 	}
 	must := func(err error) {
@@ -148,7 +149,7 @@ func newWorld(t *testing.T) *world {
 // look returns the findings by name.
 func (w *world) look(t *testing.T) map[string]stack.Finding {
 	t.Helper()
-	if err := executable.Write(w.c.Runsc, []byte("#!/bin/sh\nprintf '"+w.runsc+"'\n")); err != nil {
+	if err := executable.Write(w.c.Runsc, []byte("#!/bin/sh\n[ $1 = nvproxy ] || exec echo 'Name: "+w.sink+"'\nprintf '"+w.runsc+"'\n")); err != nil {
 		t.Fatal(err)
 	}
 	out := map[string]stack.Finding{}
@@ -198,6 +199,7 @@ func TestFindings(t *testing.T) {
 		"no devices for sandboxes":      {func(_ *testing.T, w *world) { w.c.GPUSpecs = nil }, "gpu in the sandbox", stack.Warn, "nvproxy knows"},
 		"neither devices nor driver":    {func(_ *testing.T, w *world) { w.c.GPUSpecs, w.runsc = nil, "" }, "gpu in the sandbox", stack.Warn, "does not know"},
 		"no runsc":                      {func(_ *testing.T, w *world) { w.runsc = "'; exit 1; echo '" }, "gpu in the sandbox", stack.Fail, "exit status 1"},
+		"gVisor as others build it":     {func(_ *testing.T, w *world) { w.sink = "remote" }, "trace of jobs", stack.Fail, "no trace sink"},
 		"no verifier":                   {func(_ *testing.T, w *world) { w.c.Verifier.URL = "https://127.0.0.1:1" }, "verifier", stack.Fail, "refused"},
 		"a broker in its place":         {func(_ *testing.T, w *world) { w.c.Verifier.URL = w.c.Broker.URL }, "verifier", stack.Fail, "role"},
 		"a verifier with other keys":    {func(t *testing.T, w *world) { w.jwks = keySet(t) }, "verifier", stack.Fail, "none of its keys"},

@@ -90,7 +90,8 @@ func (n *node) container(t *testing.T, job string) string {
 	return names[0]
 }
 
-// naughty provokes every shipped rule that a job can provoke without a network.
+// naughty provokes every shipped rule that a job can provoke without a network, with names
+// that are not UTF-8.
 const naughty = `
 import ctypes, os, socket, sys
 def attempt(f):
@@ -103,10 +104,10 @@ attempt(lambda: socket.create_connection(("169.254.169.254", 80), timeout=1))
 ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0)
 for i in range(6): sys.stdout.write("x" * (1 << 20))
 sys.stdout.flush()
-fd = os.memfd_create("tool", 0)
+fd = os.memfd_create(b"\xff/../../usr/bin/python3", 0)
 with open("/usr/bin/python3", "rb") as f: os.write(fd, f.read() + b"changed")
 pid = os.fork()
-if pid == 0: os.execv("/proc/self/fd/%d" % fd, ["tool", "-c", "pass"])
+if pid == 0: os.execve("/proc/self/fd/%d" % fd, [b"\xff", "-c", "pass"], {b"\xff": b"\xfe"})
 os.waitpid(pid, 0)
 import time; time.sleep(60)
 `

@@ -108,6 +108,9 @@ func Open(ctx context.Context, cfg Config) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := CheckTrace(ctx, cfg.Runsc); err != nil {
+		return nil, fmt.Errorf("open sandbox node: %w", err)
+	}
 	t, err := trace("", cfg.Opens)
 	if err != nil {
 		return nil, err

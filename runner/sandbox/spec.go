@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/coffer-run/coffer/attest/plan"
 )
@@ -121,8 +122,8 @@ type traceSink struct {
 // container/start to arrive before it hands anything over. With opens, it is told of
 // every file that is opened, and picks.
 func trace(endpoint string, opens bool) ([]byte, error) {
-	// No process_name: a job gives itself one, and the runtime drops a message in which
-	// text is no UTF-8. The receiver names programs by the groups of their threads.
+	// No process_name: a job gives itself one. The receiver names programs by the groups of
+	// their threads.
 	who := []string{"time", "container_id", "group_id", "is_exec_session"}
 	points := []tracePoint{
 		{Name: "container/start", Context: []string{"time", "container_id", "group_id"}},
@@ -134,15 +135,25 @@ func trace(endpoint string, opens bool) ([]byte, error) {
 		{Name: "syscall/connect/enter", Context: who},
 		{Name: "syscall/ptrace/enter", Context: who},
 	}
+	// Other ways to look into a process.
+	for _, call := range []int{unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PIDFD_GETFD} {
+		points = append(points, rawPoint(call, who))
+	}
 	if opens {
 		at := []string{"time", "group_id", "cwd"}
 		points = append(points, tracePoint{Name: "syscall/open/enter", Context: at},
-			tracePoint{Name: "syscall/openat/enter", Optional: []string{"fd_path"}, Context: at})
+			tracePoint{Name: "syscall/creat/enter", Context: at},
+			tracePoint{Name: "syscall/openat/enter", Optional: []string{"fd_path"}, Context: at},
+			rawPoint(unix.SYS_OPENAT2, at)) // the sink makes an open of it
 	}
-	// A receiver that has no core for a tenth of a second loses nothing: the job waits.
 	return json.Marshal(traceConfig{Session: traceSession{
 		Name:   "Default",
 		Points: points,
-		Sinks:  []traceSink{{Name: "remote", Config: map[string]any{"endpoint": endpoint, "retries": 20, "backoff": "25us", "backoff_max": "10ms"}}},
+		Sinks:  []traceSink{{Name: traceSinkName, Config: map[string]any{"endpoint": endpoint}}},
 	}})
+}
+
+// rawPoint is a call that the runtime has no message of its own for.
+func rawPoint(call int, context []string) tracePoint {
+	return tracePoint{Name: fmt.Sprintf("syscall/sysno/%d/enter", call), Context: context}
 }

@@ -77,8 +77,25 @@ func TestKeyNamesWhatDeterminesATool(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(tl.Dir, "go.sum"), []byte("another sum\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if key() == tagged {
+	summed := key()
+	if summed == tagged {
 		t.Error("go.sum does not change the key")
+	}
+	own := filepath.Join(tl.Dir, "own")
+	if err := os.Mkdir(own, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []struct {
+		name, content string
+		changes       bool
+	}{{"x.go", "package own", true}, {"x.go", "package own // changed", true}, {"y.go", "package own // changed", true}, {"x_test.go", "package own", false}} {
+		before := key()
+		if err := os.WriteFile(filepath.Join(own, file.name), []byte(file.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if (key() != before) != file.changes {
+			t.Errorf("%+v: the key is %s, before it was %s", file, key(), before)
+		}
 	}
 }
 

@@ -22,7 +22,7 @@ import (
 
 // tool is a pinned program built from the Go module proxy. Its JSON form is part of its key in the cache.
 type tool struct {
-	// Dir holds the go.mod that pins Module and everything below it.
+	// Dir holds the go.mod that pins Module and everything below it, and what of our own is built into the tool.
 	Dir      string
 	Module   string
 	Packages []string
@@ -49,7 +49,7 @@ var tools = map[string]tool{
 	"runsc": {
 		Dir:      "tools/gvisor",
 		Module:   "gvisor.dev/gvisor",
-		Packages: []string{"gvisor.dev/gvisor/runsc"},
+		Packages: []string{"github.com/coffer-run/coffer/tools/gvisor/runsc"},
 		LDFlags:  "-s -w -X gvisor.dev/gvisor/runsc/version.version=%s",
 		Check:    []string{"runsc", "--version"},
 	},
@@ -85,13 +85,20 @@ func (t tool) key() (string, error) {
 		return "", fmt.Errorf("hashing a tool's recipe: %w", err)
 	}
 	fmt.Fprintln(h, runtime.Version(), runtime.GOARCH)
-	for _, name := range []string{"go.mod", "go.sum"} {
+	err := fs.WalkDir(os.DirFS(t.Dir), ".", func(name string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() || strings.HasSuffix(name, "_test.go") {
+			return err
+		}
 		b, err := os.ReadFile(filepath.Join(t.Dir, name))
 		if err != nil {
-			return "", fmt.Errorf("hashing a tool's recipe: %w", err)
+			return err
 		}
 		fmt.Fprintln(h, name, len(b))
 		h.Write(b)
+		return nil
+	})
+	if err != nil {
+		return "", fmt.Errorf("hashing a tool's recipe: %w", err)
 	}
 	return hex.EncodeToString(h.Sum(nil))[:16], nil
 }

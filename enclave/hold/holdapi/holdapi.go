@@ -255,10 +255,10 @@ type Status struct {
 	// Started is true once the trace has shown container/start. Until then no
 	// input opens and no descriptor is handed out.
 	Started bool `json:"started"`
-	// TraceLost is true once a trace connection that had been there is gone
-	// while the job still runs.
+	// TraceLost is true once a trace connection that had been there is gone while the
+	// job still runs, or a message of it was lost.
 	TraceLost bool `json:"traceLost"`
-	// Execs counts executed programs, Dropped trace messages lost by the runtime.
+	// Execs counts executed programs, Dropped trace messages that were lost.
 	Execs   int64 `json:"execs"`
 	Dropped int64 `json:"dropped"`
 	// RegionBytes are held now; Scrubbed says that all were zeroed and checked.
