@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/coffer-run/coffer/attest/bundle"
+	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/runner/jobspec"
 )
@@ -142,7 +142,7 @@ func (a *Agent) prune(ctx context.Context, j *Job) {
 			continue
 		}
 		k := kept{sequence: c.Sequence}
-		if r, err := bundle.ParseCheckpointRecord(c.Record); err == nil {
+		if r, err := receipt.DecodeCheckpointRecord(c.Record); err == nil {
 			k.made = time.Unix(0, r.UnixNano)
 		}
 		if b := spec.Keep.Best; b != nil {

@@ -44,48 +44,14 @@ const (
 )
 
 // Labels are what access policies look at.
-type Labels struct {
-	Sensitivity string `json:"sensitivity,omitempty"`
-	Region      string `json:"region,omitempty"`
-	Project     string `json:"project,omitempty"`
-}
+type Labels receipt.AssetLabels
 
 // Rule asks for approvals by Count members of Group.
 type Rule = receipt.Rule
 
 // Policy says under what an asset's key is released. The zero Policy stands for
 // DefaultPolicy.
-type Policy struct {
-	// Approvals must all hold. Without any, a grant needs the owner's consent, for
-	// which approvals that another asset's policy asks for do not stand.
-	Approvals []Rule `json:"approvals,omitempty"`
-	// Verifiers are whose results count, Threshold how many of them must have
-	// one. Empty is every one that the broker knows, and one.
-	Verifiers []string `json:"verifiers,omitempty"`
-	Threshold int      `json:"verifierThreshold,omitempty"`
-	// KEMs are the kinds of recipient keys; empty is KEMHybrid alone.
-	KEMs []string `json:"kems,omitempty"`
-	// Protocols serve the asset; empty is ProtocolCoffer alone.
-	Protocols []string `json:"protocols,omitempty"`
-	// LeaseSeconds and GraceSeconds are receipt.Lease's.
-	LeaseSeconds int64 `json:"leaseSeconds"`
-	GraceSeconds int64 `json:"graceSeconds"`
-	// MaxReleases and MaxDurationSeconds bound grants; 0 is the broker's bound.
-	MaxReleases        int   `json:"maxReleases,omitempty"`
-	MaxDurationSeconds int64 `json:"maxDurationSeconds,omitempty"`
-	// Affirming are claims of the trust vector (draft-ietf-rats-ar4si, section
-	// 2.3) that at least one device must affirm. No device may be less than
-	// affirming in any case.
-	Affirming []string `json:"affirming,omitempty"`
-	// StopAtExpiry stops running jobs when their grant ends.
-	StopAtExpiry bool `json:"stopAtExpiry,omitempty"`
-	// StopAtKeyDisabled stops running jobs when the key-encryption key of the asset
-	// is disabled at its store.
-	StopAtKeyDisabled bool `json:"stopAtKeyDisabled,omitempty"`
-	// MaxResultAgeSeconds stops running jobs whose newest attestation result is
-	// older; 0 asks for no result after the first.
-	MaxResultAgeSeconds int64 `json:"maxResultAgeSeconds,omitempty"`
-}
+type Policy receipt.AssetPolicy
 
 // DefaultPolicy is what an asset has that names none.
 func DefaultPolicy() Policy {

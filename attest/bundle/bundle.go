@@ -207,9 +207,6 @@ type Bundle struct {
 // session key.
 const StatementLabel = "coffer/v1 statement"
 
-// CheckpointLabel does so for a checkpoint record's.
-const CheckpointLabel = "coffer/v1 checkpoint"
-
 // SignedDigest is what the session key signs: SHA-256 of label, a zero byte and body.
 func SignedDigest(label string, body []byte) [sha256.Size]byte {
 	b := make([]byte, 0, len(label)+1+len(body))

@@ -1,9 +1,6 @@
 package bundle
 
 import (
-	"errors"
-	"fmt"
-
 	"github.com/coffer-run/coffer/attest/plan"
 )
 
@@ -163,40 +160,4 @@ func Decode[T any](b []byte) (T, error) {
 		return zero, err
 	}
 	return v, nil
-}
-
-// CheckpointVersion is the only checkpoint record version there is.
-const CheckpointVersion = "coffer.run/checkpoint/v1"
-
-// CheckpointRecord is what the session key signs of one checkpoint.
-type CheckpointRecord struct {
-	Version  string      `json:"version"`
-	JobID    string      `json:"jobId"`
-	Plan     plan.Digest `json:"plan"`
-	Asset    string      `json:"asset"`
-	Sequence uint64      `json:"sequence"`
-	Name     string      `json:"name"`
-	// Digest is the SHA-384 of the sealed manifest, Parent that of the
-	// checkpoint before, empty for the first.
-	Digest   plan.Digest `json:"digest"`
-	Parent   plan.Digest `json:"parent,omitempty"`
-	Bytes    int64       `json:"bytes"`
-	UnixNano int64       `json:"unixNano"`
-}
-
-// ParseCheckpointRecord reads a record.
-func ParseCheckpointRecord(b []byte) (CheckpointRecord, error) {
-	r, err := Decode[CheckpointRecord](b)
-	if err != nil {
-		return CheckpointRecord{}, fmt.Errorf("parse checkpoint record: %w", err)
-	}
-	switch {
-	case r.Version != CheckpointVersion:
-		return CheckpointRecord{}, fmt.Errorf("parse checkpoint record: version %.40q: want %q", r.Version, CheckpointVersion)
-	case r.Digest.Bytes() == nil:
-		return CheckpointRecord{}, errors.New("parse checkpoint record: no digest")
-	case r.Parent != "" && r.Parent.Bytes() == nil:
-		return CheckpointRecord{}, errors.New("parse checkpoint record: parent is no digest")
-	}
-	return r, nil
 }

@@ -23,22 +23,36 @@ type Rule struct {
 	Count int    `json:"count"`
 }
 
-// AssetPolicy says under what an asset's key is released. The broker's Policy
-// has the same fields and says what each means.
+// AssetPolicy says under what an asset's key is released. Its owner signs it.
 type AssetPolicy struct {
-	Approvals          []Rule   `json:"approvals,omitempty"`
-	Verifiers          []string `json:"verifiers,omitempty"`
-	Threshold          int      `json:"verifierThreshold,omitempty"`
-	KEMs               []string `json:"kems,omitempty"`
-	Protocols          []string `json:"protocols,omitempty"`
-	LeaseSeconds       int64    `json:"leaseSeconds"`
-	GraceSeconds       int64    `json:"graceSeconds"`
-	MaxReleases        int      `json:"maxReleases,omitempty"`
-	MaxDurationSeconds int64    `json:"maxDurationSeconds,omitempty"`
-	Affirming          []string `json:"affirming,omitempty"`
-	StopAtExpiry       bool     `json:"stopAtExpiry,omitempty"`
-	StopAtKeyDisabled  bool     `json:"stopAtKeyDisabled,omitempty"`
-
+	// Approvals must all hold. Without any, a grant needs the owner's consent, for
+	// which approvals that another asset's policy asks for do not stand.
+	Approvals []Rule `json:"approvals,omitempty"`
+	// Verifiers are whose results count, Threshold how many of them must have
+	// one. Empty is every one that the broker knows, and one.
+	Verifiers []string `json:"verifiers,omitempty"`
+	Threshold int      `json:"verifierThreshold,omitempty"`
+	// KEMs are the kinds of recipient keys; empty is mlkem768-x25519 alone.
+	KEMs []string `json:"kems,omitempty"`
+	// Protocols serve the asset; empty is coffer's own alone.
+	Protocols []string `json:"protocols,omitempty"`
+	// LeaseSeconds and GraceSeconds are Lease's.
+	LeaseSeconds int64 `json:"leaseSeconds"`
+	GraceSeconds int64 `json:"graceSeconds"`
+	// MaxReleases and MaxDurationSeconds bound grants; 0 is the broker's bound.
+	MaxReleases        int   `json:"maxReleases,omitempty"`
+	MaxDurationSeconds int64 `json:"maxDurationSeconds,omitempty"`
+	// Affirming are claims of the trust vector (draft-ietf-rats-ar4si, section
+	// 2.3) that at least one device must affirm. No device may be less than
+	// affirming in any case.
+	Affirming []string `json:"affirming,omitempty"`
+	// StopAtExpiry stops running jobs when their grant ends.
+	StopAtExpiry bool `json:"stopAtExpiry,omitempty"`
+	// StopAtKeyDisabled stops running jobs when the key-encryption key of the asset
+	// is disabled at its store.
+	StopAtKeyDisabled bool `json:"stopAtKeyDisabled,omitempty"`
+	// MaxResultAgeSeconds stops running jobs whose newest attestation result is
+	// older; 0 asks for no result after the first.
 	MaxResultAgeSeconds int64 `json:"maxResultAgeSeconds,omitempty"`
 }
 

@@ -65,7 +65,7 @@ type view struct {
 	Egress     *bundle.Egress
 	HasEgress  bool
 	Points     []point
-	Resumed    *bundle.CheckpointRecord
+	Resumed    *receipt.CheckpointRecord
 	Alerts     *bundle.Alerts
 	Signer     string
 	Materials  *materials
@@ -98,7 +98,7 @@ type person struct {
 }
 
 type point struct {
-	bundle.CheckpointRecord
+	receipt.CheckpointRecord
 
 	Anchored bool
 }
@@ -192,7 +192,7 @@ func (v *view) documents(b *bundle.Bundle) {
 		v.reattested(r)
 	}
 	if r, err := bundle.Decode[bundle.Resume](b.Parts[bundle.ResumePart]); err == nil {
-		if rec, err := bundle.ParseCheckpointRecord(r.Record); err == nil {
+		if rec, err := receipt.DecodeCheckpointRecord(r.Record); err == nil {
 			v.Resumed = &rec
 		}
 	}
@@ -212,7 +212,7 @@ func (v *view) documents(b *bundle.Bundle) {
 	}
 	if list, err := bundle.Decode[[]bundle.Checkpoint](b.Parts[bundle.Checkpoints]); err == nil {
 		for _, c := range list {
-			if r, err := bundle.ParseCheckpointRecord(c.Record); err == nil {
+			if r, err := receipt.DecodeCheckpointRecord(c.Record); err == nil {
 				v.Points = append(v.Points, point{CheckpointRecord: r, Anchored: c.Anchor != ""})
 			}
 		}

@@ -174,10 +174,10 @@ func TestWordsOfTheJobAreText(t *testing.T) {
 		Egress:  &bundle.Egress{Connections: []bundle.Connection{{Host: evil, Address: evil, End: evil}}, Denials: []bundle.Denial{{Host: evil, Rule: evil, Process: evil}}},
 		Agent:   &bundle.Agent{Node: evil, Submitter: evil, Runtime: evil, Containerd: evil},
 		Alerts:  &bundle.Alerts{Findings: []bundle.Finding{{Rule: evil, Severity: evil, Action: evil, Kind: evil, Process: evil, Path: evil, Address: evil}}},
-		Resumed: &bundle.CheckpointRecord{JobID: evil, Digest: evil},
+		Resumed: &receipt.CheckpointRecord{JobID: evil, Digest: evil},
 		Again:   &again{Listed: []attested{{Cause: evil, Verdict: evil, Why: evil, Then: evil}}}, Metrics: &bundle.Metrics{Values: []bundle.Metric{{Name: evil}}},
 		Signer: evil, Materials: &materials{Signer: evil, Digest: evil, Listed: []bundle.Component{{Name: evil, Version: evil, PURL: evil}}},
-		Points:   []point{{CheckpointRecord: bundle.CheckpointRecord{Name: evil}}},
+		Points:   []point{{CheckpointRecord: receipt.CheckpointRecord{Name: evil}}},
 		Releases: []receipt.Release{{Asset: evil, Grant: evil}}, PlanJSON: evil,
 	}
 	b.Reset()

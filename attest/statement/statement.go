@@ -31,6 +31,7 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle"
 	"github.com/coffer-run/coffer/attest/bundle/verify"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 )
 
 // Types of statements and predicates.
@@ -153,7 +154,7 @@ type reading struct {
 	bundle      *bundle.Bundle
 	plan        plan.Plan
 	agent       bundle.Agent
-	checkpoints []bundle.CheckpointRecord
+	checkpoints []receipt.CheckpointRecord
 	// sbom is the image's bill of materials, empty if the record has none, and
 	// sbomSigner who signed it.
 	sbom       bundle.SBOM
@@ -198,7 +199,7 @@ func read(in Input) (*reading, error) {
 			return nil, err
 		}
 		for _, c := range list {
-			rec, err := bundle.ParseCheckpointRecord(c.Record)
+			rec, err := receipt.DecodeCheckpointRecord(c.Record)
 			if err != nil {
 				return nil, err
 			}

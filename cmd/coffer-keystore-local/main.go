@@ -89,7 +89,7 @@ func run(ctx context.Context, args []string, _ io.Reader, stdout, stderr io.Writ
 	key := fs.Arg(1)
 	switch fs.Arg(0) {
 	case "status":
-		return status(ctx, s, stdout)
+		return kit.WriteKeys(ctx, s, stdout)
 	case "add":
 		return s.AddKey(key)
 	case "rotate":
@@ -105,21 +105,6 @@ func run(ctx context.Context, args []string, _ io.Reader, stdout, stderr io.Writ
 		}
 		return kit.ServeKeyStore(served, stderr)
 	}
-}
-
-func status(ctx context.Context, s *local.Store, stdout io.Writer) error {
-	info, err := s.Info(ctx)
-	if err != nil {
-		return err
-	}
-	for _, k := range info.Keys {
-		state := "enabled"
-		if k.Disabled {
-			state = "disabled"
-		}
-		fmt.Fprintf(stdout, "%s  versions %d to %d  %s\n", k.ID, k.Oldest, k.Newest, state)
-	}
-	return nil
 }
 
 // lock returns what the configuration locks the file with.

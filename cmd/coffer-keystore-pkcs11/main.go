@@ -68,7 +68,7 @@ func run(ctx context.Context, args []string, _ io.Reader, stdout, stderr io.Writ
 	key := fs.Arg(1)
 	switch fs.Arg(0) {
 	case "status":
-		return status(ctx, s, stdout)
+		return kit.WriteKeys(ctx, s, stdout)
 	case "generate":
 		return s.Generate(ctx, key)
 	case "disable", "enable":
@@ -76,19 +76,4 @@ func run(ctx context.Context, args []string, _ io.Reader, stdout, stderr io.Writ
 	default:
 		return kit.ServeKeyStore(s, stderr)
 	}
-}
-
-func status(ctx context.Context, s *pkcs11.Store, stdout io.Writer) error {
-	info, err := s.Info(ctx)
-	if err != nil {
-		return err
-	}
-	for _, k := range info.Keys {
-		state := "enabled"
-		if k.Disabled {
-			state = "disabled"
-		}
-		fmt.Fprintf(stdout, "%s  versions %d to %d  %s\n", k.ID, k.Oldest, k.Newest, state)
-	}
-	return nil
 }

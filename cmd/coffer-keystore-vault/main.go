@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"flag"
-	"fmt"
 	"io"
 
 	"github.com/coffer-run/coffer/internal/daemon"
@@ -67,16 +66,5 @@ func run(ctx context.Context, args []string, _ io.Reader, stdout, stderr io.Writ
 	if fs.NArg() == 0 {
 		return kit.ServeKeyStore(s, stderr)
 	}
-	info, err := s.Info(ctx)
-	if err != nil {
-		return err
-	}
-	for _, k := range info.Keys {
-		state := "enabled"
-		if k.Disabled {
-			state = "disabled"
-		}
-		fmt.Fprintf(stdout, "%s  versions %d to %d  %s\n", k.ID, k.Oldest, k.Newest, state)
-	}
-	return nil
+	return kit.WriteKeys(ctx, s, stdout)
 }

@@ -15,7 +15,6 @@ import (
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/simulate"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
-	"github.com/coffer-run/coffer/enclave/seal"
 )
 
 func TestMain(m *testing.M) {
@@ -123,9 +122,6 @@ func tampered(file []byte) ([]byte, error) {
 func TestHolderTypes(t *testing.T) {
 	c := holdapi.Checkpoint{Sequence: 1, Name: "n", Digest: plan.Sum(nil), Parent: plan.Sum(nil), Bytes: 2, Nanos: 3, Record: []byte("r"), Signature: []byte("s")}
 	same[bundle.Checkpoint](t, c)
-	same[bundle.CheckpointRecord](t, seal.Record{
-		Version: seal.RecordVersion, JobID: "j", Plan: plan.Sum(nil), Asset: "a", Sequence: 2, Name: "n", Digest: plan.Sum(nil), Parent: plan.Sum(nil), Bytes: 1, UnixNano: 2,
-	})
 	same[bundle.Event](t, holdapi.Event{Sequence: 1, UnixNano: 2, Kind: "k", Detail: "d", Process: "p", Digest: "x", Checkpoint: &c})
 }
 

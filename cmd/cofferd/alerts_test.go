@@ -6,27 +6,11 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/coffer-run/coffer/internal/daemon"
 	"github.com/coffer-run/coffer/runner/rules"
 )
 
 func TestDocumentedAlerts(t *testing.T) {
-	b, err := os.ReadFile("../../docs/watching.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := fence.FindSubmatch(b)
-	if m == nil {
-		t.Fatal("docs/watching.md has no configuration")
-	}
-	path := filepath.Join(t.TempDir(), "cofferd.json")
-	if err := os.WriteFile(path, m[1], 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var c Config
-	if err := daemon.ReadConfig(path, &c); err != nil {
-		t.Fatal(err)
-	}
+	c := documented(t, "watching")
 	if err := c.Alerts.validate(); err != nil || c.Rules == "" {
 		t.Errorf("%+v: %v", c.Alerts, err)
 	}
@@ -40,7 +24,7 @@ func TestDocumentedAlerts(t *testing.T) {
 		"a url with a size":            {URL: "https://x", FileBytes: 1},
 		"a size below nothing":         {File: "/x", FileBytes: -1},
 		"a token that is not there":    {URL: "https://x", TokenFile: "/nowhere"},
-		"an authority that is not one": {URL: "https://x", CAFile: path},
+		"an authority that is not one": {URL: "https://x", CAFile: "../../docs/watching.md"},
 	} {
 		err := a.validate()
 		if err == nil {

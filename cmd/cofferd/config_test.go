@@ -13,16 +13,16 @@ import (
 
 var fence = regexp.MustCompile("(?ms)^```json\n(.*?)^```$")
 
-// documented is the configuration in docs/sources.md.
-func documented(t *testing.T) Config {
+// documented is the first configuration on a page of docs/.
+func documented(t *testing.T, page string) Config {
 	t.Helper()
-	b, err := os.ReadFile("../../docs/sources.md")
+	b, err := os.ReadFile("../../docs/" + page + ".md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	m := fence.FindSubmatch(b)
 	if m == nil {
-		t.Fatal("docs/sources.md has no configuration")
+		t.Fatalf("docs/%s.md has no configuration", page)
 	}
 	path := filepath.Join(t.TempDir(), "cofferd.json")
 	if err := os.WriteFile(path, m[1], 0o600); err != nil {
@@ -36,7 +36,7 @@ func documented(t *testing.T) Config {
 }
 
 func TestDocumentedSources(t *testing.T) {
-	c := documented(t)
+	c := documented(t, "sources")
 	c.Sources.CacheDir = t.TempDir()
 	k, err := c.cache(slog.New(slog.DiscardHandler))
 	if err != nil || k == nil {
@@ -61,7 +61,7 @@ func TestRefusedSources(t *testing.T) {
 		"no buckets":        {func(s *Sources) { s.Buckets = nil }, "buckets"},
 	} {
 		c := valid()
-		c.Sources = documented(t).Sources
+		c.Sources = documented(t, "sources").Sources
 		if err := c.validate(); err != nil {
 			t.Fatal(err)
 		}
@@ -70,7 +70,7 @@ func TestRefusedSources(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	c := documented(t)
+	c := documented(t, "sources")
 	c.Sources.Buckets[0].Endpoint = "http://minio.example.com"
 	if _, err := c.cache(slog.New(slog.DiscardHandler)); err == nil {
 		t.Error("an endpoint without TLS is taken")

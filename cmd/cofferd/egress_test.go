@@ -1,30 +1,12 @@
 package main
 
 import (
-	"os"
 	"path/filepath"
 	"testing"
-
-	"github.com/coffer-run/coffer/internal/daemon"
 )
 
 func TestDocumentedEgress(t *testing.T) {
-	b, err := os.ReadFile("../../docs/egress.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := fence.FindSubmatch(b)
-	if m == nil {
-		t.Fatal("docs/egress.md has no configuration")
-	}
-	path := filepath.Join(t.TempDir(), "cofferd.json")
-	if err := os.WriteFile(path, m[1], 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var c Config
-	if err := daemon.ReadConfig(path, &c); err != nil {
-		t.Fatal(err)
-	}
+	c := documented(t, "egress")
 	if err := c.Egress.validate(); err != nil || len(c.Egress.Resolvers) != 1 {
 		t.Errorf("%+v: %v", c.Egress, err)
 	}

@@ -10,33 +10,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"github.com/coffer-run/coffer/internal/daemon"
 )
 
-func documentedImages(t *testing.T) Config {
-	t.Helper()
-	b, err := os.ReadFile("../../docs/images.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := fence.FindSubmatch(b)
-	if m == nil {
-		t.Fatal("docs/images.md has no configuration")
-	}
-	path := filepath.Join(t.TempDir(), "cofferd.json")
-	if err := os.WriteFile(path, m[1], 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var c Config
-	if err := daemon.ReadConfig(path, &c); err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
 func TestDocumentedImages(t *testing.T) {
-	c := documentedImages(t)
+	c := documented(t, "images")
 	if err := c.Images.validate(); err != nil {
 		t.Fatal(err)
 	}

@@ -233,7 +233,7 @@ func TestResumeRefusals(t *testing.T) {
 		}, "resume.asset"},
 		"with a bad signature": {func(c []byte) (string, string) {
 			dir := copied(good.folders[0])
-			b, err := plan.Canonical(seal.SignedRecord{Record: good.made[0].Encoded, Signature: must1(stranger.SignCheckpoint(good.made[0].Encoded)), SessionKey: good.session.Public()})
+			b, err := plan.Canonical(receipt.SignedCheckpoint{Record: good.made[0].Encoded, Signature: must1(stranger.SignCheckpoint(good.made[0].Encoded)), SessionKey: good.session.Public()})
 			must(t, err)
 			must(t, os.WriteFile(filepath.Join(dir, seal.RecordName), b, 0o600))
 			return good.point(t, digest, c, 1, nil), dir

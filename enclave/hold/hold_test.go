@@ -411,8 +411,8 @@ func TestEndToEnd(t *testing.T) {
 	}
 	want := []map[string][]byte{{"shards/w0": weights, "meta.json": []byte("{}")}, {"best.npz": weights[:100]}}
 	for i, c := range commits {
-		must(t, keys.VerifyLabelled(h.hi.SessionKey, keys.LabelCheckpoint, c.Record, c.Signature))
-		r, err := seal.ParseRecord(c.Record)
+		must(t, keys.VerifyLabelled(h.hi.SessionKey, receipt.CheckpointLabel, c.Record, c.Signature))
+		r, err := receipt.DecodeCheckpointRecord(c.Record)
 		must(t, err)
 		if r.Sequence != uint64(i+1) || r.Digest != c.Digest || r.Plan != planDigest || r.JobID != jobID || i == 1 && r.Parent != commits[0].Digest {
 			t.Errorf("record %+v", r)

@@ -12,9 +12,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/hold/holdapi"
 	"github.com/coffer-run/coffer/enclave/keys"
-	"github.com/coffer-run/coffer/enclave/seal"
 )
 
 // needRunsc finds the sandbox runtime among the tools that were built.
@@ -166,7 +166,7 @@ echo DONE`)
 	copy(e4[5000:], "abc")
 	want := map[string]map[string][]byte{"e1": {"d/copy": big}, "e2": {"e2": e2}, "e4": {"e4": e4}}
 	for _, c := range st.Checkpoints {
-		r, err := seal.ParseRecord(c.Record)
+		r, err := receipt.DecodeCheckpointRecord(c.Record)
 		must(t, err)
 		if w := want[c.Name]; w != nil {
 			openSealed(t, key, "ckpt", filepath.Join(sink, c.Folder()), r.Digest, w)

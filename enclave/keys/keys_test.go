@@ -149,7 +149,7 @@ func TestSessionSignsOnlyWhatItKnows(t *testing.T) {
 	if err := VerifyLabelled(s.Public(), LabelStatement, st, sig); err != nil {
 		t.Error(err)
 	}
-	if err := VerifyLabelled(s.Public(), LabelCheckpoint, st, sig); err == nil {
+	if err := VerifyLabelled(s.Public(), receipt.CheckpointLabel, st, sig); err == nil {
 		t.Error("a statement passes for a checkpoint")
 	}
 	sum = sha256.Sum256(st)

@@ -18,15 +18,13 @@ import (
 )
 
 const (
-	// LabelStatement and LabelCheckpoint precede, with a zero byte, what is
-	// signed. A release request is signed bare: it begins with a brace, so that
-	// no two kinds share a first byte.
-	LabelStatement  = "coffer/v1 statement"
-	LabelCheckpoint = "coffer/v1 checkpoint"
+	// LabelStatement precedes, with a zero byte, a statement that is signed, as
+	// receipt.CheckpointLabel does a checkpoint's record. A release request is signed
+	// bare: it begins with a brace, so that no two kinds share a first byte.
+	LabelStatement = "coffer/v1 statement"
 
-	// MaxStatement bounds a bundle statement, MaxRecord a checkpoint record, in bytes.
+	// MaxStatement bounds a bundle statement, in bytes.
 	MaxStatement = 128 << 10
-	MaxRecord    = 16 << 10
 )
 
 // Session is the ECDSA P-256 key by which a job speaks.
@@ -76,7 +74,7 @@ func (s *Session) SignStatement(statement []byte) ([]byte, error) {
 
 // SignCheckpoint signs a checkpoint record.
 func (s *Session) SignCheckpoint(record []byte) ([]byte, error) {
-	return s.signLabelled(LabelCheckpoint, record, MaxRecord)
+	return s.signLabelled(receipt.CheckpointLabel, record, receipt.MaxCheckpointRecord)
 }
 
 // Destroy forgets the key.

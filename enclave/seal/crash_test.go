@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/keys"
 )
 
@@ -69,10 +70,10 @@ func TestKilledAtEachStep(t *testing.T) {
 			whole++
 			b, err := os.ReadFile(filepath.Join(second, RecordName))
 			must(t, err)
-			var sr SignedRecord
+			var sr receipt.SignedCheckpoint
 			must(t, plan.Decode(b, 1<<20, &sr))
-			must(t, keys.VerifyLabelled(sr.SessionKey, keys.LabelCheckpoint, sr.Record, sr.Signature))
-			r, err := ParseRecord(sr.Record)
+			must(t, keys.VerifyLabelled(sr.SessionKey, receipt.CheckpointLabel, sr.Record, sr.Signature))
+			r, err := receipt.DecodeCheckpointRecord(sr.Record)
 			must(t, err)
 			must(t, Check(t.Context(), openRoot(t, second), "ckpt", r.Digest))
 			got, err := openAll(t, testKey(t, 1), "ckpt", second, r.Digest)

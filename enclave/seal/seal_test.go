@@ -17,6 +17,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/enclave/keys"
 )
 
@@ -509,12 +510,12 @@ func TestCheckpointRecord(t *testing.T) {
 	c := Commit{JobID: "job", Plan: plan.Sum([]byte("p")), Asset: "ckpt", Sequence: 1, Name: "epoch-1", Folder: "000001-epoch-1"}
 	got, err := SealCheckpoint(t.Context(), key, session, []Source{memSource("w", pattern(100))}, root, c, time.Now, Options{})
 	must(t, err)
-	r, err := ParseRecord(got.Encoded)
+	r, err := receipt.DecodeCheckpointRecord(got.Encoded)
 	must(t, err)
 	if r != got.Record {
 		t.Errorf("record reads back as %+v, want %+v", r, got.Record)
 	}
-	must(t, keys.VerifyLabelled(session.Public(), keys.LabelCheckpoint, got.Encoded, got.Signature))
+	must(t, keys.VerifyLabelled(session.Public(), receipt.CheckpointLabel, got.Encoded, got.Signature))
 	must(t, Check(t.Context(), openRoot(t, filepath.Join(dir, c.Folder)), "ckpt", r.Digest))
 	if _, err := openAll(t, key, "ckpt", filepath.Join(dir, c.Folder), r.Digest); err != nil {
 		t.Error(err)

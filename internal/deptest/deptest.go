@@ -118,16 +118,6 @@ func (r Rule) Check(g Graph) []Breach {
 	return out
 }
 
-// Matches reports whether g has any package that r is about.
-func (r Rule) Matches(g Graph) bool {
-	for pkg := range g {
-		if matchAny(r.About, pkg) && !matchAny(r.Except, pkg) {
-			return true
-		}
-	}
-	return false
-}
-
 func (r Rule) chains(g Graph, from string) [][]string {
 	var out [][]string
 	parent := map[string]string{from: ""}

@@ -30,9 +30,8 @@ func (l Layout) signerPublic() string { return l.path("images", "signer.pub") }
 func (l Layout) signatures() string   { return l.path("images", "signatures") }
 
 // ImageSignerKey returns the file with the private key that signs images for the
-// stack, and ImageSignatures the folder where its node looks for signatures.
-func (e Endpoint) ImageSignerKey() string  { return e.layout.signerKey() }
-func (e Endpoint) ImageSignatures() string { return e.layout.signatures() }
+// stack.
+func (e Endpoint) ImageSignerKey() string { return e.layout.signerKey() }
 
 func createImageSigner(path string) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -53,9 +53,6 @@ func (l Layout) peopleFile() string { return l.path("people", "people.json") }
 func (l Layout) passwordFile(name string) string { return l.path("people", name+".password") }
 func (l Layout) sshKey(name string) string       { return l.path("people", name+".ssh") }
 
-// PasswordFile returns the file with the password of one of the stack's people.
-func (e Endpoint) PasswordFile(name string) string { return e.layout.passwordFile(name) }
-
 // SSHKeyFile returns the file with the private SSH key of one of the stack's
 // approvers or owners, or of "maintainer", who signs its policy set.
 func (e Endpoint) SSHKeyFile(name string) string { return e.layout.sshKey(name) }

@@ -2,6 +2,7 @@
 package kit
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -34,6 +35,25 @@ func ServeKeyStore(impl keystore.Store, stderr io.Writer) error {
 		return plugin.DefaultGRPCServer(append(opts, grpc.MaxRecvMsgSize(keystore.MaxMessage)))
 	}
 	return serve("key store", "coffer-broker", keystore.PluginName, &keystore.Plugin{Impl: impl}, server, stderr)
+}
+
+// WriteKeys writes what a store says of its keys, a line for each, for people who look
+// after it.
+func WriteKeys(ctx context.Context, s keystore.Store, w io.Writer) error {
+	info, err := s.Info(ctx)
+	if err != nil {
+		return err
+	}
+	for _, k := range info.Keys {
+		state := "enabled"
+		if k.Disabled {
+			state = "disabled"
+		}
+		if _, err := fmt.Fprintf(w, "%s  versions %d to %d  %s\n", k.ID, k.Oldest, k.Newest, state); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Hosted reports whether a host started this process as its plugin. It is for

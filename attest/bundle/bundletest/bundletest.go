@@ -659,10 +659,10 @@ func (j *Job) SignRelease(r receipt.Release) (string, error) {
 }
 
 // Checkpoint makes a signed checkpoint, changed before it is signed.
-func (j *Job) Checkpoint(sequence uint64, parent plan.Digest, change func(*bundle.CheckpointRecord)) (bundle.Checkpoint, error) {
+func (j *Job) Checkpoint(sequence uint64, parent plan.Digest, change func(*receipt.CheckpointRecord)) (bundle.Checkpoint, error) {
 	name := fmt.Sprintf("epoch-%d", sequence)
-	r := bundle.CheckpointRecord{
-		Version: bundle.CheckpointVersion, JobID: j.ID, Plan: j.Plan, Asset: "checkpoints", Sequence: sequence, Name: name,
+	r := receipt.CheckpointRecord{
+		Version: receipt.CheckpointVersion, JobID: j.ID, Plan: j.Plan, Asset: "checkpoints", Sequence: sequence, Name: name,
 		Digest: plan.Sum([]byte(j.ID + name)), Parent: parent, Bytes: 1000, UnixNano: j.lab.Now.UnixNano(),
 	}
 	if change != nil {
@@ -672,7 +672,7 @@ func (j *Job) Checkpoint(sequence uint64, parent plan.Digest, change func(*bundl
 	if err != nil {
 		return bundle.Checkpoint{}, err
 	}
-	sig, err := j.sign(bundle.CheckpointLabel, rec)
+	sig, err := j.sign(receipt.CheckpointLabel, rec)
 	return bundle.Checkpoint{Sequence: r.Sequence, Name: r.Name, Digest: r.Digest, Parent: r.Parent, Bytes: r.Bytes, Nanos: 1000, Record: rec, Signature: sig}, err
 }
 

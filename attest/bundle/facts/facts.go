@@ -376,7 +376,7 @@ func (r *reader) outputs() Section {
 	s := Section{Name: "outputs", Title: "What came out"}
 	var res bundle.Resume
 	if part(r, bundle.ResumePart, &res) {
-		if rec, err := bundle.ParseCheckpointRecord(res.Record); err == nil {
+		if rec, err := receipt.DecodeCheckpointRecord(res.Record); err == nil {
 			s.add("went on from", "checkpoint %d of job %s, %s", rec.Sequence, rec.JobID, rec.Digest)
 		} else {
 			s.add("went on from", "no checkpoint: there was none")

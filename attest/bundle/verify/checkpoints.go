@@ -107,7 +107,7 @@ func (v *verification) resumedLatest(g *check.List, r bundle.Resume, c plan.Chec
 
 // resumedRecord checks the record by the key beside it: whose key that was, the
 // record of the job that made it says.
-func resumedRecord(g *check.List, r bundle.Resume) (bundle.CheckpointRecord, bool) {
+func resumedRecord(g *check.List, r bundle.Resume) (receipt.CheckpointRecord, bool) {
 	k, err := x509.ParsePKIXPublicKey(r.SessionKey)
 	session, _ := k.(*ecdsa.PublicKey)
 	if err == nil && session == nil {
@@ -119,9 +119,9 @@ func resumedRecord(g *check.List, r bundle.Resume) (bundle.CheckpointRecord, boo
 	}
 	if err != nil {
 		g.Fail("resume.record-signature", "a record with its signature", err.Error(), "")
-		return bundle.CheckpointRecord{}, false
+		return receipt.CheckpointRecord{}, false
 	}
-	return bundle.CheckpointRecord(rec), true
+	return rec, true
 }
 
 // resumeSeen wants the holder's own word in the trace.
@@ -161,7 +161,7 @@ func (v *verification) anchored(g *check.List, id, token string, record []byte, 
 func (v *verification) anchors(g *check.List, list []bundle.Checkpoint) {
 	var open []string
 	for _, c := range list {
-		r, err := bundle.ParseCheckpointRecord(c.Record)
+		r, err := receipt.DecodeCheckpointRecord(c.Record)
 		if err != nil {
 			continue // said already
 		}
@@ -169,7 +169,7 @@ func (v *verification) anchors(g *check.List, list []bundle.Checkpoint) {
 			open = append(open, fmt.Sprint(r.Sequence))
 			continue
 		}
-		if h, ok := v.anchored(g, "checkpoint.anchor", c.Anchor, c.Record, receipt.CheckpointRecord(r)); ok {
+		if h, ok := v.anchored(g, "checkpoint.anchor", c.Anchor, c.Record, r); ok {
 			v.heads = append(v.heads, h)
 		}
 	}

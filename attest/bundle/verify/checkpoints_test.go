@@ -18,8 +18,8 @@ func resumedJob(t *testing.T, l *bundletest.Lab, nothing bool, change func(*rece
 	t.Helper()
 	j := newJob(t, l, bundletest.Options{ID: "job-2", Resume: plan.ResumeLatest})
 	from := newJob(t, l, bundletest.Options{ID: "job-1", Resume: plan.ResumeLatest})
-	first := must2(from.Checkpoint(1, "", func(r *bundle.CheckpointRecord) { r.Plan = j.Plan }))(t)
-	second := must2(from.Checkpoint(2, first.Digest, func(r *bundle.CheckpointRecord) { r.Plan = j.Plan }))(t)
+	first := must2(from.Checkpoint(1, "", func(r *receipt.CheckpointRecord) { r.Plan = j.Plan }))(t)
+	second := must2(from.Checkpoint(2, first.Digest, func(r *receipt.CheckpointRecord) { r.Plan = j.Plan }))(t)
 	c := &second
 	if nothing {
 		c = nil

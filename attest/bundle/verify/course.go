@@ -238,13 +238,13 @@ func orNone(d plan.Digest) string {
 	return string(d)
 }
 
-func (v *verification) checkpoint(g *check.List, c bundle.Checkpoint) (bundle.CheckpointRecord, bool) {
-	r, err := bundle.ParseCheckpointRecord(c.Record)
+func (v *verification) checkpoint(g *check.List, c bundle.Checkpoint) (receipt.CheckpointRecord, bool) {
+	r, err := receipt.DecodeCheckpointRecord(c.Record)
 	if err != nil {
 		g.Fail("checkpoint.form", "a checkpoint record", err.Error(), "")
 		return r, false
 	}
-	if !v.signed(bundle.CheckpointLabel, c.Record, c.Signature) {
+	if !v.signed(receipt.CheckpointLabel, c.Record, c.Signature) {
 		g.Fail("checkpoint.signature", "a signature by the session key in the evidence", "none that holds", "the checkpoint is not the attested job's")
 		return r, false
 	}

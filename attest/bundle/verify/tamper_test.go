@@ -20,6 +20,7 @@ import (
 	"github.com/coffer-run/coffer/attest/bundle/bundletest"
 	"github.com/coffer-run/coffer/attest/bundle/verify"
 	"github.com/coffer-run/coffer/attest/plan"
+	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/attest/translog"
 )
 
@@ -267,7 +268,7 @@ func wholeJob(t *testing.T, l *bundletest.Lab, id string, again *plan.Reattest) 
 	}
 	o.ID = id + "-before"
 	from := newJob(t, l, o)
-	first := must2(from.Checkpoint(1, "", func(r *bundle.CheckpointRecord) { r.Plan = j.Plan }))(t)
+	first := must2(from.Checkpoint(1, "", func(r *receipt.CheckpointRecord) { r.Plan = j.Plan }))(t)
 	must(t, j.Resumed(from, &first, nil))
 	return j
 }

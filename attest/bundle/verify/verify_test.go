@@ -443,9 +443,9 @@ func TestLyingAgent(t *testing.T) {
 		{"first checkpoint left out, parent", "checkpoint.parent", edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { *l = (*l)[1:] })},
 		{"checkpoints reordered", "checkpoint.sequence", edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { slices.Reverse(*l) })},
 		{"checkpoint described otherwise", "checkpoint.record", edit(bundle.Checkpoints, func(l *[]bundle.Checkpoint) { (*l)[0].Bytes++ })},
-		{"checkpoint under another key", "checkpoint.asset", checkpoint(func(r *bundle.CheckpointRecord) { r.Asset = "mine" })},
-		{"checkpoint of another plan", "checkpoint.plan", checkpoint(func(r *bundle.CheckpointRecord) { r.Plan = plan.Sum(nil) })},
-		{"checkpoint of another job", "checkpoint.job", checkpoint(func(r *bundle.CheckpointRecord) { r.JobID = "job-9" })},
+		{"checkpoint under another key", "checkpoint.asset", checkpoint(func(r *receipt.CheckpointRecord) { r.Asset = "mine" })},
+		{"checkpoint of another plan", "checkpoint.plan", checkpoint(func(r *receipt.CheckpointRecord) { r.Plan = plan.Sum(nil) })},
+		{"checkpoint of another job", "checkpoint.job", checkpoint(func(r *receipt.CheckpointRecord) { r.JobID = "job-9" })},
 		{"not scrubbed", "holder.scrubbed", edit(bundle.HolderStatus, func(s *bundle.Status) { s.Scrubbed = false })},
 		{"holder's status withheld", "holder.scrubbed", func(_ *testing.T, j *bundletest.Job) { delete(j.Parts, bundle.HolderStatus) }},
 		{"trace lost", "holder.trace", edit(bundle.HolderStatus, func(s *bundle.Status) { s.TraceLost = true })},
@@ -767,7 +767,7 @@ func resign(t *testing.T, j *bundletest.Job, change func(*receipt.Result)) {
 	}
 }
 
-func checkpoint(change func(*bundle.CheckpointRecord)) func(*testing.T, *bundletest.Job) {
+func checkpoint(change func(*receipt.CheckpointRecord)) func(*testing.T, *bundletest.Job) {
 	return func(t *testing.T, j *bundletest.Job) {
 		t.Helper()
 		c, err := j.Checkpoint(1, "", change)
