@@ -129,19 +129,11 @@ func (h *handout) admit(c *net.UnixConn) error {
 }
 
 func (h *handout) serve(c *net.UnixConn) {
-	buf := make([]byte, holdapi.MaxRegionRequest+1)
-	oob := make([]byte, unix.CmsgSpace(4*(maxFDs+1)))
+	buf := make([]byte, holdapi.MaxRegionRequest)
 	for {
-		n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
-		if err != nil || n == 0 {
-			return
-		}
 		// Descriptors from a job are nobody's to use.
-		fds, err := holdapi.Descriptors(oob[:oobn])
-		for _, f := range fds {
-			_ = f.Close()
-		}
-		if err != nil || len(fds) > 0 || flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+		n, _, err := holdapi.Receive(c, buf, 0)
+		if err != nil {
 			return
 		}
 		res, fd := h.answer(buf[:n])

@@ -106,21 +106,16 @@ func samePeer(c *net.UnixConn) error {
 }
 
 func (h *Holder) conn(ctx context.Context, c *net.UnixConn, stop func()) {
-	buf := make([]byte, holdapi.MaxMessage+1)
-	oob := make([]byte, unix.CmsgSpace(4*(maxFDs+1)))
+	buf := make([]byte, holdapi.MaxMessage)
 	for {
-		n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
-		if err != nil || n == 0 {
-			return
-		}
-		fds, err := holdapi.Descriptors(oob[:oobn])
+		n, fds, err := holdapi.Receive(c, buf, maxFDs)
 		var res holdapi.Response
 		exit := false
 		switch {
-		case err != nil:
-			res = failed(fail(holdapi.CodeInvalid, "descriptors: %w", err))
-		case n > holdapi.MaxMessage || flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
+		case errors.Is(err, holdapi.ErrTooMuch):
 			res = failed(fail(holdapi.CodeInvalid, "request is longer than %d bytes, or has more than %d descriptors", holdapi.MaxMessage, maxFDs))
+		case err != nil:
+			return
 		default:
 			res, exit = h.answer(ctx, buf[:n], fds)
 		}

@@ -29,6 +29,9 @@ var protocolRows = [][4]string{
 	{"object store", "sends the node's signed requests to another address, such as that of a cloud's metadata", "it is not asked", "`TestNoRedirectIsFollowed`"},
 	{"object store", "answers each range with the whole object, or with its beginning", "the folder is refused", "`TestRefusedSources`"},
 	{"object store", "calls an object compressed", "it is read as it came, and held against its digest", "`TestNothingIsDecompressed`"},
+	{"broker, verifier", "answers with more than an answer may be large", "64 MiB are kept; the service counts as away", "`TestAnswersThatAreTooLarge`"},
+	{"broker", "renews leases of jobs that nobody asked for, or says nothing of one that was asked for", "nothing is renewed", "`TestRenewalsOfOthers`"},
+	{"agent, job", "sends the holder packets that are empty, malformed, too large or out of order, with up to 253 descriptors each", "nothing is answered but an error, and no descriptor stays open", "`TestPacketsOfAStranger`"},
 	{"broker", "signs a lease of so many seconds that they overflow", "refused (`lease.form`)", "`TestLeasesThatAreNotTheJobs`"},
 }
 

@@ -40,7 +40,7 @@ func NewBroker(s Service) (*Broker, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Broker{client: brokerv1connect.NewBrokerServiceClient(s.HTTP, s.URL), keys: keys, id: s.ID, jwks: s.JWKS, http: s.HTTP, url: s.URL}, nil
+	return &Broker{client: brokerv1connect.NewBrokerServiceClient(s.HTTP, s.URL, connect.WithReadMaxBytes(maxAnswer)), keys: keys, id: s.ID, jwks: s.JWKS, http: s.HTTP, url: s.URL}, nil
 }
 
 // ID is the broker's name, the audience of results.
@@ -183,6 +183,9 @@ func (b *Broker) Renew(ctx context.Context, l []Renewal) (map[string]Lease, erro
 		out[r.JobID] = Lease{Err: errors.New("the broker does not answer for this job")}
 	}
 	for _, got := range r.Msg.GetRenewed() {
+		if _, asked := out[got.GetJobId()]; !asked {
+			continue
+		}
 		switch {
 		case got.GetRefused() != "":
 			out[got.GetJobId()] = Lease{Err: fmt.Errorf("the broker gives no lease: %.200s", got.GetRefused())}

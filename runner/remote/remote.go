@@ -25,6 +25,8 @@ const (
 	Patience = 30 * time.Second
 	// maxPause bounds the pause between two tries.
 	maxPause = 2 * time.Second
+	// maxAnswer bounds one answer, in bytes. The entries of a job are the largest.
+	maxAnswer = 64 << 20
 )
 
 // Unavailable means that a service could not be reached or could not answer.

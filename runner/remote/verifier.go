@@ -49,7 +49,7 @@ func NewVerifier(s Service) (*Verifier, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Verifier{client: verifierv1connect.NewVerifierServiceClient(s.HTTP, s.URL), http: s.HTTP, url: s.URL, keys: keys, id: s.ID, jwks: s.JWKS}, nil
+	return &Verifier{client: verifierv1connect.NewVerifierServiceClient(s.HTTP, s.URL, connect.WithReadMaxBytes(maxAnswer)), http: s.HTTP, url: s.URL, keys: keys, id: s.ID, jwks: s.JWKS}, nil
 }
 
 // ID is the verifier's name, which evidence binds.

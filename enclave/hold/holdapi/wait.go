@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 
@@ -91,53 +90,22 @@ func GiveJob(c *net.UnixConn, j Job) error {
 
 // AwaitJob waits to be told of a job. io.EOF means that there will be none.
 func AwaitJob(c *net.UnixConn) (_ Job, err error) {
-	b := make([]byte, MaxMessage+1)
-	oob := make([]byte, unix.CmsgSpace(3*4))
-	n, oobn, flags, _, err := c.ReadMsgUnix(b, oob)
+	b := make([]byte, MaxMessage)
+	n, files, err := Receive(c, b, 2)
 	if err != nil {
 		return Job{}, fmt.Errorf("wait for a job: %w", err)
 	}
-	files, err := Descriptors(oob[:oobn])
 	defer func() {
 		if err != nil {
-			for _, f := range files {
-				_ = f.Close()
-			}
+			closeAll(files)
 		}
 	}()
-	if err != nil {
-		return Job{}, fmt.Errorf("wait for a job: %w", err)
-	}
-	if n == 0 && len(files) == 0 {
-		return Job{}, fmt.Errorf("wait for a job: %w", io.EOF)
-	}
 	var w waitingJob
-	if n > MaxMessage || flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 || len(files) != 2 {
-		return Job{}, fmt.Errorf("wait for a job: %d bytes with %d descriptors: want at most %d, and 2", n, len(files), MaxMessage)
+	if len(files) != 2 {
+		return Job{}, fmt.Errorf("wait for a job: %d descriptors, want 2", len(files))
 	}
 	if err := plan.Decode(b[:n], MaxMessage, &w); err != nil {
 		return Job{}, fmt.Errorf("wait for a job: %w", err)
 	}
 	return Job{w.Args, files[0], files[1]}, nil
-}
-
-// Descriptors returns those that came with a packet. They are the caller's, also
-// after an error.
-func Descriptors(oob []byte) ([]*os.File, error) {
-	ms, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, err
-	}
-	var out []*os.File
-	for _, m := range ms {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			return out, err
-		}
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-			out = append(out, os.NewFile(uintptr(fd), "received"))
-		}
-	}
-	return out, nil
 }
