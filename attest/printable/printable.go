@@ -94,6 +94,11 @@ func show(s, stay string, spaces int) string {
 	var out strings.Builder
 	marks, blanks := maxMarks, 0 // a mark at the beginning would be on what stands before s
 	for i := 0; i < len(s); {
+		if c := s[i]; c > ' ' && c < 0x7f {
+			out.WriteByte(c)
+			marks, blanks, i = 0, 0, i+1
+			continue
+		}
 		r, n := utf8.DecodeRuneInString(s[i:])
 		seen := visible(r) && (r != utf8.RuneError || n > 1)
 		if unicode.In(r, unicode.Mn, unicode.Me) {

@@ -49,8 +49,8 @@ func (a *Alerts) validate() error {
 		return errors.New("configuration: alerts: want a file or a url")
 	case a.File != "" && (!filepath.IsAbs(a.File) || a.FileBytes < 0 || a.TokenFile != "" || a.CAFile != ""):
 		return errors.New("configuration: alerts.file: want an absolute path, and nothing that goes with a url")
-	case a.URL != "" && (err != nil || u.Scheme != "https" || u.Host == "" || a.FileBytes != 0):
-		return errors.New("configuration: alerts.url: want https, and nothing that goes with a file")
+	case a.URL != "" && (err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || a.FileBytes != 0):
+		return errors.New("configuration: alerts.url: want https without a name or a password, which go into tokenFile, and nothing that goes with a file")
 	}
 	return nil
 }
@@ -74,15 +74,15 @@ func (a *Alerts) open(log *slog.Logger) (*alerts.Sink, error) {
 			return nil, errors.New("configuration: alerts.caFile: no certificate in it")
 		}
 	}
-	w := alerts.HTTP{URL: a.URL, Client: &http.Client{Transport: transport}}
+	token := ""
 	if a.TokenFile != "" {
-		token, err := os.ReadFile(a.TokenFile)
+		b, err := os.ReadFile(a.TokenFile)
 		if err != nil {
 			return nil, fmt.Errorf("configuration: alerts.tokenFile: %w", err)
 		}
-		w.Token = strings.TrimSpace(string(token))
+		token = strings.TrimSpace(string(b))
 	}
-	return alerts.NewSink(w, log), nil
+	return alerts.NewSink(alerts.NewHTTP(a.URL, token, transport), log), nil
 }
 
 func closeAlerts(s *alerts.Sink) {

@@ -14,9 +14,11 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/coffer-run/coffer/runner/rules"
@@ -203,7 +205,7 @@ func TestHTTP(t *testing.T) {
 		w.WriteHeader(status)
 	}))
 	defer server.Close()
-	h := HTTP{URL: server.URL, Token: "secret", Client: server.Client()}
+	h := NewHTTP(server.URL, "secret", http.DefaultTransport)
 	if err := h.Write(t.Context(), []byte("x\n")); err == nil || !strings.Contains(err.Error(), "503") {
 		t.Errorf("a collector that is busy: %v", err)
 	}
@@ -211,8 +213,69 @@ func TestHTTP(t *testing.T) {
 	if err := h.Write(t.Context(), []byte("y\n")); err != nil || string(got) != "y\n" {
 		t.Errorf("got %q, %v", got, err)
 	}
-	h.Token = "other"
-	if err := h.Write(t.Context(), []byte("y\n")); err == nil {
+	if err := NewHTTP(server.URL, "other", http.DefaultTransport).Write(t.Context(), []byte("y\n")); err == nil {
 		t.Error("a collector that refuses: delivered")
+	}
+	if err := (HTTP{}).Write(t.Context(), []byte("y\n")); err == nil {
+		t.Error("no collector: delivered")
+	}
+}
+
+// A collector that sends elsewhere has neither the alerts nor the token follow, with any
+// of the codes, and what goes wrong names no key that stands in its URL.
+func TestHostileCollector(t *testing.T) {
+	var asked atomic.Int64
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
+	defer elsewhere.Close()
+	code := 0
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, elsewhere.URL+"/?"+r.Header.Get("Authorization"), code)
+	}))
+	for _, code = range []int{301, 302, 303, 307, 308} {
+		err := NewHTTP(server.URL+"/?key=secret", "secret", http.DefaultTransport).Write(t.Context(), []byte("x\n"))
+		if err == nil || strings.Contains(err.Error(), "secret") || asked.Load() > 0 {
+			t.Errorf("%d: %v, and the other place was asked %d times", code, err, asked.Load())
+		}
+	}
+	server.Close()
+	if err := NewHTTP(server.URL+"/?key=secret", "", http.DefaultTransport).Write(t.Context(), []byte("x\n")); err == nil || strings.Contains(err.Error(), "secret") {
+		t.Errorf("nobody listens: %v", err)
+	}
+	// An answer without end is read so far and no further.
+	endless := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		for line := bytes.Repeat([]byte("x"), 1<<16); ; {
+			if _, err := w.Write(line); err != nil {
+				return
+			}
+		}
+	}))
+	defer endless.Close()
+	if err := NewHTTP(endless.URL, "", http.DefaultTransport).Write(t.Context(), []byte("x\n")); err != nil {
+		t.Error(err)
+	}
+}
+
+// What a job chose begins no line of the collector's and adds no field, and it shows.
+func TestLinesAreOneEach(t *testing.T) {
+	a := alert(1)
+	a.Finding.Event.Process, a.Finding.Event.Path, a.Finding.Event.Address = "x\n{\"class_uid\":2004}", "/a\",\"severity\":\"low\u2028\u202e\x1b[2J\u009b", "1.2.3.4\r\n"
+	b, err := a.OCSF()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range string(b) {
+		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || unicode.Is(unicode.Zl, r) {
+			t.Errorf("%U in %q", r, b)
+		}
+	}
+	var e struct {
+		Severity  string
+		Evidences []struct {
+			Process struct{ Name string }
+			File    struct{ Path string }
+		}
+	}
+	if err := json.Unmarshal(b, &e); err != nil || e.Severity != string(a.Finding.Rule.Severity) || e.Evidences[0].Process.Name != a.Finding.Event.Process || e.Evidences[0].File.Path != a.Finding.Event.Path {
+		t.Errorf("%+v, %v", e, err)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/coffer-run/coffer/attest/printable"
 	"github.com/coffer-run/coffer/runner/rules"
 )
 
@@ -150,7 +151,9 @@ func (a Alert) OCSF() ([]byte, error) {
 		e.ActionID, e.Disposition = 2, 2
 	}
 	e.Evidences = evidences(f.Event)
-	return json.Marshal(e)
+	b, err := json.Marshal(e)
+	// People read the lines with programs that show what they get.
+	return []byte(printable.Text(string(b))), err
 }
 
 func evidences(e rules.Event) []evidence {

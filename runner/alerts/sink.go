@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -185,34 +186,47 @@ func (f File) Write(_ context.Context, lines []byte) (err error) {
 	return nil
 }
 
-// HTTP posts batches as application/x-ndjson.
+// HTTP posts batches as application/x-ndjson. The zero value delivers nothing.
 type HTTP struct {
-	URL string
-	// Token goes into the Authorization header as a bearer's, if it is not empty.
-	Token  string
-	Client *http.Client
+	url, token string
+	client     *http.Client
 }
 
-// Write posts lines. Any answer but 2xx is an error.
+// NewHTTP returns a writer to the collector at url. A token that is not empty goes into
+// the Authorization header as a bearer's. The collector is the one that is configured:
+// where it sends elsewhere, neither alerts nor the token follow.
+func NewHTTP(url, token string, transport http.RoundTripper) HTTP {
+	return HTTP{url, token, &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}
+}
+
+// Write posts lines. Any answer but 2xx is an error, which names nothing of the URL but
+// its host: a query can be a key.
 func (h HTTP) Write(ctx context.Context, lines []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, postTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.URL, bytes.NewReader(lines))
+	if h.client == nil {
+		return errors.New("post alerts: no collector is configured")
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.url, bytes.NewReader(lines))
 	if err != nil {
-		return fmt.Errorf("post alerts: %w", err)
+		return errors.New("post alerts: the collector's URL is none")
 	}
 	req.Header.Set("Content-Type", "application/x-ndjson")
-	if h.Token != "" {
-		req.Header.Set("Authorization", "Bearer "+h.Token)
+	if h.token != "" {
+		req.Header.Set("Authorization", "Bearer "+h.token)
 	}
-	res, err := h.Client.Do(req)
+	res, err := h.client.Do(req)
 	if err != nil {
-		return fmt.Errorf("post alerts: %w", err)
+		var at *url.Error
+		if errors.As(err, &at) {
+			err = at.Err
+		}
+		return fmt.Errorf("post alerts to %s: %w", req.URL.Host, err)
 	}
 	defer res.Body.Close() //nolint:errcheck // nothing of it is used
 	_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, 64<<10))
 	if res.StatusCode/100 != 2 {
-		return fmt.Errorf("post alerts: the collector answers %s", res.Status)
+		return fmt.Errorf("post alerts to %s: the collector answers %d", req.URL.Host, res.StatusCode)
 	}
 	return nil
 }

@@ -18,7 +18,7 @@ func Diff(a, b []Section) []Change {
 	var out []Change
 	for _, s := range a {
 		for _, k := range keys(s) {
-			if after := is[k.id]; after != k.value {
+			if after, ok := is[k.id]; !ok || after != k.value {
 				out = append(out, Change{Section: s.Name, Name: k.name, Before: k.value, After: after})
 			}
 		}
@@ -36,7 +36,16 @@ func Diff(a, b []Section) []Change {
 	return out
 }
 
-type keyed struct{ id, name, value string }
+type keyed struct {
+	id          fact
+	name, value string
+}
+
+// fact says which of the facts of one name it is: no other has the same three.
+type fact struct {
+	section, name string
+	number        int
+}
 
 // keys returns a section's comparable facts. Facts of one name, such as two
 // approvals of one person, are told apart by their number.
@@ -47,17 +56,18 @@ func keys(s Section) []keyed {
 		if f.Own {
 			continue
 		}
-		name := f.Name
-		if seen[name]++; seen[f.Name] > 1 {
-			name = fmt.Sprintf("%s (%d)", f.Name, seen[f.Name])
+		seen[f.Name]++
+		id, name := fact{s.Name, f.Name, seen[f.Name]}, f.Name
+		if id.number > 1 {
+			name = fmt.Sprintf("%s (%d)", f.Name, id.number)
 		}
-		out = append(out, keyed{s.Name + "\x00" + name, name, f.Value})
+		out = append(out, keyed{id, name, f.Value})
 	}
 	return out
 }
 
-func index(l []Section) map[string]string {
-	out := map[string]string{}
+func index(l []Section) map[fact]string {
+	out := map[fact]string{}
 	for _, s := range l {
 		for _, k := range keys(s) {
 			out[k.id] = k.value

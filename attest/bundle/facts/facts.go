@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -174,12 +175,18 @@ func flat(s *Section, at string, v any) {
 // number writes whole numbers without an exponent.
 func number(f float64) string { return strconv.FormatFloat(f, 'f', -1, 64) }
 
-// strung joins a list of strings and numbers.
+// plainWord is a string that cannot be taken for several, for none, or for a number.
+var plainWord = regexp.MustCompile(`^[^\s"\\0-9][^\s"\\]*$`)
+
+// strung joins a list of strings and numbers, so that two that differ are two texts.
 func strung(l []any) (string, bool) {
 	var words []string
 	for _, e := range l {
 		switch e := e.(type) {
 		case string:
+			if !plainWord.MatchString(e) {
+				e = strconv.Quote(e)
+			}
 			words = append(words, e)
 		case float64:
 			words = append(words, number(e))

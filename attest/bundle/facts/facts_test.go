@@ -165,6 +165,54 @@ func TestDiff(t *testing.T) {
 	}
 }
 
+// Names that a record's writer chooses cannot make two facts into one, and so hide that
+// one of them is another.
+func TestDiffIsNotDeceivedByNames(t *testing.T) {
+	section := func(f ...facts.Fact) []facts.Section { return []facts.Section{{Name: "s", Facts: f}} }
+	before := section(facts.Fact{Name: "x", Value: "1"}, facts.Fact{Name: "x", Value: "3"}, facts.Fact{Name: "x (2)", Value: "3"})
+	after := section(facts.Fact{Name: "x", Value: "1"}, facts.Fact{Name: "x", Value: "evil"}, facts.Fact{Name: "x (2)", Value: "3"})
+	if got := facts.Diff(before, after); len(got) != 1 || got[0].Before != "3" || got[0].After != "evil" {
+		t.Errorf("one value differs, and the difference is %+v", got)
+	}
+	none, empty := section(), section(facts.Fact{Name: "x"})
+	if there, back := facts.Diff(none, empty), facts.Diff(empty, none); len(there) != 1 || len(back) != 1 {
+		t.Errorf("a fact without a value came and went: %+v, %+v", there, back)
+	}
+}
+
+// Lists that differ are two texts, however their words are cut.
+func TestListsThatReadAlike(t *testing.T) {
+	seen := map[string][]string{}
+	for _, command := range [][]string{
+		{"sh", "-c", "rm a b"}, {"sh", "-c", "rm", "a", "b"}, {"sh", "-c rm a b"}, {"sh", "-c", `"rm a b"`}, {"sh", "-c", "rm a b", ""}, {"sh", "-c", "rm\u00a0a b"}, {"sh", "-c", "rm\ta b"},
+	} {
+		b := record(t, bundletest.Options{}, nil)
+		var p map[string]any
+		if err := plan.Decode(b.Parts[bundle.Plan], bundle.MaxPart, &p); err != nil {
+			t.Fatal(err)
+		}
+		p["command"] = command
+		var err error
+		if b.Parts[bundle.Plan], err = plan.Canonical(p); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range of(t, b) {
+			for _, f := range s.Facts {
+				if s.Name != "plan" || f.Name != "command" {
+					continue
+				}
+				if other, ok := seen[f.Value]; ok {
+					t.Errorf("%q and %q both read %s", other, command, f.Value)
+				}
+				seen[f.Value] = command
+			}
+		}
+	}
+	if len(seen) < 7 {
+		t.Errorf("%d commands were read", len(seen))
+	}
+}
+
 func TestNothingIsLeftOutUnseen(t *testing.T) {
 	for _, p := range []bundle.Part{
 		bundle.Plan, bundle.AgentPart, bundle.Result, bundle.Approvals, bundle.Releases, bundle.EgressPart, bundle.Checkpoints, bundle.LogsDigest, bundle.HolderStatus, bundle.AlertsPart, bundle.ImageSBOMPart,
