@@ -160,6 +160,9 @@ func (i *Images) fetch(ctx context.Context, n *sandbox.Node, ref string) (admitt
 	if err := i.keep(out); err != nil {
 		return admitted{}, err
 	}
+	if err := n.Room(ctx, remote.Bytes); err != nil {
+		return admitted{}, err
+	}
 	if err := i.hand(ref, remote, func(layout io.Reader) error { return n.Import(ctx, remote.Name, remote.Digest, layout) }); err != nil {
 		return admitted{}, err
 	}

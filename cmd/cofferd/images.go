@@ -28,6 +28,8 @@ type Images struct {
 	Registries []string `json:"registries,omitempty"`
 	// MaxBytes refuses larger images, compressed; default 32 GiB.
 	MaxBytes int64 `json:"maxBytes,omitempty"`
+	// MaxUnpackedBytes refuses images whose files take more; default 64 GiB.
+	MaxUnpackedBytes int64 `json:"maxUnpackedBytes,omitempty"`
 }
 
 // Signers are keys, and identities under a trusted root.
@@ -53,8 +55,8 @@ func (i *Images) validate() error {
 	if i.Signatures != "" && !filepath.IsAbs(i.Signatures) {
 		return errors.New("configuration: images: want signatures as an absolute path")
 	}
-	if i.MaxBytes < 0 {
-		return errors.New("configuration: images: maxBytes is negative")
+	if i.MaxBytes < 0 || i.MaxUnpackedBytes < 0 {
+		return errors.New("configuration: images: maxBytes or maxUnpackedBytes is negative")
 	}
 	for _, r := range i.Registries {
 		if r == "" || strings.ContainsAny(r, "/@ ") {
@@ -62,6 +64,14 @@ func (i *Images) validate() error {
 		}
 	}
 	return nil
+}
+
+// unpacked is the most that one image may take; 0 for the default.
+func (i *Images) unpacked() int64 {
+	if i == nil {
+		return 0
+	}
+	return i.MaxUnpackedBytes
 }
 
 // open reads the signers. Without images nothing is returned.

@@ -98,7 +98,7 @@ func run(ctx context.Context, args []string, _ io.Reader, _, stderr io.Writer) (
 	if err != nil {
 		return err
 	}
-	node, err := sandbox.Open(ctx, sandbox.Config{Containerd: cfg.Containerd, Runsc: cfg.Runsc, ShimPath: cfg.Shim, Cgroup: cfg.Cgroup, ImageStore: cfg.ImageStore, ImageSigners: signers, GPUs: gpuDevices(cfg, inventory.DriverVersion), Egress: networkProfile, Rules: set.Digest(), Opens: set.Needs(rules.Open)})
+	node, err := sandbox.Open(ctx, sandbox.Config{Containerd: cfg.Containerd, Runsc: cfg.Runsc, ShimPath: cfg.Shim, Cgroup: cfg.Cgroup, ImageStore: cfg.ImageStore, ImageBytes: cfg.Images.unpacked(), ImageSigners: signers, GPUs: gpuDevices(cfg, inventory.DriverVersion), Egress: networkProfile, Rules: set.Digest(), Opens: set.Needs(rules.Open)})
 	if err != nil {
 		return err
 	}

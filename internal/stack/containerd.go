@@ -17,9 +17,6 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// snapshotter unpacks images.
-const snapshotter = "overlayfs"
-
 func (l Layout) containerdSocket() string { return l.run("containerd.sock") }
 
 // containerdConfig keeps containerd to the stack's two folders, and leaves out

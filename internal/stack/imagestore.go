@@ -168,7 +168,7 @@ func (l Layout) importArchive(ctx context.Context, c *containerd.Client, archive
 		return nil, err
 	}
 	defer func() { _ = f.Close() }()
-	images, err := c.Import(ctx, f)
+	images, err := sandbox.Import(ctx, c, f, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -181,9 +181,6 @@ func (l Layout) importArchive(ctx context.Context, c *containerd.Client, archive
 	}
 	names := make([]string, 0, len(images))
 	for _, i := range images {
-		if err := containerd.NewImage(c, i).Unpack(ctx, snapshotter); err != nil {
-			return nil, fmt.Errorf("unpack %s: %w", i.Name, err)
-		}
 		if err := l.signImage(i.Target.Digest.String()); err != nil {
 			return nil, fmt.Errorf("sign %s: %w", i.Name, err)
 		}

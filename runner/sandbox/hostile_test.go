@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"archive/tar"
-	"bytes"
 	"errors"
 	"io"
 	"os"
@@ -71,27 +70,26 @@ func baseImage(t *testing.T) v1.Image {
 // importWith imports the base with one layer more, as an image that a registry has.
 func (n *Node) importWith(t *testing.T, base v1.Image, name string, entries ...*tar.Header) error {
 	t.Helper()
-	var b bytes.Buffer
-	w := tar.NewWriter(&b)
-	for _, h := range entries {
-		body := h.Uname // what is no user's name here
-		h.Uname, h.Size = "", int64(len(body))
-		if err := w.WriteHeader(h); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := w.Write([]byte(body)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	img, err := mutate.AppendLayers(base, static.NewLayer(b.Bytes(), types.OCIUncompressedLayer))
+	img, err := mutate.AppendLayers(base, static.NewLayer(archiveOf(t, entries...), types.OCIUncompressedLayer))
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
-	path, err := layout.Write(dir, mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: img}))
+	return n.importImage(t, img, name)
+}
+
+// importImage imports an image as the agent does one that a registry has.
+func (n *Node) importImage(t *testing.T, img v1.Image, name string) error {
+	t.Helper()
+	r, digest := streamOf(t, img, name)
+	err := n.Import(t.Context(), name, digest, r)
+	_ = r.CloseWithError(io.ErrClosedPipe)
+	return err
+}
+
+// streamOf is an image as the agent hands it to containerd, and its digest.
+func streamOf(t *testing.T, img v1.Image, name string) (*io.PipeReader, string) {
+	t.Helper()
+	path, err := layout.Write(t.TempDir(), mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: img}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,14 +101,12 @@ func (n *Node) importWith(t *testing.T, base v1.Image, name string, entries ...*
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, wr := io.Pipe()
+	r, w := io.Pipe()
 	go func() {
-		_, err := got.WriteTo(wr)
-		_ = wr.CloseWithError(err)
+		_, err := got.WriteTo(w)
+		_ = w.CloseWithError(err)
 	}()
-	err = n.Import(t.Context(), name, digest.String(), r)
-	_ = r.CloseWithError(io.ErrClosedPipe)
-	return err
+	return r, digest.String()
 }
 
 func TestHostileImages(t *testing.T) {
@@ -118,6 +114,8 @@ func TestHostileImages(t *testing.T) {
 	base := baseImage(t)
 	t.Run("unpacked", func(t *testing.T) { unpacksInside(t, n, base) })
 	t.Run("run", func(t *testing.T) { runsHarmlessly(t, n, base) })
+	t.Run("too much", func(t *testing.T) { refusesTooMuch(t, n) })
+	t.Run("cut off", func(t *testing.T) { unpacksWhatWasCutOff(t, n) })
 }
 
 // unpacksInside unpacks what a layer may not do: either it is refused, or nothing of it is

@@ -7,7 +7,6 @@ import (
 	"io"
 	"strings"
 
-	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 
@@ -57,17 +56,17 @@ func (n *Node) find(ctx context.Context, name string) (images.Image, error) {
 }
 
 // Import takes an OCI image layout in a tar stream into the node's store and unpacks
-// it. It must have the one image, under the name and with the digest that are given.
+// it, as the function Import does. It must have the one image, under the name and with the
+// digest that are given.
 func (n *Node) Import(ctx context.Context, name, digest string, layout io.Reader) error {
-	got, err := n.client.Import(ctx, layout)
+	_, err := importOf(ctx, n.client, layout, n.cfg.ImageBytes, func(got []images.Image) error {
+		if len(got) != 1 || got[0].Name != name || got[0].Target.Digest.String() != digest {
+			return errors.New("the layout has something else")
+		}
+		return nil
+	})
 	if err != nil {
 		return fmt.Errorf("import image %s: %w", name, err)
-	}
-	if len(got) != 1 || got[0].Name != name || got[0].Target.Digest.String() != digest {
-		return fmt.Errorf("import image %s: the layout has something else", name)
-	}
-	if err := containerd.NewImage(n.client, got[0]).Unpack(ctx, snapshotter); err != nil {
-		return fmt.Errorf("unpack image %s: %w", name, err)
 	}
 	return nil
 }

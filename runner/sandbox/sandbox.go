@@ -71,6 +71,8 @@ type Config struct {
 	Cgroup string
 	// ImageStore says where image content lies: "disk" or "tmpfs".
 	ImageStore string
+	// ImageBytes bounds what one image may take unpacked; 0 is DefaultImageBytes.
+	ImageBytes int64
 	// GPUs is how they come into sandboxes; nil if they do not.
 	GPUs *GPUs
 	// ImageSigners is who must have signed images; nil if nobody must.
@@ -311,13 +313,21 @@ func (n *Node) Create(ctx context.Context, r Request) (_ *Sandbox, err error) {
 	if err = keepSpec(r.RunDir, spec); err != nil {
 		return nil, err
 	}
-	s.container, err = n.client.NewContainer(ctx, s.id,
+	parts := []containerd.NewContainerOpts{
 		containerd.WithImage(image), containerd.WithSnapshotter(snapshotter),
 		// A writable layer, because the runtime makes the mount points in it
 		// before the root becomes read-only to the job.
 		containerd.WithNewSnapshot(s.id, image),
 		containerd.WithRuntime(Shim, &options.Options{BinaryName: wrapper, Root: runtimeRoot(r.RunDir)}),
-		containerd.WithSpec(shown))
+		containerd.WithSpec(shown),
+	}
+	s.container, err = n.client.NewContainer(ctx, s.id, parts...)
+	if errdefs.IsNotFound(err) {
+		// Whoever imported the image was killed before it was unpacked.
+		if err = Unpack(ctx, n.client, image.Metadata(), n.cfg.ImageBytes); err == nil {
+			s.container, err = n.client.NewContainer(ctx, s.id, parts...)
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("create container: %w", err)
 	}
