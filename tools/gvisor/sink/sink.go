@@ -114,10 +114,18 @@ func (s *sink) send(kind pb.MessageType, m proto.Message) {
 	}
 	s.lost.Add(1)
 	if s.telling.CompareAndSwap(false, true) {
-		go func() {
-			s.tell(0)
-			s.telling.Store(false)
-		}()
+		go s.keepTelling()
+	}
+}
+
+// keepTelling ends when the reader knows all, or is gone.
+func (s *sink) keepTelling() {
+	for s.tell(0) == nil {
+		s.telling.Store(false)
+		// What was lost until then found a goroutine that was telling.
+		if s.told.Load() == s.lost.Load() || !s.telling.CompareAndSwap(false, true) {
+			return
+		}
 	}
 }
 
@@ -148,13 +156,14 @@ func (s *sink) write(kind pb.MessageType, body []byte) error {
 
 // tell sends empty messages until one has carried the count of those that were lost, for at most limit, or with none
 // until the reader is gone.
-func (s *sink) tell(limit time.Duration) {
+func (s *sink) tell(limit time.Duration) error {
 	for began := time.Now(); s.told.Load() != s.lost.Load(); {
 		err := s.write(pb.MessageType_MESSAGE_UNKNOWN, nil)
-		if err != nil && !errors.Is(err, unix.EAGAIN) || limit > 0 && time.Since(began) > limit {
-			return
+		if err != nil && (!errors.Is(err, unix.EAGAIN) || limit > 0 && time.Since(began) > limit) {
+			return err
 		}
 	}
+	return nil
 }
 
 // marshal writes a message, with its text escaped where it must be.
@@ -189,7 +198,7 @@ func (s *sink) ExitNotifyParent(_ context.Context, _ seccheck.FieldSet, m *pb.Ex
 // TaskExit implements seccheck.Sink. After the last task's there is nobody left to tell what was lost.
 func (s *sink) TaskExit(_ context.Context, _ seccheck.FieldSet, m *pb.TaskExit) error {
 	s.send(pb.MessageType_MESSAGE_SENTRY_TASK_EXIT, m)
-	s.tell(exitWait)
+	_ = s.tell(exitWait)
 	return nil
 }
 
