@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -18,10 +19,26 @@ import (
 )
 
 // leftOver looks for what jobs that have ended still have on the machine, besides what
-// was there before.
+// was there before. Another stack's job has links, and numbers of file servers, too: what
+// is gone a moment later is its.
 func (s *soak) leftOver(before map[string][]string) {
-	for name, found := range s.onMachine() {
-		found = slices.DeleteFunc(found, func(f string) bool { return slices.Contains(before[name], f) })
+	left := s.onMachine()
+	for range 50 {
+		found := 0
+		for name := range left {
+			left[name] = slices.DeleteFunc(left[name], func(f string) bool { return slices.Contains(before[name], f) })
+			found += len(left[name])
+		}
+		if found == 0 {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+		again := s.onMachine()
+		for name := range left {
+			left[name] = slices.DeleteFunc(left[name], func(f string) bool { return !slices.Contains(again[name], f) })
+		}
+	}
+	for name, found := range left {
 		s.mu.Lock()
 		s.counts["left over: "+name] = len(found)
 		s.mu.Unlock()

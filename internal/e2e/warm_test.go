@@ -75,7 +75,7 @@ func TestJobWithMemoryThatWasReady(t *testing.T) {
 	n.withConfig(t, "cofferd", func(config map[string]any) { config["warmRegions"] = []int64{warmSize} })
 	pid := n.waitingHolder(t)
 
-	const program = `[/usr/bin/python3, -c, "import hashlib, time\nprint(hashlib.sha256(open('/inputs/data/train-images-idx3-ubyte.gz', 'rb').read()).hexdigest(), flush=True)\ntime.sleep(4)"]`
+	const program = `[/usr/bin/python3, -c, "import hashlib, time\nprint(hashlib.sha256(open('/inputs/data/train-images-idx3-ubyte.gz', 'rb').read()).hexdigest(), flush=True)\ntime.sleep(10)"]`
 	job := n.jobFile(t, "warm", func(s string) string { return strings.Replace(s, trains, program, 1) })
 	n.grant(t, n.planDigest(t, job), 1)
 	id := n.submit(t, job)

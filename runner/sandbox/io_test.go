@@ -117,12 +117,12 @@ func TestIOLimitSlowsReads(t *testing.T) {
 	}
 	r := plan.Resources{CPUMillis: 1000, MemoryBytes: 64 << 20, Pids: 8, MaxSeconds: 9}
 	read := func(name string) time.Duration {
-		cg, err := CreateCgroup("/coffer-test/"+name, r)
+		cg, err := CreateCgroup(testCgroup+"-io/"+name, r)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer func() {
-			if err := errors.Join(cg.Remove(), OpenCgroup("/coffer-test").Remove()); err != nil {
+			if err := errors.Join(cg.Remove(), OpenCgroup(testCgroup+"-io").Remove()); err != nil {
 				t.Error(err)
 			}
 		}()
