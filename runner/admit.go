@@ -38,7 +38,7 @@ func (a *Agent) Submit(ctx context.Context, submitter string, file []byte, key s
 	if err := a.mayGang(j); err != nil {
 		return journal.Job{}, err
 	}
-	if err := a.mayWait(); err != nil {
+	if err := a.mayWait(submitter); err != nil {
 		return journal.Job{}, err
 	}
 	// Before the journal's promise: a job that it has is one that can go on.
@@ -167,10 +167,24 @@ func (a *Agent) fits(memory int64) error {
 	return nil
 }
 
-func (a *Agent) mayWait() error {
+// mayWait refuses a job where too many have not ended. One submitter cannot have them
+// all: the last places are for those who have few.
+func (a *Agent) mayWait(submitter string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if len(a.live) >= maxLive {
+	switch n := len(a.live); {
+	case n >= maxLive:
+		return ErrFull
+	case n < maxLive-lastLive:
+		return nil
+	}
+	own := 0
+	for _, j := range a.live {
+		if j.submitter == submitter {
+			own++
+		}
+	}
+	if own >= fewLive {
 		return ErrFull
 	}
 	return nil

@@ -88,8 +88,9 @@ const (
 	// otherwise: a job's cores are a limit, and what it leaves idle others can use.
 	// Memory and GPUs are given once.
 	cpuShare = 4
-	// maxLive bounds the jobs that have not ended.
-	maxLive = 10_000
+	// maxLive bounds the jobs that have not ended. The last lastLive of them are for
+	// submitters of whom each has less than fewLive.
+	maxLive, lastLive, fewLive = 10_000, 1000, 100
 )
 
 // ErrFull means that too many jobs wait already.

@@ -106,7 +106,10 @@ func (q *queue) gangOf(p *place, waiting []*place) (*unit, string) {
 	}
 	u, want := &unit{}, k.size-p.gang.done
 	for _, o := range waiting {
-		if o.gang != nil && o.gang.key == k && len(u.members) < want {
+		if len(u.members) == want {
+			break // however many wait: one submitter's thousands must not cost the others
+		}
+		if o.gang != nil && o.gang.key == k {
 			u.members = append(u.members, o)
 			u.need = u.need.plus(q.share(o), 1)
 			if o.since.After(u.since) {

@@ -110,7 +110,7 @@ func (q *queue) capped(p *place) Room {
 // fits reports whether there is room for what jobs need. q.mu is held.
 func (q *queue) fits(n Share) bool {
 	return q.used.Jobs+n.Jobs <= q.total.Jobs && q.used.CPUMillis+n.CPUMillis <= q.total.CPUMillis &&
-		q.used.MemoryBytes+n.MemoryBytes <= q.total.MemoryBytes && n.GPUs <= len(q.free)
+		n.MemoryBytes <= q.total.MemoryBytes-q.used.MemoryBytes && n.GPUs <= len(q.free)
 }
 
 // lacks says what a job that waits lacks. q.mu is held.

@@ -40,8 +40,14 @@ type Share struct {
 	GPUs int `json:"gpus,omitempty"`
 }
 
+// plus adds t, or with a sign of -1 takes it away. What is more memory than a number can
+// have is as much as it can: it fits nowhere.
 func (s Share) plus(t Share, sign int64) Share {
-	return Share{Room{s.Jobs + int(sign)*t.Jobs, s.CPUMillis + sign*t.CPUMillis, s.MemoryBytes + sign*t.MemoryBytes}, s.GPUs + int(sign)*t.GPUs}
+	memory := s.MemoryBytes + sign*t.MemoryBytes
+	if sign > 0 && t.MemoryBytes > math.MaxInt64-s.MemoryBytes {
+		memory = math.MaxInt64
+	}
+	return Share{Room{s.Jobs + int(sign)*t.Jobs, s.CPUMillis + sign*t.CPUMillis, memory}, s.GPUs + int(sign)*t.GPUs}
 }
 
 // within reports whether s is no more than limit, where limit is not zero.

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode"
 
 	"golang.org/x/net/html"
 
@@ -185,6 +186,47 @@ func TestWordsOfTheJobAreText(t *testing.T) {
 		t.Fatal(err)
 	}
 	selfContained(t, b.String())
+}
+
+// What cannot be seen, turns directions round or writes over its neighbours is an escape
+// on the page, in every place where somebody's words stand.
+func TestWordsOfTheJobAreSeen(t *testing.T) {
+	const evil = "user/\u202eecila\u2066 \u200b\u00ad\u3164\ufe0f\x1b[2J\u009b"
+	l, trust := lab(t)
+	file := job(t, l, bundletest.Options{}, func(j *bundletest.Job) {
+		a, err := j.Approved()
+		if err != nil {
+			t.Fatal(err)
+		}
+		signed, err := j.Approve(j.Terms(), "alice", "alice", func(a *receipt.Approval) { a.Approver, a.Reason = evil, evil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.Approvals = append(a.Approvals, signed)
+		if j.Parts[bundle.Approvals], err = plan.Canonical([]bundle.Approved{a}); err != nil {
+			t.Fatal(err)
+		}
+		if j.Parts[bundle.AgentPart], err = plan.Canonical(bundle.Agent{Node: evil, Submitter: evil, Runtime: evil, Containerd: evil}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	r := verify.Verify(file, trust)
+	r.Name, r.Summary, r.NotProven = evil, evil, []string{evil}
+	r.Groups = append(r.Groups, verify.Group{Name: evil, Title: evil, Checks: check.List{{ID: evil, Outcome: check.Fail, Expected: evil, Found: evil, Hint: evil}}})
+	var b bytes.Buffer
+	if err := Write(&b, r, file, nil); err != nil {
+		t.Fatal(err)
+	}
+	text := b.String()
+	for _, c := range text {
+		if c != '\n' && c != '\t' && (unicode.IsControl(c) || unicode.In(c, unicode.Cf, unicode.Variation_Selector, unicode.Other_Default_Ignorable_Code_Point)) {
+			t.Fatalf("%U is on the page", c)
+		}
+	}
+	if n := strings.Count(text, `user/\u202eecila\u2066 \u200b\u00ad\u3164\ufe0f\u001b[2J\u009b`); n < 12 {
+		t.Errorf("the words are on the page %d times", n)
+	}
+	selfContained(t, text)
 }
 
 // TestControlsNameChecksThatThereAre looks for every id in a job that went well: a
