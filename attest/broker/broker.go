@@ -50,8 +50,9 @@ const (
 	page = 1_000
 )
 
-// Suite is the HPKE suite of every wrapped data key: ML-KEM-768+X25519,
-// HKDF-SHA256, AES-256-GCM.
+// Suite is the HPKE suite (RFC 9180) of wrapped data keys: ML-KEM-768+X25519,
+// HKDF-SHA256, AES-256-GCM. To a recipient key of KEMX25519, which an asset's policy has
+// to accept, its KEM is DHKEM(X25519) instead.
 func Suite() (hpke.KEM, hpke.KDF, hpke.AEAD) {
 	return hpke.MLKEM768X25519(), hpke.HKDFSHA256(), hpke.AES256GCM()
 }

@@ -45,7 +45,7 @@ func listenHandout(path string, wait func(<-chan struct{}) error, log *slog.Logg
 	if err != nil {
 		return nil, fmt.Errorf("hand out regions: %w", err)
 	}
-	// The job's user may connect. The folder above is for nobody else.
+	// The job's user may connect. Nobody else comes through the run folder.
 	if err := os.Chmod(path, 0o666); err != nil { // #nosec G302 -- as it says
 		_ = l.Close()
 		return nil, fmt.Errorf("hand out regions: %w", err)
