@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -41,10 +42,24 @@ type fakeStack struct {
 	dir    string
 	agent  *fakeAgent
 	broker *fakeBroker
-	// stopAgent ends the agent's listener.
-	stopAgent func()
+	// stopAgent and stopBroker end their listeners.
+	stopAgent, stopBroker func()
 	// seen is told of everything on standard output.
 	seen func(string)
+	// answer is what both services answer every call with; nil for their own answers.
+	answer atomic.Pointer[connect.Error]
+}
+
+// answers stands before a service.
+func (s *fakeStack) answers(next http.Handler) http.Handler {
+	write := connect.NewErrorWriter()
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if err := s.answer.Load(); err != nil {
+			_ = write.Write(w, r, err)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // fakeAgent tells a script of events.
@@ -315,10 +330,11 @@ func newFakeStack(t *testing.T) *fakeStack {
 		s.agent.mu.Unlock()
 		mux.ServeHTTP(w, r)
 	})
-	agentPort, stop := serve("agent", "node-1", handler)
+	agentPort, stop := serve("agent", "node-1", s.answers(handler))
 	s.stopAgent = stop
 	_, bh := brokerv1connect.NewBrokerServiceHandler(s.broker)
-	brokerPort, stopBroker := serve("broker", "broker", bh)
+	brokerPort, stopBroker := serve("broker", "broker", s.answers(bh))
+	s.stopBroker = stopBroker
 	t.Cleanup(func() { s.stopAgent(); stopBroker() })
 	info := fmt.Sprintf(`{"version":"coffer.run/stack/v1","ports":{"verifier":1,"broker":%d,"agent":%d},"bin":"","tools":""}`, brokerPort, agentPort)
 	if err := os.WriteFile(filepath.Join(s.dir, "stack.json"), []byte(info), 0o600); err != nil {
