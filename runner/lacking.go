@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -43,7 +44,7 @@ func (a *Agent) lacking(spec jobspec.Spec, inputs []plan.Input) []string {
 	var out []string
 	for i, in := range inputs {
 		if err := a.inputThere(sealed[i].URI, in.Digest); err != nil {
-			out = append(out, fmt.Sprintf("input %s: %s", in.Name, err))
+			out = append(out, fmt.Sprintf("input %s: %s", in.Name, notThere(sealed[i].URI, err)))
 		}
 	}
 	if c := spec.Checkpoints; c != nil {
@@ -52,10 +53,18 @@ func (a *Agent) lacking(spec jobspec.Spec, inputs []plan.Input) []string {
 			_, err = source.Folder(c.URI)
 		}
 		if err != nil {
-			out = append(out, fmt.Sprintf("checkpoints: %s", err))
+			out = append(out, fmt.Sprintf("checkpoints: %s", notThere(c.URI, err)))
 		}
 	}
 	return out
+}
+
+// notThere says in words of the job file that a folder is not there.
+func notThere(uri string, err error) error {
+	if errors.Is(err, source.ErrNotThere) && errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("there is no folder %s on the node", strings.TrimPrefix(uri, "file://"))
+	}
+	return err
 }
 
 // inputThere looks whether a folder has the manifest that a plan names.

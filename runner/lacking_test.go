@@ -40,14 +40,15 @@ func TestLacking(t *testing.T) {
 		want               []string // a part of each
 	}{
 		"all there":                             {sealed, folder("ckpt", nil), nil},
-		"no folder":                             {"file://" + base + "/nowhere", "", []string{"input data: find source: no folder"}},
+		"no folder":                             {"file://" + base + "/nowhere", "", []string{"input data: there is no folder " + base + "/nowhere on the node"}},
+		"a folder of the system":                {"file:///proc/self", "", []string{"input data: find source", "nothing below /proc"}},
 		"a folder that was not sealed":          {folder("plain", nil), "", []string{"input data: ", "coffer seal"}},
 		"sealed anew since":                     {folder("anew", write([]byte("{}"))), "", []string{"is another sealed folder"}},
 		"a pipe for a manifest":                 {folder("pipe", func(p string) error { return unix.Mkfifo(p, 0o600) }), "", []string{"is no manifest"}},
 		"a link for a manifest":                 {folder("link", func(p string) error { return os.Symlink(filepath.Join(base, "sealed", manifestName), p) }), "", []string{"input data: open"}},
 		"a manifest that is huge":               {folder("huge", func(p string) error { return errors.Join(os.WriteFile(p, nil, 0o600), os.Truncate(p, maxManifest+1)) }), "", []string{"is no manifest"}},
 		"object stores that are not configured": {"s3://data/x", "s3://ckpt/x", []string{"fetches nothing from object stores", "checkpoints: "}},
-		"no place for checkpoints":              {sealed, "file://" + base + "/none", []string{"checkpoints: find source"}},
+		"no place for checkpoints":              {sealed, "file://" + base + "/none", []string{"checkpoints: there is no folder " + base + "/none on the node"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			file := fmt.Sprintf("apiVersion: coffer.run/v1\nname: demo\nimage: demo\ncommand: [/x]\nattestationPolicy: simulation\nresources: {cpu: 1, memory: 1Gi}\ninputs: [{name: data, asset: data, uri: %q, mount: /data}]\n", row.input)

@@ -85,6 +85,8 @@ type fakeAgent struct {
 	onCancel  func()
 	// lacks is what the node lacks for every job.
 	lacks []string
+	// attested is the node's newest result.
+	attested *agentv1.Attested
 }
 
 func (a *fakeAgent) Plan(_ context.Context, r *connect.Request[agentv1.PlanRequest]) (*connect.Response[agentv1.PlanResponse], error) {
@@ -216,7 +218,7 @@ func (a *fakeAgent) Logs(_ context.Context, r *connect.Request[agentv1.LogsReque
 }
 
 func (a *fakeAgent) Capacity(context.Context, *connect.Request[agentv1.CapacityRequest]) (*connect.Response[agentv1.CapacityResponse], error) {
-	return connect.NewResponse(&agentv1.CapacityResponse{Gpus: 2, FreeGpus: 1, MemoryBytes: 4 << 30, FreeMemoryBytes: 3 << 30, Running: 1}), nil
+	return connect.NewResponse(&agentv1.CapacityResponse{Gpus: 2, FreeGpus: 1, MemoryBytes: 4 << 30, FreeMemoryBytes: 3 << 30, Running: 1, Attested: a.attested}), nil
 }
 
 // printed numbers the events and gives what was printed its place in its stream.

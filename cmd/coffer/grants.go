@@ -20,6 +20,7 @@ import (
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/internal/daemon"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
 	"github.com/coffer-run/coffer/runner/reasons"
 )
 
@@ -746,7 +747,7 @@ refused.`,
 		if err != nil {
 			return err
 		}
-		v, err := c.why(cmd.Context(), j)
+		v, err := c.why(cmd.Context(), a, j)
 		if err != nil {
 			return err
 		}
@@ -793,7 +794,7 @@ const (
 // stageAdmit is where a job is that was taken and has not looked at its grants.
 const stageAdmit = "admit"
 
-func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
+func (c *cli) why(ctx context.Context, a agentv1connect.AgentServiceClient, j *agentv1.Job) (whyView, error) {
 	v := whyView{Job: j.GetId(), State: j.GetState()}
 	switch {
 	case j.GetState() == stateSucceeded:
@@ -802,7 +803,7 @@ func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
 	case ended(j.GetState()):
 		whyEnded(j, &v)
 		if lacksGrants(j) {
-			return v, c.whyMissing(ctx, j, &v)
+			return v, c.whyMissing(ctx, a, j, &v)
 		}
 	case j.GetStopping() != "":
 		code, said, _ := strings.Cut(j.GetStopping(), ": ")
@@ -812,10 +813,10 @@ func (c *cli) why(ctx context.Context, j *agentv1.Job) (whyView, error) {
 			v.Who, v.Next = []string{r.Who}, []string{"coffer watch " + v.Job}
 		}
 	case j.GetStage() == gateApproval:
-		return v, c.whyApproval(ctx, j, &v)
+		return v, c.whyApproval(ctx, a, j, &v)
 	case j.GetState() == stateQueued && j.GetStage() == stageAdmit && j.GetNotBeforeUnix() == 0:
 		// It was taken a moment ago. If a grant waits for people, so will it.
-		if err := c.whyApproval(ctx, j, &v); err != nil || len(v.Next) > 0 {
+		if err := c.whyApproval(ctx, a, j, &v); err != nil || len(v.Next) > 0 {
 			return v, err
 		}
 		v = whyView{Job: j.GetId(), State: j.GetState(), Why: "nothing holds it: it was taken a moment ago", Next: []string{"coffer watch " + j.GetId()}}

@@ -216,7 +216,10 @@ func (c *cli) statusCmd() *cobra.Command {
 		}
 		rows := [][]string{{"job", j.GetId()}, {"name", j.GetName()}, {"plan", j.GetPlanDigest()}, {"state", j.GetState()}, {"stage", orDash(j.GetStage())}}
 		if j.GetReason() != "" || j.GetMessage() != "" {
-			rows = append(rows, []string{"reason", orDash(j.GetReason())}, []string{"message", orDash(j.GetMessage())})
+			rows = append(rows, []string{"reason", orDash(j.GetReason())})
+			if len(failedChecks(j)) == 0 { // what follows says it in full
+				rows = append(rows, []string{"message", orDash(j.GetMessage())})
+			}
 		}
 		var now transfers
 		now.take(j.GetGoing(), time.Now())

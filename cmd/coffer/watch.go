@@ -188,6 +188,9 @@ func (c *cli) outcome(j *agentv1.Job) error {
 		} else if _, err := fmt.Fprintf(c.stdout, "refused at %s: %s\n", clean(orDash(j.GetStage())), clean(orDash(j.GetMessage()))); err != nil {
 			return err
 		}
+		if _, err := fmt.Fprintf(c.stdout, "Next: `coffer why %s`\n", id); err != nil {
+			return err
+		}
 		return &exitError{code: exitRefused}
 	case stateFailed, stateCancelled:
 		if _, err := fmt.Fprintf(c.stdout, "%s\nNext: `coffer why %s`\n", clean(endedLine(j)), id); err != nil {

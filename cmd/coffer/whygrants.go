@@ -9,6 +9,7 @@ import (
 	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
 	"github.com/coffer-run/coffer/attest/check"
 	agentv1 "github.com/coffer-run/coffer/runner/api/agent/v1"
+	"github.com/coffer-run/coffer/runner/api/agent/v1/agentv1connect"
 )
 
 // States of a grant, as the broker names them.
@@ -28,7 +29,7 @@ func (c *cli) planGrants(ctx context.Context, b brokerClient, digest string) ([]
 }
 
 // whyApproval says what the grants of a job's plan wait for.
-func (c *cli) whyApproval(ctx context.Context, j *agentv1.Job, v *whyView) error {
+func (c *cli) whyApproval(ctx context.Context, a agentv1connect.AgentServiceClient, j *agentv1.Job, v *whyView) error {
 	v.Gate = gateApproval
 	b, err := c.broker(ctx)
 	if err != nil {
@@ -51,7 +52,7 @@ func (c *cli) whyApproval(ctx context.Context, j *agentv1.Job, v *whyView) error
 		}
 	}
 	if len(v.Next) > 0 {
-		err = c.unasked(ctx, b, j, grants, v)
+		err = c.unasked(ctx, a, b, j, grants, v)
 	}
 	if v.Why == "" {
 		v.Why = "a grant of its plan waits for people" // or did a moment ago
@@ -70,7 +71,7 @@ func lacksGrants(j *agentv1.Job) bool {
 // whyMissing adds, to why a job has ended, who opens each asset that has no grant, and
 // the command for it in the place of a general one. A broker that does not answer, or not
 // this caller, takes nothing away from what the job itself says.
-func (c *cli) whyMissing(ctx context.Context, j *agentv1.Job, v *whyView) error {
+func (c *cli) whyMissing(ctx context.Context, a agentv1connect.AgentServiceClient, j *agentv1.Job, v *whyView) error {
 	b, err := c.broker(ctx)
 	if err != nil {
 		return err
@@ -80,24 +81,33 @@ func (c *cli) whyMissing(ctx context.Context, j *agentv1.Job, v *whyView) error 
 		return nil //nolint:nilerr // the checks stand by themselves
 	}
 	more := whyView{}
-	if err := c.unasked(ctx, b, j, grants, &more); err != nil {
+	if err := c.unasked(ctx, a, b, j, grants, &more); err != nil {
 		return nil //nolint:nilerr // the checks stand by themselves
 	}
 	if len(more.Next) > 0 {
-		v.Who, v.Next = append(more.Who, v.Who...), append(more.Next, v.Next...)
+		// In the place of "the owner of the assets".
+		v.Who, v.Next = more.Who, append(more.Next, v.Next...)
 		v.Next = slices.DeleteFunc(v.Next, func(s string) bool { return s == "coffer grant request --job FILE" })
 	}
 	return nil
 }
 
 // unasked adds the assets of a job for which no grant counts or waits: their owners, and
-// the commands that ask for them.
-func (c *cli) unasked(ctx context.Context, b brokerClient, j *agentv1.Job, grants []*brokerv1.Grant, v *whyView) error {
+// the commands that ask for them, for simulated evidence if that is what the node has.
+func (c *cli) unasked(ctx context.Context, a agentv1connect.AgentServiceClient, b brokerClient, j *agentv1.Job, grants []*brokerv1.Grant, v *whyView) error {
 	var missing []string
-	for _, a := range j.GetAssets() {
-		if grantFor(a, grants) == "" {
-			missing = append(missing, a)
+	for _, asset := range j.GetAssets() {
+		if grantFor(asset, grants) == "" {
+			missing = append(missing, asset)
 		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	// A grant that refuses simulated evidence would be the next refusal.
+	simulated := ""
+	if room, err := a.Capacity(ctx, connectRequest(&agentv1.CapacityRequest{})); err == nil && room.Msg.GetAttested().GetSimulated() {
+		simulated = " --allow-simulated"
 	}
 	by, err := c.byOwner(ctx, b, missing)
 	if err != nil {
@@ -105,7 +115,7 @@ func (c *cli) unasked(ctx context.Context, b brokerClient, j *agentv1.Job, grant
 	}
 	for _, o := range by {
 		v.Who = append(v.Who, strings.Join(o.assets, ", ")+": the owner is "+o.owner+"; no grant counts, and none waits")
-		v.Next = append(v.Next, o.request(j.GetPlanDigest()))
+		v.Next = append(v.Next, o.request(j.GetPlanDigest())+simulated)
 	}
 	return nil
 }

@@ -42,6 +42,11 @@ func TestEveryMissingGrant(t *testing.T) {
 	if strings.Contains(r.stdout, "--job FILE") {
 		t.Errorf("a general command beside the particular ones:\n%s", r.stdout)
 	}
+	if strings.Contains(r.stdout, "simulated") || strings.Contains(r.stdout, "the owner of the assets") {
+		t.Errorf("nothing is simulated, and the owners have names:\n%s", r.stdout)
+	}
+	s.agent.attested = &agentv1.Attested{Simulated: true}
+	s.coffer(t.Context(), "why", "job-1").want(t, exitRefused, ask("sha384:p", "data")+" --allow-simulated", ask("sha384:p", "model")+" --allow-simulated")
 	// What cannot be found out takes nothing away.
 	s.broker.grants = func(*brokerv1.ListGrantsRequest) (*connect.Response[brokerv1.ListGrantsResponse], error) {
 		return nil, connect.NewError(connect.CodeUnavailable, errors.New("away"))
