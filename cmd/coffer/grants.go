@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -16,6 +17,7 @@ import (
 
 	brokerv1 "github.com/coffer-run/coffer/attest/api/broker/v1"
 	"github.com/coffer-run/coffer/attest/api/refusal"
+	"github.com/coffer-run/coffer/attest/check"
 	"github.com/coffer-run/coffer/attest/plan"
 	"github.com/coffer-run/coffer/attest/receipt"
 	"github.com/coffer-run/coffer/internal/daemon"
@@ -175,6 +177,10 @@ consent.`,
 			Assets: f.assets, PlanDigest: string(d), NotBeforeUnix: now.Unix(), NotAfterUnix: now.Add(f.lasts).Unix(), MaxReleases: f.releases, Plan: canonical,
 			AllowSimulated: f.simulated, Principals: f.principals, Purpose: f.purpose,
 		})
+		if r := (*check.Refusal)(nil); errors.As(err, &r) && r.Stage == "authorize" {
+			_, werr := fmt.Fprintln(c.stderr, "who does not own the assets asks for a grant: `coffer grant request` takes the same flags")
+			return errors.Join(err, werr)
+		}
 		if err != nil {
 			return err
 		}

@@ -105,9 +105,9 @@ func (c *cli) unasked(ctx context.Context, a agentv1connect.AgentServiceClient, 
 		return nil
 	}
 	// A grant that refuses simulated evidence would be the next refusal.
-	simulated := ""
-	if room, err := a.Capacity(ctx, connectRequest(&agentv1.CapacityRequest{})); err == nil && room.Msg.GetAttested().GetSimulated() {
-		simulated = " --allow-simulated"
+	flag := ""
+	if c.simulated(ctx, a, b) {
+		flag = " --allow-simulated"
 	}
 	by, err := c.byOwner(ctx, b, missing)
 	if err != nil {
@@ -115,9 +115,20 @@ func (c *cli) unasked(ctx context.Context, a agentv1connect.AgentServiceClient, 
 	}
 	for _, o := range by {
 		v.Who = append(v.Who, strings.Join(o.assets, ", ")+": the owner is "+o.owner+"; no grant counts, and none waits")
-		v.Next = append(v.Next, o.request(j.GetPlanDigest())+simulated)
+		v.Next = append(v.Next, o.request(j.GetPlanDigest())+flag)
 	}
 	return nil
+}
+
+// simulated reports whether a node's evidence is: what a verifier said of it last, or, before
+// the first, whether the broker takes results of simulations at all.
+func (c *cli) simulated(ctx context.Context, a agentv1connect.AgentServiceClient, b brokerClient) bool {
+	room, err := a.Capacity(ctx, connectRequest(&agentv1.CapacityRequest{}))
+	if err == nil && room.Msg.GetAttested() != nil {
+		return room.Msg.GetAttested().GetSimulated()
+	}
+	info, err := b.Info(ctx, connectRequest(&brokerv1.InfoRequest{}))
+	return err == nil && info.Msg.GetSimulation()
 }
 
 // owned are assets of one owner.

@@ -37,6 +37,8 @@ func TestEveryMissingGrant(t *testing.T) {
 	refused := &agentv1.Job{Id: "job-1", State: stateRefused, Reason: "release-refused", PlanDigest: "sha384:p", Assets: []string{"data", "model"},
 		Checks: []*agentv1.Check{{Id: "grant.missing", Outcome: "fail", Expected: "a grant on asset data"}, {Id: "grant.missing", Outcome: "fail", Expected: "a grant on asset model"}}}
 	s.agent.jobs["job-1"] = refused
+	s.coffer(t.Context(), "why", "job-1").want(t, exitRefused, ask("sha384:p", "data")+" --allow-simulated") // of the broker
+	s.agent.attested = &agentv1.Attested{}
 	r := s.coffer(t.Context(), "why", "job-1")
 	r.want(t, exitRefused, "gate   release-refused", "asset data", "asset model", of("user/dora", "data"), of("user/olga", "model"), ask("sha384:p", "data"), ask("sha384:p", "model"))
 	if strings.Contains(r.stdout, "--job FILE") {
@@ -119,4 +121,17 @@ func TestLacks(t *testing.T) {
 	if r := s.coffer(t.Context(), "submit", file); strings.Contains(r.stderr, "lacks") {
 		t.Errorf("lacks nothing: %s", r.stderr)
 	}
+}
+
+// Who may not grant is told how to ask.
+func TestGrantOfAnother(t *testing.T) {
+	s := newFakeStack(t)
+	var l check.List
+	l.Fail("access.denied", "a policy", "none", "")
+	var refused *connect.Error
+	if !errors.As(refusal.Encode(check.Refuse("authorize", l)), &refused) {
+		t.Fatal("a refusal is no answer")
+	}
+	s.answer.Store(refused)
+	s.coffer(t.Context(), "grant", "create", "--plan", "sha384:"+strings.Repeat("ab", 48), "--asset", "a").want(t, exitRefused, "access.denied", "coffer grant request")
 }
