@@ -19,6 +19,9 @@ func Doctor(o Options) ([]Finding, error) {
 	if err != nil {
 		return nil, err
 	}
+	if i, err := l.readInfo(); err == nil && o.ToolsDir == "" {
+		o.ToolsDir = i.Tools // those that the stack was begun with
+	}
 	m := thisMachine()
 	out := m.preflight(l, o.tools(), o.Ports)
 	for i := range out {
