@@ -7,7 +7,25 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
+
+// TestWhoseDeadline is a plugin that notices a deadline before its host does.
+func TestWhoseDeadline(t *testing.T) {
+	early := func(context.Context) (int, error) { return 0, status.Error(codes.DeadlineExceeded, "late") }
+	hurried, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	if _, err := bounded(hurried, &process{call: 2 * time.Hour}, early); !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrTimeout) {
+		t.Errorf("the caller's: %v", err)
+	}
+	for name, ctx := range map[string]context.Context{"a patient caller": t.Context(), "a caller with more time": hurried} {
+		if _, err := bounded(ctx, &process{call: time.Minute}, early); !errors.Is(err, ErrTimeout) {
+			t.Errorf("the plugin's own, %s: %v", name, err)
+		}
+	}
+}
 
 // TestKeyStoreBackOffGrows is a plugin that dies at every start: its configuration
 // has no checksum.

@@ -310,7 +310,12 @@ func bounded[T any](ctx context.Context, p *process, call func(context.Context) 
 	case ctx.Err() != nil:
 		return none, fmt.Errorf("%w: %w", ctx.Err(), err)
 	case limited.Err() != nil, status.Code(err) == codes.DeadlineExceeded:
-		// The plugin has the same deadline and may notice it a moment before.
+		// The plugin has the same deadline and may notice it a moment before: the
+		// caller's, if that is the earlier one.
+		bound, _ := limited.Deadline()
+		if callers, ok := ctx.Deadline(); ok && !callers.After(bound) {
+			return none, fmt.Errorf("%w: %w", context.DeadlineExceeded, err)
+		}
 		return none, fmt.Errorf("%w (%s): %w", ErrTimeout, p.call, err)
 	case status.Code(err) == codes.Unavailable || p.client.Exited():
 		return none, fmt.Errorf("%w: %w", ErrDied, err)

@@ -176,7 +176,7 @@ func asked[T any](ctx context.Context, k *KeyStore, call func(context.Context, k
 	switch {
 	case errors.Is(err, ErrDied), errors.Is(err, ErrTimeout):
 		k.failed(r, err)
-	case ctx.Err() != nil:
+	case ctx.Err() != nil, errors.Is(err, context.DeadlineExceeded):
 		k.probe(r)
 	default:
 		// It answered, be it with an error.
