@@ -282,6 +282,10 @@ type chunkResult struct {
 	data []byte
 }
 
+// Slices is what makes go-fuse call Done after the reply is written. Of a result that has
+// only Bytes it would do so before, and the chunk could be another by then.
+func (r *chunkResult) Slices() ([][]byte, fuse.Status) { return [][]byte{r.data}, fuse.OK }
+
 func (r *chunkResult) Bytes([]byte) ([]byte, fuse.Status) { return r.data, fuse.OK }
 func (r *chunkResult) Size() int                          { return len(r.data) }
 func (r *chunkResult) Done()                              { r.b.cache.unref(r.b) }
