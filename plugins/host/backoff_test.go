@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/go-plugin"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -24,6 +25,21 @@ func TestWhoseDeadline(t *testing.T) {
 		if _, err := bounded(ctx, &process{call: time.Minute}, early); !errors.Is(err, ErrTimeout) {
 			t.Errorf("the plugin's own, %s: %v", name, err)
 		}
+	}
+}
+
+// TestEndedUnderACall is a plugin that is ended because of one call, while another
+// is under way and its process is not gone yet.
+func TestEndedUnderACall(t *testing.T) {
+	cut := func(context.Context) (int, error) { return 0, status.Error(codes.Canceled, "closing") }
+	ended := make(chan struct{})
+	p := &process{client: &plugin.Client{}, ended: ended, call: time.Minute}
+	if _, err := bounded(t.Context(), p, cut); err == nil || errors.Is(err, ErrDied) {
+		t.Errorf("while nobody ended it: %v", err)
+	}
+	close(ended)
+	if _, err := bounded(t.Context(), p, cut); !errors.Is(err, ErrDied) {
+		t.Errorf("after it was ended: %v", err)
 	}
 }
 

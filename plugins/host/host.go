@@ -75,8 +75,10 @@ type Options struct {
 
 // process is a running plugin.
 type process struct {
-	client   *plugin.Client
-	end      context.CancelFunc
+	client *plugin.Client
+	end    context.CancelFunc
+	// ended is closed before the process is told to end.
+	ended    <-chan struct{}
 	lifeline *os.File
 	dir      string
 	call     time.Duration
@@ -183,7 +185,7 @@ func start[T any](ctx context.Context, cfg Config, o Options, kind string, wire 
 	if !ok {
 		return fail(fmt.Errorf("it serves a %T", raw))
 	}
-	return &process{client: client, end: end, lifeline: alive, dir: dir, call: o.Call}, served, nil
+	return &process{client: client, end: end, ended: life.Done(), lifeline: alive, dir: dir, call: o.Call}, served, nil
 }
 
 // pin copies the binary into memory that nobody can write to any more and checks
@@ -317,10 +319,20 @@ func bounded[T any](ctx context.Context, p *process, call func(context.Context) 
 			return none, fmt.Errorf("%w: %w", context.DeadlineExceeded, err)
 		}
 		return none, fmt.Errorf("%w (%s): %w", ErrTimeout, p.call, err)
-	case status.Code(err) == codes.Unavailable || p.client.Exited():
+	case status.Code(err) == codes.Unavailable || p.client.Exited() || closed(p.ended):
+		// Who ended it because of another call may have closed the connection before it is gone.
 		return none, fmt.Errorf("%w: %w", ErrDied, err)
 	default:
 		return none, err
+	}
+}
+
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
 	}
 }
 
