@@ -206,6 +206,17 @@ func (c claim) answered(ctx context.Context, r Reader, v *verdict) (check.List, 
 	return l, nil
 }
 
+// countRelease fails for a new attempt when the grant, or the asset's policy, has no release left for it.
+func (v *verdict) countRelease(l *check.List) {
+	most := v.grant.MaxReleases
+	if p := v.asset.Policy.MaxReleases; p > 0 {
+		most = min(most, p)
+	}
+	if v.newAttempt && v.grant.Used >= most {
+		l.Fail("grant.exhausted", "a grant with releases left", fmt.Sprintf("%d of %d used", v.grant.Used, most), "ask the owner for a new grant")
+	}
+}
+
 // withinBounds checks what a release that nobody had before adds to: the job's log
 // entries, the grant's releases, and what the asset's policy asks of results and keys. l has
 // what was found before.
@@ -222,13 +233,7 @@ func (c claim) withinBounds(ctx context.Context, r Reader, l check.List, v *verd
 		}
 		v.newAttempt = !counted
 	}
-	most := v.grant.MaxReleases
-	if p := v.asset.Policy.MaxReleases; p > 0 {
-		most = min(most, p)
-	}
-	if v.newAttempt && v.grant.Used >= most {
-		l.Fail("grant.exhausted", "a grant with releases left", fmt.Sprintf("%d of %d used", v.grant.Used, most), "ask the owner for a new grant")
-	}
+	v.countRelease(&l)
 	v.asset.Policy.checkResults(&l, c)
 	c.checkOpen(&l, v.asset)
 	if err := c.checkResealed(ctx, r, &l, v.asset); err != nil {

@@ -270,13 +270,7 @@ func (b *Broker) countKBS(ctx context.Context, r Reader, l *check.List, c claim,
 		return err
 	}
 	v.newAttempt = !counted
-	most := v.grant.MaxReleases
-	if p := v.asset.Policy.MaxReleases; p > 0 {
-		most = min(most, p)
-	}
-	if v.newAttempt && v.grant.Used >= most {
-		l.Fail("grant.exhausted", "a grant with releases left", fmt.Sprintf("%d of %d used", v.grant.Used, most), "ask the owner for a new grant")
-	}
+	v.countRelease(l)
 	return nil
 }
 
